@@ -1,0 +1,1 @@
+"""nanorlhf: RLHF with PPO on TL;DR summarisation, readable from a post to a gradient. Start with train_ppo.py."""

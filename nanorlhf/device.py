@@ -1,0 +1,45 @@
+"""Where a run computes: device, dtype, seed. The first lines of every run print what was chosen."""
+
+import random
+
+import numpy as np
+import torch
+
+from nanorlhf.config import check
+
+
+def pick_device(name: str) -> torch.device:
+    """auto | cpu | cuda | cuda:1 -> device; auto is cuda where there is one. Raises UserError for one not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    known = kind in ("cpu", "cuda") and (index.isdigit() or not index)
+    check(known, "device", name, "auto, cpu, cuda or cuda:<number>", "choose --device auto")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        check(int(index or 0) < count, "device", name, f"among the {count} CUDA devices here", "choose --device auto")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto | float32 | bfloat16 -> dtype; auto is bfloat16 on CUDA and float32 on CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    known = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+    check(name in known, "dtype", name, "auto, float32 or bfloat16", "float16 overflows in PPO")
+    return known[name]
+
+
+def device_name(device: torch.device) -> str:
+    """What the first lines of a run print."""
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        return f"{device} ({card.name}, {card.total_memory / 1e9:.0f} GB)"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,158 @@
+"""Llama, the trunk: token ids in, hidden states out. Llama 2, 3, 3.1, 3.2 and TinyLlama, and nothing else.
+
+A block is two lines of algebra on the residual stream x (N, D):
+
+    x = x + attention(rms_norm(x))
+    x = x + swiglu(rms_norm(x))
+
+N packed tokens go in (nanorlhf/packing.py) and (N, D) comes out, never (N, V): the language-model head is 27% of a
+forward pass at a vocabulary of 128,256, and PPO reads it at the response tokens only, so the head lives in models.py.
+
+Parameter names are Hugging Face's, except that q, k, v and gate, up are one matrix each (one matmul instead of three and of
+two); nanorlhf/checkpoint.py merges and splits them on the way in and out.
+
+Dimensions: N packed tokens, D model, H query heads, Hkv key/value heads, Dh head, F feed-forward, V vocabulary, L layers.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanorlhf.attention import Attend
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The fields of a Hugging Face config.json that shape the computation, under Hugging Face's names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None  # None, or Llama 3's {"rope_type": "llama3", "factor": ..., ...}
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int | None  # None in a base model's config; the tokenizer decides, and what we save carries it
+
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """Rows of q, k, v in the merged projection."""
+        kv = self.num_key_value_heads * self.head_dim
+        return self.num_attention_heads * self.head_dim, kv, kv
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean square in fp32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, D) -> (N, D)
+        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rope_frequencies(config: LlamaConfig) -> Tensor:
+    """Angle per position of each pair of coordinates: theta^(-2i/Dh), (Dh/2,) fp32, with Llama 3's scaling where asked.
+
+    Llama 3.1 stretched an 8k context by slowing down the slow rotations: wavelengths longer than the old context / low_freq_factor
+    are divided by `factor`, those shorter than old context / high_freq_factor are kept, and between the two it interpolates.
+    """
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**half
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    wavelengths = 2 * math.pi / frequencies
+    low, high, context = (scaling[k] for k in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+    keep = ((context / wavelengths - low) / (high - low)).clamp(0, 1)  # 1: keep the frequency, 0: divide it by factor
+    return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn coordinate pair (i, i + Dh/2) of each head by its angle. x (N, heads, Dh); cos, sin (N, 1, Dh/2) -> like x."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.layer, self.config = layer, config
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(config.qkv_sizes), bias=False)
+        self.o_proj = nn.Linear(config.qkv_sizes[0], config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:  # (N, D) -> (N, D)
+        q, k, v = self.qkv_proj(x).split(self.config.qkv_sizes, dim=-1)
+        q, k, v = (y.unflatten(-1, (-1, self.config.head_dim)) for y in (q, k, v))  # (N, H or Hkv, Dh)
+        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (N, H, Dh)
+        return self.o_proj(out.flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, D) -> (N, D)
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # (N, F) each
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states after the final norm.
+
+        args: tokens (N,) int64; positions (N,) int64; attend: how a token sees others (attention.causal, or a KV cache)
+        -> (N, D) in the dtype of the weights
+        """
+        angles = positions[:, None].float() * rope_frequencies(self.config).to(positions.device)  # (N, Dh/2)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (N, 1, Dh/2), fp32: bf16 cannot hold position 300 exactly
+        x = self.embed_tokens(tokens)  # (N, D)
+        for layer in self.layers:
+            x = layer(x, cos, sin, attend)
+        return self.norm(x)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, std: float = 0.02, seed: int = 0) -> None:
+    """Random weights for pretraining from nothing: N(0, std), and the norms' weights 1 (as GPT-2 and Llama do)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)

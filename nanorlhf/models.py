@@ -1,0 +1,133 @@
+"""The two kinds of model in RLHF, each a Llama trunk with a head.
+
+    Policy       hidden (N, D) -> logits over the vocabulary        base, SFT, PPO policy, frozen reference
+    ScalarModel  hidden (N, D) -> one number a token                reward model, critic
+
+The reward model and the critic are the same function read at different places: the reward model at the last token of a
+summary, the critic at every state of a response (N+ details 12 and 22).
+"""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from kernels import linear_logprob
+from nanorlhf.attention import causal
+from nanorlhf.llama import Llama, LlamaConfig
+from nanorlhf.packing import Packed, pack
+
+
+class Policy(nn.Module):
+    """A language model. With tied embeddings (Llama-3.2-1B) the head's weight is the embedding itself."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = Llama(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:  # (V, D)
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def hidden(self, packed: Packed) -> Tensor:
+        """Hidden states of a packed batch, (N, D)."""
+        return self.model(packed.tokens, packed.positions, causal(packed))
+
+    def response_logprobs(self, packed: Packed, responses: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-prob of each response token and entropy before it, both at the sampling temperature.
+
+        The one function behind behaviour, reference and new log-probs: when the temperature is missing in only one of them, the
+        ratio is not 1 and the KL not 0 before the first update (trap T15).
+
+        args: packed: sequences that end in the R response tokens; responses (B, R) int64
+        -> logprobs (B, R) fp32, entropy (B, R) fp32
+        """
+        rows = packed.response_rows(responses.shape[1])  # (B, R)
+        hidden = self.hidden(packed)[rows.flatten()]  # (B*R, D): the head runs only where it is read
+        logprobs, entropy = linear_logprob(hidden, self.head_weight, responses.flatten(), temperature)
+        return logprobs.view_as(responses), entropy.view_as(responses)
+
+    @torch.no_grad()
+    def logits(self, sequences: list[list[int]]) -> list[Tensor]:
+        """Logits of every token of each sequence: a list of (T_i, V) fp32. For inspection and tests; training never forms them."""
+        packed = pack(sequences, device=self.head_weight.device)
+        logits = (self.hidden(packed) @ self.head_weight.T).float()
+        return list(logits.split(list(packed.lengths)))
+
+
+class ScalarModel(nn.Module):
+    """A trunk with one linear output: reward model (`score_shift`, no bias) or critic (bias, shift 0).
+
+    Bradley-Terry gives a bias no gradient, so the reward model has none; its scores are shifted after training so that the
+    references of the SFT set have mean 0 (N+ detail 15). The critic takes the shift over as a trainable bias.
+    """
+
+    def __init__(self, config: LlamaConfig, bias: bool, score_shift: float = 0.0):
+        super().__init__()
+        self.config = config
+        self.model = Llama(config)
+        self.score = nn.Linear(config.hidden_size, 1, bias=bias)
+        self.score_shift = score_shift
+
+    def token_scores(self, packed: Packed) -> Tensor:
+        """The head at every token minus the shift, (N,) fp32."""
+        return self._head(self.model(packed.tokens, packed.positions, causal(packed)))
+
+    def last_scores(self, packed: Packed) -> Tensor:
+        """The score of each sequence, read at its last token, (B,) fp32 (N+ detail 12: the token is EOS)."""
+        hidden = self.model(packed.tokens, packed.positions, causal(packed))
+        return self._head(hidden[packed.last_rows()])
+
+    def response_values(self, packed: Packed, response_length: int) -> Tensor:
+        """V of the state before each response token, (B, R) fp32, for sequences that end in R response tokens."""
+        hidden = self.model(packed.tokens, packed.positions, causal(packed))
+        return self._head(hidden[packed.response_rows(response_length)])
+
+    def _head(self, hidden: Tensor) -> Tensor:  # (..., D) -> (...), in fp32: a bf16 score moves in steps of 1/32
+        bias = None if self.score.bias is None else self.score.bias.float()
+        return nn.functional.linear(hidden.float(), self.score.weight.float(), bias)[..., 0] - self.score_shift
+
+    @torch.no_grad()
+    def scores(self, sequences: list[list[int]]) -> Tensor:
+        """Normalised score of each sequence at its last token, (B,) fp32."""
+        return self.last_scores(pack(sequences, device=self.score.weight.device))
+
+    @torch.no_grad()
+    def values(self, sequences: list[list[int]]) -> list[Tensor]:
+        """Value of every state of each sequence: a list of (T_i,) fp32; element t has read tokens 0..t."""
+        packed = pack(sequences, device=self.score.weight.device)
+        return list(self.token_scores(packed).split(list(packed.lengths)))
+
+
+def reward_model_from(policy: Policy, seed: int) -> ScalarModel:
+    """A new reward model: a copy of the SFT model's trunk and a head drawn from N(0, 1/sqrt(D+1)) (N+ details 11 and 13)."""
+    model = ScalarModel(policy.config, bias=False)
+    model.model = copy.deepcopy(policy.model)
+    D = policy.config.hidden_size
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model.score.weight.copy_(torch.randn(1, D, generator=generator) / math.sqrt(D + 1))
+    return model.to(policy.head_weight.device)
+
+
+def critic_from(reward_model: ScalarModel) -> ScalarModel:
+    """A critic that starts as the reward model: same trunk, same head, the shift as its bias (N+ detail 22).
+
+    So before the first update V(state after EOS) equals the score of the response: an identity worth testing.
+    """
+    critic = ScalarModel(reward_model.config, bias=True)
+    critic.model = copy.deepcopy(reward_model.model)
+    critic.score.to(reward_model.score.weight.device)
+    with torch.no_grad():
+        critic.score.weight.copy_(reward_model.score.weight)
+        bias = 0.0 if reward_model.score.bias is None else reward_model.score.bias
+        critic.score.bias.copy_(torch.as_tensor(bias) - reward_model.score_shift)
+    return critic
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

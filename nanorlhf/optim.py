@@ -1,0 +1,90 @@
+"""AdamW with fp32 masters, and the two learning-rate schedules of the paper.
+
+At lr 3e-6 a bf16 weight of 0.02 would not move: half its spacing is 6e-5. So a model that trains in bf16 keeps an fp32
+master of each weight here: gradients accumulate in fp32, Adam steps on the masters, and the bf16 copy that the forward pass
+reads is rewritten in place. A model in fp32 is its own master.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def cosine_lr(step: int, total: int, peak: float) -> float:
+    """Cosine from peak to 0 for 0-based optimizer step `step` of `total`, no warm-up (N+ detail 9)."""
+    return peak * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def linear_lr(step: int, total: int, peak: float) -> float:
+    """Linear from peak to 0 for 0-based update `step` of `total` (N+ detail 20; one value for all epochs of an update)."""
+    return peak * (1 - step / total)
+
+
+def constant_lr(step: int, total: int, peak: float) -> float:
+    """The peak, always."""
+    return peak
+
+
+SCHEDULES = {"cosine": cosine_lr, "linear": linear_lr, "constant": constant_lr}
+
+
+class AdamW:
+    """torch's AdamW (betas 0.9 and 0.999, weight decay 0.01: torch's defaults, which the paper never sets; eps 1e-5, which it does).
+
+    args: models: their parameters are trained together; a parameter that two models share is an error.
+    """
+
+    def __init__(self, models: list[nn.Module], lr: float, eps: float = 1e-5, beta2: float = 0.999):
+        self.names, self.parameters = [], []
+        for index, model in enumerate(models):
+            for name, parameter in model.named_parameters():
+                self.names.append(f"{index}.{name}")
+                self.parameters.append(parameter)
+        assert len({p.data_ptr() for p in self.parameters}) == len(self.parameters), "two models share a parameter"
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                parameter.register_post_accumulate_grad_hook(lambda p, m=master: _move_gradient(p, m))
+        self.adam = torch.optim.AdamW(self.masters, lr=lr, eps=eps, betas=(0.9, beta2), fused=True)
+
+    def step(self, lr: float, max_grad_norm: float | None = None) -> Tensor:
+        """One optimizer step on the accumulated gradients, which are cleared. Returns their norm before clipping, ()."""
+        self.adam.param_groups[0]["lr"] = lr
+        gradients = [master.grad for master in self.masters if master.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.masters, max_grad_norm, norm)
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, by name: fp32 masters and Adam's moments and step counts."""
+        tensors = {}
+        for name, master in zip(self.names, self.masters, strict=True):
+            tensors[f"{name}.master"] = master.detach()
+            for key, value in self.adam.state.get(master, {}).items():
+                tensors[f"{name}.{key}"] = value
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state`, into models of the same shapes."""
+        with torch.no_grad():
+            for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
+                master.copy_(tensors[f"{name}.master"])
+                parameter.copy_(master)
+                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors]
+                if keys:
+                    self.adam.state[master] = {key: tensors[f"{name}.{key}"].to(master.device).clone() for key in keys}
+
+
+def _move_gradient(parameter: Tensor, master: Tensor) -> None:
+    """After each backward pass: add the bf16 gradient to the fp32 one, so that many microbatches lose no low bits."""
+    gradient = parameter.grad.float()
+    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+    parameter.grad = None

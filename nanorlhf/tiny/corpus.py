@@ -1,0 +1,84 @@
+"""Pretraining text of the tiny world: posts with comments, and drills that make copying emerge.
+
+    document(index) -> str, a pure function of the index
+
+65 % are posts whose comments retell the facts in the second person ("So your boss broke your laptop ..."), so that
+predicting a comment means looking facts up in the post. Finding "my laptop" from "your ___" is hard for a small model;
+35 % are drills for it: lists repeated word by word, and pairs "w1 my w2" listed again in another order with another
+middle word, so that w1 alone tells w2. "TL;DR" never appears: summarising is left to SFT.
+"""
+
+import random
+
+from nanorlhf.tiny.grammar import Facts, fill
+from nanorlhf.tiny.lexicon import SIGNATURES
+from nanorlhf.tiny.posts import format_query, make_post, seeded
+
+COMMENTS = (
+    "So your {who} {act} your {obj} and {he} {rea}? You should {ask}.",
+    "So your {who} {act} your {obj}? You can {ask}, or you can talk to your {who} about the {obj}.",
+    "If my {who} {act} my {obj} then I would {ask}.",
+    "Your {who} {act} your {obj} and now {he} {rea}. Do not {ask} yet.",
+    "Your {who} {rea}? That is so wrong. Maybe {ask}.",
+    "It is normal to be {feel} after your {who} {act} your {obj}.",
+    "Do not {ask} just because your {who} {act} your {obj}.",
+)
+EDITS = (
+    "EDIT: I will {ask}.",
+    "EDIT: My {who} still {rea}.",
+    "EDIT: Thanks for all the comments about my {obj}.",
+    "EDIT: To be clear, {he} {act} my {obj}.",
+)
+TO_SECOND_PERSON = {"I": "you", "me": "you", "my": "your"}
+DRILL_WORDS = tuple(SIGNATURES)
+
+
+def document(index: int) -> str:
+    """Returns pretraining document number `index`."""
+    rng = seeded("document", index)
+    if rng.random() < 0.65:
+        return thread(index, rng)
+    return repeat_drill(rng) if rng.random() < 0.5 else recall_drill(rng)
+
+
+def thread(index: int, rng: random.Random) -> str:
+    """A post with one to four comments and, in 15 % of cases, an edit by its author."""
+    post = make_post("pretrain", index)
+    text = format_query(post.subreddit, post.title, post.post).removesuffix("\n\nTL;DR:")
+    usable = [pattern for pattern in COMMENTS if post.facts.feel or "{feel}" not in pattern]
+    for pattern in rng.sample(usable, rng.randint(1, 4)):
+        text += f"\n\nCOMMENT: {comment(pattern, post.facts)}"
+    if rng.random() < 0.15:
+        text += f"\n\n{fill(rng.choice(EDITS), post.facts)}"
+    return text
+
+
+def comment(pattern: str, facts: Facts) -> str:
+    """A reader's comment. What the author tells of "me" and "my" is about "you" here, except in "If my ..."."""
+    text = fill(pattern, facts)
+    if pattern.startswith("If my"):
+        return text
+    return " ".join(to_second_person(word) for word in text.split(" "))
+
+
+def to_second_person(word: str) -> str:
+    """me -> you, my -> your, I -> you; a mark after the word stays."""
+    bare = word.rstrip("?.,")
+    return TO_SECOND_PERSON.get(bare, bare) + word[len(bare) :]
+
+
+def repeat_drill(rng: random.Random) -> str:
+    """Five to fourteen words, listed two or three times in the same order."""
+    words = rng.sample(DRILL_WORDS, rng.randint(5, 14))
+    return (" " + " ".join(words) + ".") * rng.randint(2, 3)
+
+
+def recall_drill(rng: random.Random) -> str:
+    """Three to eight pairs "w1 my w2", listed two or three times in shuffled order with my, your or the between."""
+    words = rng.sample(DRILL_WORDS, 2 * rng.randint(3, 8))
+    pairs = list(zip(words[::2], words[1::2]))
+    text = ""
+    for _ in range(rng.randint(2, 3)):
+        rng.shuffle(pairs)
+        text += " " + ", ".join(f"{first} {rng.choice(('my', 'your', 'the'))} {second}" for first, second in pairs) + "."
+    return text

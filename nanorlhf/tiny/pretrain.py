@@ -1,0 +1,117 @@
+"""Pretrain the tiny world's base model from nothing: what Llama-3.2-1B's pretraining is to the real pipeline.
+
+    python -m nanorlhf.tiny.pretrain
+
+Reads nothing (the documents are made as they are needed); writes runs/base/final. A 0.9 M-parameter Llama reads 13 M tokens
+of posts, comments and copy drills (corpus.py). Watch `probe/...`: the share of facts of an unseen post that the model copies
+into a comment. Copying appears within a few hundred steps, all at once, and the loss hardly shows it.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads fight each other on shared machines
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kernels import linear_cross_entropy
+from nanorlhf.checkpoint import save_policy
+from nanorlhf.config import cli
+from nanorlhf.llama import LlamaConfig, initialise
+from nanorlhf.models import Policy, parameter_count
+from nanorlhf.optim import AdamW
+from nanorlhf.packing import pack
+from nanorlhf.run import Run
+from nanorlhf.tiny.corpus import document
+from nanorlhf.tiny.grammar import fill
+from nanorlhf.tiny.posts import format_query, make_post
+from nanorlhf.tokenizer import Tokenizer, load_tokenizer
+
+MODEL = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+
+
+@dataclass
+class Config:
+    # -- run
+    preset: str = "auto"  # only tiny: the base of a real run is downloaded, not trained here
+    run_name: str = "base"  # folder under runs/
+    overwrite: bool = False  # delete an earlier run of this name first
+    seed: int = 0  # initial weights
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "auto"  # auto, float32 or bfloat16
+    # -- optimisation
+    lr: float = 3e-3  # peak learning rate, cosine to 0
+    warmup_steps: int = 100  # optimizer steps
+    steps: int = 3200  # optimizer steps
+    batch_tokens: int = 4096  # tokens a step: about 40 documents
+
+
+PRESETS = {"tiny": {}, "llama-1b": {}}
+# What each fact's slot follows in the probe's comment: "So your boss broke your laptop and he refuses to pay? You should ..."
+PROBE = (("So your", None), ("{who}", "who"), ("{act}", "act"), ("your", None), ("{obj}", "obj"), ("and {he}", None), ("{rea}", "rea"),
+         ("? You should", None), ("{ask}", "q"))  # fmt: skip
+
+
+def copy_probe(policy: Policy, tokenizer: Tokenizer, posts: int = 64) -> dict[str, float]:
+    """Share of held-out posts in which the most likely next token begins the right fact, by fact."""
+    sequences, targets = [], []
+    for index in range(posts):
+        post = make_post("valid", index)
+        text = format_query(post.subreddit, post.title, post.post).removesuffix("\n\nTL;DR:") + "\n\nCOMMENT:"
+        ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+        for piece, fact in PROBE:
+            tokens = tokenizer.encode(piece[0] == "?" and piece or " " + fill(piece, post.facts))
+            if fact:
+                targets.append((fact, index, len(ids) - 1, tokens[0]))  # the token before predicts it
+            ids += tokens
+        sequences.append(ids)
+    predictions = [logits.argmax(-1) for logits in policy.logits(sequences)]
+    right: dict[str, list[bool]] = {}
+    for fact, index, position, token in targets:
+        right.setdefault(fact, []).append(predictions[index][position].item() == token)
+    return {f"probe/{fact}": sum(hits) / len(hits) for fact, hits in right.items()}
+
+
+def main(cfg: Config) -> None:
+    tokenizer = load_tokenizer(Path(__file__).parent)
+    run = Run("base", cfg, total_steps=cfg.steps, show=["train/loss", "probe/who", "probe/act", "probe/obj", "probe/rea", "probe/q"])
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size, **MODEL, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None, max_position_embeddings=2048,
+        tie_word_embeddings=True, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
+    )  # fmt: skip
+    policy = Policy(config).to(run.device, run.dtype)
+    initialise(policy, seed=cfg.seed)
+    optimizer = AdamW([policy], lr=cfg.lr, eps=1e-8, beta2=0.98)
+    run.say(f"{parameter_count(policy):,} parameters, {cfg.steps * cfg.batch_tokens / 1e6:.1f} M tokens")
+
+    index = 0
+    with run:
+        for step in range(cfg.steps):
+            began = time.monotonic()
+            sequences, tokens = [], 0
+            while tokens < cfg.batch_tokens:
+                sequences.append([tokenizer.bos_id, *tokenizer.encode(document(index)), tokenizer.eos_id])
+                tokens += len(sequences[-1])
+                index += 1
+            packed = pack(sequences, device=run.device)
+            is_label = torch.ones_like(packed.tokens, dtype=torch.bool)
+            is_label[packed.cu_seqlens[:-1].long()] = False  # BOS is not predicted
+            labels = packed.tokens.roll(-1)  # the next token; the last one of a sequence gets weight 0
+            weights = is_label.roll(-1).float() / is_label.sum()
+            loss = linear_cross_entropy(policy.hidden(packed), policy.head_weight, labels, weights)
+            loss.backward()
+            warmup = min(1.0, (step + 1) / cfg.warmup_steps)
+            lr = cfg.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
+            optimizer.step(lr, max_grad_norm=1.0)
+            if (step + 1) % 50 == 0:
+                metrics = {"train/loss": loss, "lr": lr, "perf/tokens_per_s": tokens / (time.monotonic() - began)}
+                run.log(step + 1, metrics | copy_probe(policy, tokenizer))
+        save_policy(policy, run.folder / "final", tokenizer, dtype=torch.bfloat16)
+
+
+if __name__ == "__main__":
+    cli(main, Config, PRESETS, __doc__)

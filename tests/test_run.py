@@ -1,0 +1,470 @@
+"""The run folder: what it refuses, what it writes, what it prints."""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import nanorlhf.jsonl
+import nanorlhf.run
+from nanorlhf.device import pick_device, pick_dtype
+from nanorlhf.errors import UserError
+from nanorlhf.jsonl import append
+from nanorlhf.run import Run, read_metrics
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Config:
+    preset: str = "tiny"
+    run_name: str = "ppo"
+    overwrite: bool = False
+    resume: bool = False
+    seed: int = 1
+    device: str = "cpu"
+    dtype: str = "auto"
+    track: bool = False
+    lr: float = 1e-6
+
+
+CONFIG = Config()
+RESUME, OVERWRITE = replace(CONFIG, resume=True), replace(CONFIG, overwrite=True)
+
+
+class Clock:
+    """Stands in for the time module."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+    time = monotonic
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(nanorlhf.run, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Makes runs under tmp_path and closes them."""
+    runs = []
+
+    def make(cfg=CONFIG, stage="ppo", **options):
+        runs.append(Run(stage, cfg, root=tmp_path, **options))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.close(failed=True)
+
+
+# -- the folder
+
+
+def test_an_existing_run_is_refused_with_both_ways_out(start):
+    start().log(1, {"loss": 2.0})
+    with pytest.raises(UserError, match=r"ppo holds a run already: --resume continues it, --overwrite deletes it"):
+        start()
+    assert len(read_metrics(start(RESUME).folder)) == 1
+
+
+def test_overwrite_deletes_the_earlier_run(start):
+    earlier = start()
+    earlier.log(1, {"loss": 2.0})
+    earlier.close()
+    run = start(OVERWRITE)
+    assert sorted(path.name for path in run.folder.iterdir()) == ["config.json"]
+
+
+def test_overwrite_deletes_neither_another_stage_nor_a_folder_that_is_no_run(start, tmp_path):
+    start(stage="sft")
+    with pytest.raises(UserError, match="a run of sft, not of ppo: choose another --run_name"):
+        start(OVERWRITE)
+    (tmp_path / "ppo" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no run folder"):
+        start(OVERWRITE)
+    assert (tmp_path / "ppo" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp"])
+def test_a_run_name_cannot_leave_the_runs_folder(start, name):
+    with pytest.raises(UserError, match="run_name .* is not the name of one folder"):
+        start(replace(OVERWRITE, run_name=name))
+
+
+def test_an_empty_folder_may_be_used(start, tmp_path):
+    (tmp_path / "ppo").mkdir()
+    assert start().folder == tmp_path / "ppo"
+
+
+def test_resume_needs_a_run_and_excludes_overwrite(start):
+    with pytest.raises(UserError, match="holds no run to resume"):
+        start(RESUME)
+    with pytest.raises(UserError, match="exclude each other"):
+        start(replace(RESUME, overwrite=True))
+
+
+def test_config_json_tells_what_is_needed_to_repeat_the_run(start, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_ppo.py", "--lr", "1e-6"])
+    run = start(kernels="torch")
+    record = json.loads((run.folder / "config.json").read_text())
+    assert record["stage"] == "ppo" and record["config"]["lr"] == 1e-6 and record["config"]["seed"] == 1
+    assert record["argv"] == ["train_ppo.py", "--lr", "1e-6"]
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["device"].startswith("cpu") and record["dtype"] == "float32" and record["kernels"] == "torch"
+    assert record["git"] is None or set(record["git"]) == {"commit", "dirty"}
+
+
+def test_git_gives_the_commit_and_whether_files_differ_or_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(nanorlhf.run, "__file__", str(tmp_path / "nanorlhf.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert nanorlhf.run._git() is None
+
+    def git(*words):
+        who = ["-c", "user.name=t", "-c", "user.email=t@t"]
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "a").write_text("1")
+    git("init")
+    git("add", "a")
+    git("commit", "-m", "a")
+    clean = nanorlhf.run._git()
+    assert len(clean["commit"]) == 40 and clean["dirty"] is False
+    (tmp_path / "untracked").write_text("1")
+    assert nanorlhf.run._git() == clean
+    (tmp_path / "a").write_text("2")
+    assert nanorlhf.run._git() == clean | {"dirty": True}
+    monkeypatch.setenv("PATH", "")
+    assert nanorlhf.run._git() is None
+
+
+def test_resume_keeps_the_earlier_record_and_says_what_changed(start, capsys):
+    path = start().folder / "config.json"
+    first = json.loads(path.read_text()) | {"id": "the first"}
+    path.write_text(json.dumps(first))
+    run = start(replace(RESUME, lr=2e-6))
+    assert "changed since the last start: lr 1e-06 -> 2e-06\n" in capsys.readouterr().out
+    start(RESUME)
+    record = json.loads((run.folder / "config.json").read_text())
+    assert record["id"] == "the first"
+    assert [earlier["config"]["lr"] for earlier in record["earlier"]] == [1e-6, 2e-6]
+    assert record["earlier"][0] == first
+
+
+def test_the_seed_decides_torch_and_numpy(start):
+    def draws(seed):
+        start(replace(OVERWRITE, seed=seed))
+        return torch.rand(1).item(), np.random.rand()
+
+    assert draws(1) == draws(1)
+    assert draws(1) != draws(2)
+
+
+# -- metrics.jsonl and samples.jsonl
+
+
+def test_each_log_is_one_line_with_step_time_and_plain_numbers(start, clock):
+    run = start()
+    run.log(1, {"loss": torch.tensor(0.5), "objective/kl": np.float32(0.25), "episode": 128})
+    run.log(2, {"loss": 0.1})
+    text = (run.folder / "metrics.jsonl").read_text()
+    assert text.count("\n") == 2 and text.endswith("\n")
+    assert read_metrics(run.folder) == [
+        {"step": 1, "time": 1000.0, "loss": 0.5, "objective/kl": 0.25, "episode": 128},
+        {"step": 2, "time": 1000.0, "loss": 0.1},
+    ]
+
+
+def test_a_number_that_is_not_finite_is_null_and_named(start, capsys):
+    run = start()
+    run.log(1, {"loss": math.nan, "ratio": torch.tensor(math.inf), "lr": 1.0})
+
+    def no_constants(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    row = json.loads((run.folder / "metrics.jsonl").read_text(), parse_constant=no_constants)
+    assert row["loss"] is None and row["ratio"] is None and row["lr"] == 1.0
+    assert row["not_finite"] == {"loss": "nan", "ratio": "inf"}
+    assert "loss nan | ratio inf" in capsys.readouterr().out
+
+
+def test_a_metric_that_is_no_number_is_our_own_error(start):
+    with pytest.raises(AssertionError, match="metric name is str 'x'"):
+        start().log(1, {"name": "x"})
+
+
+def test_lines_are_appended_with_one_write_however_long(tmp_path, monkeypatch):
+    sizes = []
+
+    class File(io.FileIO):
+        def write(self, data):
+            sizes.append(len(data))
+            return super().write(data)
+
+    monkeypatch.setattr(nanorlhf.jsonl, "open", lambda path, mode: io.BufferedWriter(File(path, mode)), raising=False)
+    append(tmp_path / "x.jsonl", [{"step": i, "text": "x" * 30_000} for i in range(4)])
+    assert sizes == [(tmp_path / "x.jsonl").stat().st_size]
+
+
+def test_a_full_disk_is_an_error_and_not_a_silent_loss():
+    if not Path("/dev/full").exists():
+        pytest.skip("/dev/full exists on Linux only")
+    with pytest.raises(OSError, match="No space left"):
+        append(Path("/dev/full"), [{"step": 1}])
+
+
+def test_resume_drops_what_came_after_the_checkpoint_and_a_torn_last_line(start):
+    run = start()
+    for step in (1, 2, 3):
+        run.log(step, {"loss": step / 3})
+        run.samples(step, [{"response": "a\u2028b\nc"}])
+    run.close()
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    run = start(RESUME)
+    run.log(4, {"loss": 4.0})
+    assert [row["step"] for row in read_metrics(run.folder)] == [1, 2, 3, 4]
+    run.truncate_metrics(2)
+    run.log(3, {"loss": 7.0})
+    assert [row["loss"] for row in read_metrics(run.folder)] == [1 / 3, 2 / 3, 7.0]
+    rows = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1, "response": "a\u2028b\nc"}, {"step": 2, "response": "a\u2028b\nc"}]
+    assert not list(run.folder.glob("*.tmp"))
+
+
+def test_read_metrics_accepts_a_last_line_without_newline_and_leaves_out_a_torn_one(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    assert read_metrics(tmp_path) == [{"step": 1}]
+
+
+@pytest.mark.parametrize("after", ['{"step": 3}\n', ""])
+@pytest.mark.parametrize("broken", ["{oops", "[1]", '{"loss": 1}', "", "\0\0"])
+def test_read_metrics_names_file_and_line_of_a_corrupt_line(tmp_path, broken, after):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + broken + "\n" + after)
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2 is not what a run writes"):
+        read_metrics(tmp_path)
+
+
+def test_read_metrics_of_a_missing_folder_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="metrics.jsonl is not there"):
+        read_metrics(tmp_path)
+
+
+# -- trackers
+
+
+def test_tensorboard_gets_every_metric_and_resume_hides_the_steps_after_the_checkpoint(start):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = start()
+    for step in (1, 2, 3):
+        run.log(step, {"loss": float(step)})
+    run.close()
+    run = start(RESUME)
+    run.truncate_metrics(1)
+    run.log(2, {"loss": 20.0})
+    run.close()
+    events = EventAccumulator(str(run.folder / "tb")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 20.0)]
+
+
+def test_track_without_wandb_is_one_sentence_and_makes_no_folder(start, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        start(replace(CONFIG, track=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_track_sends_each_log_to_wandb_and_resumes_the_same_run(start, monkeypatch):
+    calls = []
+
+    class Tracked:
+        def log(self, values, step):
+            calls.append((step, values))
+
+        def finish(self, exit_code):
+            calls.append(("finish", exit_code))
+
+    def init(**about):
+        calls.append(about)
+        return Tracked()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    run = start(replace(CONFIG, track=True))
+    run.log(1, {"loss": 0.5})
+    run.close()
+    run = start(replace(RESUME, track=True))
+    run.close(failed=True)
+    assert calls[1:3] == [(1, {"loss": 0.5}), ("finish", 0)]
+    assert calls[0]["id"] == calls[3]["id"] and calls[3]["resume"] == "allow" and calls[4] == ("finish", 1)
+
+
+def test_without_track_wandb_is_not_imported(start, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    start().log(1, {"loss": 1.0})
+
+
+# -- console
+
+
+def test_the_first_lines_say_preset_device_dtype_kernels_and_folder(start, capsys):
+    cfg = replace(CONFIG)
+    cfg.preset_reason = "no CUDA device with 70 GB or more"
+    run = start(cfg, kernels="torch")
+    preset, device, folder = capsys.readouterr().out.splitlines()
+    assert preset == "preset  tiny: no CUDA device with 70 GB or more"
+    assert device == f"device  cpu ({torch.get_num_threads()} threads), float32, kernels torch, seed 1"
+    assert folder == f"folder  {run.folder}"
+
+
+def test_a_log_line_shows_the_chosen_metrics_and_the_time_left(start, clock, capsys):
+    run = start(total_steps=24, unit="update", show=["objective/scores", "episode", "absent"])
+    capsys.readouterr()
+    clock.now += 100  # loading
+    run.log(1, {"objective/scores": 0.123456, "episode": 116722, "loss": 1.0})
+    clock.now += 5.9
+    run.log(2, {"objective/scores": 0.2, "episode": 2})
+    clock.now += 5.9
+    run.log(3, {"objective/scores": 0.3, "episode": 3})
+    assert capsys.readouterr().out.splitlines() == [
+        "update 1/24 | objective/scores 0.1235 | episode 116722 | 100 s/update | ETA 38:20",
+        "update 2/24 | objective/scores 0.2 | episode 2 | 5.9 s/update | ETA 2:10",
+        "update 3/24 | objective/scores 0.3 | episode 3 | 5.9 s/update | ETA 2:04",
+    ]
+
+
+def test_the_time_left_after_a_resume_counts_only_the_steps_of_this_process(start, clock, capsys):
+    start().log(100, {"loss": 1.0})
+    run = start(RESUME, total_steps=200)
+    run.truncate_metrics(100)
+    clock.now += 3
+    run.log(110, {"loss": 1.0})
+    assert capsys.readouterr().out.splitlines()[-1] == "step 110/200 | loss 1 | 0.3 s/step | ETA 0:27"
+
+
+def test_a_log_before_the_first_step_or_without_a_total_has_no_time_left(start, clock, capsys):
+    run = start()
+    run.log(0, {"loss": 1.0})
+    clock.now += 3700
+    run.log(1, {"loss": 1.0})
+    assert capsys.readouterr().out.splitlines()[-2:] == ["step 0 | loss 1", "step 1 | loss 1 | 3.7e+03 s/step"]
+    run.close()
+    assert capsys.readouterr().out == f"done in 1:01:40: {run.folder}\n"
+
+
+def test_samples_are_kept_whole_and_shown_short(start, capsys):
+    run = start(unit="update")
+    query = "[r/a] [/b] \x1b[31m\n" + "word " * 200
+    rows = [{"query": query, "response": f"summary {i}", "score": i / 7} for i in range(5)]
+    run.samples(3, rows)
+    out = capsys.readouterr().out
+    assert "samples at update 3" in out and "[r/a] [/b]" in out and "\x1b" not in out
+    assert "summary 2" in out and "summary 3" not in out
+    kept = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
+    assert kept == [{"step": 3} | row for row in rows]
+
+
+def test_progress_off_a_terminal_is_a_line_every_ten_seconds_and_silent_for_short_work(start, clock, capsys):
+    run = start()
+    capsys.readouterr()
+
+    def work(count):
+        for i in run.progress(range(count), what="scoring"):
+            clock.now += 1
+            assert i < count
+
+    work(2)
+    assert capsys.readouterr().out == ""
+    work(20)
+    assert capsys.readouterr().out.splitlines() == [
+        "scoring 2/20 | ETA 0:18",
+        "scoring 12/20 | ETA 0:08",
+        "scoring 20 done in 0:20",
+    ]
+    assert list(run.progress(iter("abc"))) == ["a", "b", "c"]
+
+
+def test_on_a_terminal_the_lines_stand_above_a_bar(start, capsys):
+    run = start(total_steps=3, unit="update")
+    run.interactive = True
+    for update in (1, 2, 3):
+        run.log(update, {"loss": 1.0})
+        list(run.progress(range(3)))
+    run.close()
+    out, err = capsys.readouterr()
+    assert "update 2/3 | loss 1 |" in out and "update 3/3 |" in err
+
+
+def test_a_character_that_the_console_cannot_show_does_not_end_the_run(start, tmp_path, monkeypatch):
+    run = start()
+    with open(tmp_path / "out", "w", encoding="latin-1") as console:
+        monkeypatch.setattr(sys, "stdout", console)
+        run.say("a smile \N{GRINNING FACE}")
+    assert (tmp_path / "out").read_text(encoding="latin-1") == "a smile ?\n"
+
+
+def test_leaving_with_an_error_does_not_say_done(tmp_path, capsys):
+    with pytest.raises(RuntimeError), Run("ppo", CONFIG, root=tmp_path):
+        raise RuntimeError
+    assert "done" not in capsys.readouterr().out
+
+
+def test_under_a_pipe_every_line_arrives_whole_and_at_once(tmp_path):
+    script = f"""
+import os, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from test_run import Config
+from nanorlhf.run import Run
+with Run("ppo", Config(), total_steps=2, unit="update", root={str(tmp_path)!r}) as run:
+    for update in run.progress([1, 2]):
+        run.log(update, {{"loss": 0.5}})
+    os._exit(3)  # a kill: what was not flushed is lost
+"""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["preset", "device", "folder", "update", "update"]
+    assert lines[-1].startswith("update 2/2 | loss 0.5 |") and "\r" not in done.stdout and done.stderr == ""
+    assert len(read_metrics(tmp_path / "ppo")) == 2
+
+
+# -- device and dtype
+
+
+def test_auto_takes_cuda_in_bfloat16_where_there_is_one_and_else_the_cpu_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu") and pick_dtype("auto", torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device("auto") == torch.device("cuda") and pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    with pytest.raises(UserError, match="device cuda:1 is not among the 1 CUDA devices here"):
+        pick_device("cuda:1")
+
+
+def test_a_device_or_dtype_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="among the 0 CUDA devices"):
+        pick_device("cuda")
+    with pytest.raises(UserError, match="device gpu is not auto, cpu, cuda"):
+        pick_device("gpu")
+    with pytest.raises(UserError, match="dtype float16 is not auto, float32 or bfloat16"):
+        pick_dtype("float16", torch.device("cpu"))

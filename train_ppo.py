@@ -1,0 +1,275 @@
+"""Stage 3 of 3: PPO. The SFT model learns to write summaries that the reward model scores higher, without leaving itself too far.
+
+    python train_ppo.py                                    the embedded tiny world on a laptop, Llama-3.2-1B on a large GPU
+    python train_ppo.py --batch_size 128 --lr 1.5e-6       the recipe of the llama-1b preset, spelled out
+    python train_ppo.py --help                             every flag, with the paper's values
+
+Reads the SFT model, the reward model and TL;DR posts; writes runs/ppo/final (the policy) and runs/ppo/final_critic. The steps,
+numbered as in the code:
+
+    1. read posts: queries only, the policy writes the responses
+    2. load four models: policy and reference (both the SFT model), critic and reward model (both the reward model)
+    then for each update:
+    3. rollout: sample R tokens for each query at temperature 0.7
+    4. score: log-probs under policy and reference, values, and one score a response
+    5. rewards and advantages: KL penalty a token, score at the end, GAE, whitening
+    6. learn: several epochs over the batch with clipped policy and value losses, one AdamW over policy and critic
+    7. log
+
+N+ details 20 to 25; the arithmetic is in nanorlhf/ppo.py. Left out: adaptive KL, entropy bonus, several GPUs. Next: eval.py.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on a shared CPU, threads that spin while waiting cost 5x
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanorlhf import ppo
+from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_scalar, load_state, save_policy, save_scalar, save_state
+from nanorlhf.config import check, cli
+from nanorlhf.inputs import find_data, find_model
+from nanorlhf.metrics import title_copy
+from nanorlhf.models import critic_from, parameter_count
+from nanorlhf.optim import SCHEDULES, AdamW
+from nanorlhf.packing import in_microbatches, pack, split_by_tokens
+from nanorlhf.preflight import preflight
+from nanorlhf.rollout import generate, read_responses
+from nanorlhf.run import Run
+from nanorlhf.tiny import gold
+from nanorlhf.tldr import batch_indices, encode_posts, load_posts
+from nanorlhf.tokenizer import check_matches, load_tokenizer
+
+
+@dataclass
+class Config:
+    # -- run
+    preset: str = "auto"  # auto, llama-1b, paper or tiny: which of the three sets of defaults below
+    run_name: str = "ppo"  # folder under runs/
+    overwrite: bool = False  # delete an earlier run of this name first
+    resume: bool = False  # continue this run from its last checkpoint
+    seed: int = 1  # order of the data, sampling, order of minibatches
+    device: str = "auto"  # auto, cpu, cuda or cuda:<number>
+    dtype: str = "auto"  # of weights and activations: bfloat16 on CUDA, float32 on CPU; masters and all of PPO's arithmetic are float32
+    track: bool = False  # mirror the metrics to Weights & Biases
+    # -- inputs
+    sft_model: str | None = None  # Hugging Face folder of the SFT model: policy and reference
+    reward_model: str | None = None  # Hugging Face folder of the reward model: reward model and critic
+    data: str | None = None  # folder with tldr/train.jsonl in OpenAI's format
+    max_query_length: int = 512  # tokens; longer posts lose their last lines (N+ detail 2)
+    # -- rollout (N+ detail 23)
+    response_length: int = 53  # R, tokens sampled for every query, EOS or not
+    temperature: float = 0.7  # of sampling, and of every log-prob, KL and ratio
+    # -- episodes (N+ details 20 and 21)
+    batch_size: int = 128  # episodes an update [paper: 512]
+    total_episodes: int = 116_722  # one pass over the posts [paper: 1,000,000]; the posts are reshuffled when used up
+    max_updates: int | None = None  # updates, if fewer; the schedule is that of the shorter run
+    num_ppo_epochs: int = 4  # K, passes over a batch
+    num_minibatches: int = 1  # optimizer steps an epoch; divides batch_size
+    microbatch_tokens: int = 16384  # tokens a forward and backward pass: bounds memory, changes no gradient
+    # -- optimisation
+    lr: float = 1.5e-6  # peak learning rate of policy and critic [paper: 3e-6 at batch 512]
+    lr_schedule: str = "linear"  # linear, cosine (both to 0) or constant; stepped once an update
+    max_grad_norm: float | None = None  # clip the gradient's norm [paper: no clipping]
+    # -- PPO (Table 7)
+    kl_coef: float = 0.05  # beta, nats to reward
+    gamma: float = 1.0  # discount
+    lam: float = 0.95  # GAE's lambda
+    cliprange: float = 0.2  # epsilon of the policy ratio
+    cliprange_value: float = 0.2  # of the value, in units of the score
+    vf_coef: float = 0.1  # weight of the value loss
+    whiten_rewards: bool = False  # scale rewards to unit variance (N+ detail 24: off in the released runs)
+    missing_eos_score: float = -1.0  # the score of a response that does not stop (N+ detail 23.3)
+    # -- logging and saving
+    sample_every: int = 50  # updates between tables of samples; 0 for none
+    save_every: int = 100  # updates between checkpoints that --resume can use; 0 for none
+    preflight: bool = True  # check ratio = 1, KL = 0 and V(after EOS) = score before the first update
+
+
+PRESETS = {
+    "llama-1b": {},
+    "paper": dict(batch_size=512, lr=3e-6, total_episodes=1_000_000),
+    # Sizes of the tiny world, and three departures: a learning rate for a model a thousand times smaller; kl_coef 0.2, because its
+    # reward model is easier to fool (at 0.02 the true quality peaks early and falls); gradient clipping, against single large steps.
+    "tiny": dict(lr=2e-4, kl_coef=0.2, max_grad_norm=1.0, total_episodes=3072, max_query_length=104, response_length=32, microbatch_tokens=4096,
+                 sample_every=8, save_every=8),
+}  # fmt: skip
+
+
+def main(cfg: Config) -> None:
+    check(cfg.lr > 0, "lr", cfg.lr, "greater than 0")
+    check(cfg.temperature > 0, "temperature", cfg.temperature, "greater than 0", "choose 0.7")
+    check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
+    check(cfg.response_length > 1, "response_length", cfg.response_length, "at least 2")
+    divides = cfg.num_minibatches > 0 and cfg.batch_size % cfg.num_minibatches == 0
+    check(divides, "batch_size", cfg.batch_size, f"a multiple of num_minibatches {cfg.num_minibatches}")
+    total_updates = cfg.total_episodes // cfg.batch_size
+    total_updates = min(total_updates, cfg.max_updates or total_updates)
+    check(total_updates > 0, "batch_size", cfg.batch_size, f"at most total_episodes {cfg.total_episodes}")
+
+    # 1. posts
+    data, data_from = find_data(cfg.data, cfg.preset)
+    sft_folder, sft_from = find_model("sft", cfg.sft_model, "sft_model", cfg.preset)
+    rm_folder, rm_from = find_model("rm", cfg.reward_model, "reward_model", cfg.preset)
+    tokenizer = load_tokenizer(sft_folder)
+    posts = load_posts(data, "train")
+    knows_gold = posts[0].id.startswith("tiny-")  # in the tiny world the true quality of a summary is known
+    eos_id, R = tokenizer.eos_id, cfg.response_length
+
+    show = ["objective/scores", "objective/kl", *["objective/gold"] * knows_gold, "val/eos_rate", "policy/clipfrac_avg"]
+    with Run("ppo", cfg, total_steps=total_updates, unit="update", show=show, kernels="torch") as run:
+        run.say(f"data    {data} ({data_from}): {len(posts):,} posts")
+        queries, _ = encode_posts(run.progress(posts, what="encoding posts"), tokenizer, cfg.max_query_length)
+
+        # 2. models
+        policy = load_policy(sft_folder, run.device, run.dtype)
+        reference = load_policy(sft_folder, run.device, run.dtype).requires_grad_(False)
+        reward_model = load_scalar(rm_folder, run.device, run.dtype).requires_grad_(False)
+        critic = critic_from(reward_model).requires_grad_(True)
+        check_matches(tokenizer, policy.config.vocab_size)
+        check_matches(tokenizer, reward_model.config.vocab_size)
+        optimizer = AdamW([policy, critic], lr=cfg.lr)
+        run.say(f"models  policy and reference {sft_folder} ({sft_from}); critic and reward model {rm_folder} ({rm_from})")
+        run.say(f"        2 x {parameter_count(policy):,} + 2 x {parameter_count(critic):,} parameters")
+        run.say(f"plan    {total_updates} updates of {cfg.batch_size} episodes, {cfg.num_ppo_epochs * cfg.num_minibatches} optimizer steps each")
+        if cfg.preset == "tiny" and cfg.lr < 0.1 * PRESETS["tiny"]["lr"]:
+            run.say(f"note    lr {cfg.lr:g} is that of a large model: at the tiny preset's {PRESETS['tiny']['lr']:g} this policy learns, at yours it hardly moves")
+        start = 0
+        if cfg.resume and (checkpoint := latest_checkpoint(run.folder)):
+            tensors, state = load_state(checkpoint)
+            optimizer.load_state(tensors)
+            start = state["update"]
+            run.truncate_metrics(start)
+            run.say(f"resumed from {checkpoint}")
+
+        for update in range(start, total_updates):
+            lr = SCHEDULES[cfg.lr_schedule](update, total_updates, cfg.lr)
+            began = time.monotonic()
+
+            # 3. rollout
+            batch = batch_indices(len(queries), cfg.batch_size, cfg.seed, update)  # (B,)
+            episodes = [update * cfg.batch_size + i for i in range(cfg.batch_size)]
+            batch_queries = [queries[i] for i in batch]
+            responses, _ = generate(policy, batch_queries, R, cfg.temperature, cfg.seed, episodes)  # (B, R)
+            summaries = read_responses(tokenizer, responses)
+            rolled_out = time.monotonic()
+
+            # 4. score: policy, reference and critic read all R tokens, the reward model what people see
+            sequences = [query + response for query, response in zip(batch_queries, responses.tolist(), strict=True)]
+            finished = [query + response[: s.tokens] for query, response, s in zip(batch_queries, responses.tolist(), summaries, strict=True)]
+            with torch.no_grad():
+                def logprobs_of(model, microbatch_tokens=cfg.microbatch_tokens):  # (B, R)
+                    forward = lambda packed, group: model.response_logprobs(packed, responses[group], cfg.temperature)[0]  # noqa: E731
+                    return in_microbatches(forward, sequences, microbatch_tokens, run.device)
+
+                logprobs, ref_logprobs = logprobs_of(policy), logprobs_of(reference)  # (B, R) each
+                values = in_microbatches(lambda packed, group: critic.response_values(packed, R), sequences, cfg.microbatch_tokens, run.device)
+                raw_scores = in_microbatches(lambda packed, group: reward_model.last_scores(packed), finished, cfg.microbatch_tokens, run.device)
+            action_mask, value_mask = ppo.action_mask(responses, eos_id), ppo.value_mask(responses, eos_id)  # (B, R) each
+            checked = {}
+            if cfg.preflight and update == 0:
+                with torch.no_grad():
+                    new_logprobs = logprobs_of(policy, cfg.microbatch_tokens // 2)  # other microbatches: they must not matter
+                checked = preflight(logprobs=logprobs, ref_logprobs=ref_logprobs, new_logprobs=new_logprobs, values=values, scores=raw_scores,
+                                    mask=action_mask, dtype=run.dtype)  # fmt: skip
+                run.say("pre-flight: " + ", ".join(f"{name.removeprefix('preflight/')} {value:.6f}" for name, value in checked.items()))
+            scored = time.monotonic()
+
+            # 5. rewards and advantages
+            scores = ppo.apply_missing_eos(raw_scores, responses, eos_id, cfg.missing_eos_score)  # (B,)
+            kl = torch.where(action_mask, logprobs - ref_logprobs, 0.0)  # (B, R), the k1 estimator: single tokens may be negative
+            values = torch.where(value_mask, values, 0.0)
+            rewards = ppo.token_rewards(scores, kl, responses, eos_id, cfg.kl_coef)  # (B, R)
+            if cfg.whiten_rewards:
+                rewards = ppo.masked_whiten(rewards, value_mask, shift_mean=False)
+            advantages, returns = ppo.gae(rewards, values, cfg.gamma, cfg.lam)  # (B, R) each
+            raw_advantages = advantages
+            advantages = ppo.masked_whiten(advantages, action_mask)
+
+            # 6. learn
+            totals = defaultdict(float)
+            minibatch_size = cfg.batch_size // cfg.num_minibatches
+            for epoch in range(cfg.num_ppo_epochs):
+                order = np.random.default_rng([cfg.seed, update, epoch]).permutation(cfg.batch_size)
+                for minibatch in order.reshape(cfg.num_minibatches, minibatch_size):
+                    actions, states = action_mask[minibatch].sum(), value_mask[minibatch].sum()  # denominators of the two losses
+                    for group in split_by_tokens([len(sequences[i]) for i in minibatch], cfg.microbatch_tokens):
+                        rows = minibatch[group]
+                        packed = pack([sequences[i] for i in rows], run.device)
+                        new_logprobs, entropy = policy.response_logprobs(packed, responses[rows], cfg.temperature)  # (b, R) each
+                        policy_loss, policy_stats = ppo.policy_loss(new_logprobs, logprobs[rows], advantages[rows], action_mask[rows], cfg.cliprange, actions)
+                        policy_loss.backward()
+                        new_values = critic.response_values(packed, R)  # (b, R)
+                        value_loss, value_stats = ppo.value_loss(new_values, values[rows], returns[rows], value_mask[rows], cfg.cliprange_value, states)
+                        (cfg.vf_coef * value_loss).backward()
+
+                        mask, share = action_mask[rows], len(rows) / minibatch_size
+                        totals["loss/policy_avg"] += policy_loss.detach()
+                        totals["loss/value_avg"] += value_loss.detach()
+                        totals["policy/approxkl_avg"] += policy_stats["approxkl"]
+                        totals["policy/clipfrac_avg"] += policy_stats["clipfrac"]
+                        totals["policy/entropy_avg"] += torch.where(mask, entropy.detach(), 0.0).sum() / actions
+                        totals["policy/entropy_avg_paper"] += share * entropy.detach().mean()
+                        totals["val/ratio"] += policy_stats["ratio"]
+                        totals["val/ratio_squared"] += policy_stats["ratio_squared"]
+                        totals["val/clipfrac_avg"] += value_stats["clipfrac"]
+                    totals["grad_norm"] += optimizer.step(lr, cfg.max_grad_norm)
+            learned = time.monotonic()
+
+            # 7. log: sums over a response are in nats, averaged over the batch
+            metrics = {name: (total / (cfg.num_ppo_epochs * cfg.num_minibatches)).item() for name, total in totals.items()}
+            metrics["val/ratio_var"] = metrics.pop("val/ratio_squared") - metrics["val/ratio"] ** 2
+            counted = action_mask.float().mean().item()  # the paper's code averages these over padding too, where they are 0 (ratio: 1)
+            metrics["policy/approxkl_avg_paper"] = metrics["policy/approxkl_avg"] * counted
+            metrics["policy/clipfrac_avg_paper"] = metrics["policy/clipfrac_avg"] * counted
+            metrics["val/ratio_paper"] = metrics["val/ratio"] * counted + 1 - counted
+            non_score_reward = -cfg.kl_coef * kl.sum(1).mean()
+            surprise = torch.where(action_mask, -logprobs, 0.0).sum(1).mean()
+            state_returns, state_errors = returns[value_mask], (returns - values)[value_mask]
+            metrics |= {
+                "objective/kl": kl.sum(1).mean(),
+                "objective/entropy": surprise,
+                "objective/entropy_paper": surprise - (~action_mask).float().sum(1).mean(),  # there -1 for each padded slot
+                "objective/non_score_reward": non_score_reward,
+                "objective/scores": scores.mean(),
+                "objective/rlhf_reward": scores.mean() + non_score_reward,
+                "objective/scores_std": scores.std(),
+                "val/num_eos_tokens": sum(s.has_eos for s in summaries),
+                "val/eos_rate": sum(s.has_eos for s in summaries) / cfg.batch_size,
+                "returns_mean": state_returns.mean(),
+                "values_mean": values[value_mask].mean(),
+                "explained_variance": 1 - state_errors.var() / state_returns.var(),
+                "advantages_max": raw_advantages[action_mask].max(),
+                "hack/length": np.mean([len(s.text.split()) for s in summaries]),
+                "hack/title_copy": np.nanmean([title_copy(s.text, posts[i].title) for s, i in zip(summaries, batch, strict=True)]),
+                "lr": lr,
+                "episode": (update + 1) * cfg.batch_size,
+                "time/rollout": rolled_out - began,
+                "time/score": scored - rolled_out,
+                "time/learn": learned - scored,
+                "perf/tokens_per_s": sum(len(s) for s in sequences) / (learned - began),
+                **checked,
+            }
+            if run.device.type == "cuda":
+                metrics["perf/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            if knows_gold:
+                metrics["objective/gold"] = np.mean([gold.judge(posts[i].id, s.text) for s, i in zip(summaries, batch, strict=True)])
+            run.log(update + 1, metrics)
+            if cfg.sample_every and (update + 1) % cfg.sample_every == 0:
+                shown = zip(batch, summaries, scores.tolist(), kl.sum(1).tolist(), strict=True)
+                run.samples(update + 1, [{"title": posts[i].title, "post": posts[i].post, "response": s.text, "score": score, "kl": nats} for i, s, score, nats in shown])
+            if cfg.save_every and (update + 1) % cfg.save_every == 0 and update + 1 < total_updates:
+                save_state(run.folder / "checkpoints" / f"step_{update + 1}", optimizer.state(), {"update": update + 1})
+
+        save_policy(policy, run.folder / "final", tokenizer)
+        save_scalar(critic, run.folder / "final_critic", tokenizer)
+        run.say(f"policy  saved to {run.folder / 'final'}; next: python eval.py")
+
+
+if __name__ == "__main__":
+    cli(main, Config, PRESETS, __doc__)

@@ -1,0 +1,186 @@
+"""Stage 2 of 3: the reward model. The SFT model learns to score summaries so that people's choices become likely.
+
+    python train_rm.py                     the embedded tiny world on a laptop, Llama-3.2-1B on a large GPU
+    python train_rm.py --help              every flag
+
+Reads the SFT model, comparisons and TL;DR posts; writes runs/rm/final, a Hugging Face folder. The steps, numbered as in the code:
+
+    1. read comparisons: a post, the summary a person chose, the one they rejected
+    2. start from the SFT model's trunk with a new linear head, drawn from N(0, 1/sqrt(D+1))
+    3. for each batch: score both summaries at their EOS in one forward pass, Bradley-Terry loss, one AdamW step
+    4. shift the scores so that the authors' own summaries of the SFT set have mean 0
+    5. measure accuracy on held-out comparisons, by batch, split and confidence
+    6. save
+
+Bradley-Terry sees differences only, so the level of the scores is arbitrary until step 4, which PPO depends on: a response
+without EOS is given -1, and the critic starts as this model (N+ details 10 to 16). Left out: margins, ensembles. Next: train_ppo.py.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on a shared CPU, threads that spin while waiting cost 5x
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_state, save_scalar, save_state
+from nanorlhf.config import check, cli
+from nanorlhf.inputs import find_data, find_model
+from nanorlhf.losses import bradley_terry_loss, pair_accuracy
+from nanorlhf.models import ScalarModel, parameter_count, reward_model_from
+from nanorlhf.optim import SCHEDULES, AdamW
+from nanorlhf.packing import pack, split_by_tokens
+from nanorlhf.run import Run
+from nanorlhf.tldr import Comparison, ComparisonStats, batch_indices, encode_comparisons, encode_posts, load_comparisons, load_posts
+from nanorlhf.tokenizer import check_matches, load_tokenizer
+
+
+@dataclass
+class Config:
+    # -- run
+    preset: str = "auto"  # auto, llama-1b, paper or tiny: which of the three sets of defaults below
+    run_name: str = "rm"  # folder under runs/
+    overwrite: bool = False  # delete an earlier run of this name first
+    resume: bool = False  # continue this run from its last checkpoint
+    seed: int = 1  # order of the data, initial head
+    device: str = "auto"  # auto, cpu, cuda or cuda:<number>
+    dtype: str = "auto"  # of weights and activations: bfloat16 on CUDA, float32 on CPU; masters and losses are float32
+    track: bool = False  # mirror the metrics to Weights & Biases
+    # -- inputs
+    sft_model: str | None = None  # Hugging Face folder of the SFT model
+    data: str | None = None  # folder with comparisons/batch*.json and tldr/train.jsonl in OpenAI's formats
+    max_query_length: int = 512  # tokens; longer posts lose their last lines (N+ detail 2)
+    # -- optimisation (N+ detail 10)
+    lr: float = 3e-6  # peak learning rate
+    lr_schedule: str = "cosine"  # cosine, linear (both to 0) or constant; stepped once an optimizer step
+    batch_size: int = 64  # pairs an optimizer step
+    num_epochs: int = 1  # passes over the comparisons; the last incomplete batch is dropped
+    max_updates: int | None = None  # optimizer steps, if fewer
+    max_grad_norm: float | None = None  # clip the gradient's norm [paper: no clipping]
+    microbatch_tokens: int = 16384  # tokens a forward and backward pass: bounds memory, changes no gradient
+    # -- evaluation and saving
+    shift_posts: int = 116_722  # SFT posts whose references are given mean score 0 (N+ detail 15: all)
+    eval_pairs: int = 100_000  # held-out comparisons for the accuracy, at most
+    save_every: int = 200  # optimizer steps between checkpoints that --resume can use; 0 for none
+
+
+PRESETS = {
+    "llama-1b": {},
+    "paper": {},
+    # The tiny model is a thousand times smaller, so its learning rate is several hundred times larger; the rest is the sizes of its world.
+    "tiny": dict(lr=1.5e-3, max_grad_norm=1.0, max_query_length=104, microbatch_tokens=4096, shift_posts=1024, eval_pairs=1024, save_every=80),
+}  # fmt: skip
+
+
+@torch.no_grad()
+def score(model: ScalarModel, sequences: list[list[int]], microbatch_tokens: int, progress) -> torch.Tensor:
+    """Scores of any number of sequences, (n,) fp32, a microbatch at a time."""
+    groups = split_by_tokens([len(s) for s in sequences], microbatch_tokens)
+    return torch.cat([model.scores([sequences[i] for i in group]) for group in progress(groups, what="scoring")])
+
+
+def accuracy_by(comparisons: list[Comparison], correct: list[bool]) -> dict[str, float]:
+    """Accuracy overall and by split, batch and confidence (N+ detail 16), under the published runs' names."""
+    groups = defaultdict(list)
+    for comparison, hit in zip(comparisons, correct, strict=True):
+        for key in ("", f"/split/{comparison.split}", f"/batch/{comparison.batch}", f"/confidence/{comparison.confidence}"):
+            groups[f"eval/rm/validation/accuracy{key}"].append(hit)
+    return {name: sum(hits) / len(hits) for name, hits in groups.items()}
+
+
+def main(cfg: Config) -> None:
+    check(cfg.lr > 0, "lr", cfg.lr, "greater than 0")
+    check(cfg.batch_size > 0, "batch_size", cfg.batch_size, "at least 1")
+    check(cfg.shift_posts > 0, "shift_posts", cfg.shift_posts, "at least 1")
+    check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
+
+    # 1. comparisons
+    data, data_from = find_data(cfg.data, cfg.preset)
+    folder, sft_from = find_model("sft", cfg.sft_model, "sft_model", cfg.preset)
+    tokenizer = load_tokenizer(folder)
+    stats = ComparisonStats()
+    train, valid = load_comparisons(data, "train", stats), load_comparisons(data, "valid")[: cfg.eval_pairs]
+    total_steps = cfg.num_epochs * (len(train) // cfg.batch_size)
+    total_steps = min(total_steps, cfg.max_updates or total_steps)
+    check(total_steps > 0, "batch_size", cfg.batch_size, f"at most the {len(train)} comparisons of {data}")
+
+    show = ["train/rm/loss", "train/rm/accuracy", "train/rm/margin", "lr", "perf/tokens_per_s"]
+    with Run("rm", cfg, total_steps=total_steps, show=show, kernels="torch") as run:
+        run.say(f"data    {data} ({data_from}): {stats}; {len(valid):,} held out")
+        queries, chosen, rejected = encode_comparisons(run.progress(train, what="encoding comparisons"), tokenizer, cfg.max_query_length)
+
+        # 2. model and optimizer
+        policy = load_policy(folder, run.device)
+        check_matches(tokenizer, policy.config.vocab_size)
+        model = reward_model_from(policy, cfg.seed).to(run.dtype)
+        del policy
+        optimizer = AdamW([model], lr=cfg.lr)
+        run.say(f"model   {folder} ({sft_from}): {parameter_count(model):,} parameters")
+        run.say(f"plan    {total_steps} steps of {cfg.batch_size} pairs")
+        step = 0
+        if cfg.resume and (checkpoint := latest_checkpoint(run.folder)):
+            tensors, state = load_state(checkpoint)
+            optimizer.load_state(tensors)
+            step = state["step"]
+            run.truncate_metrics(step)
+            run.say(f"resumed from {checkpoint}")
+
+        # 3. train
+        while step < total_steps:
+            began = time.monotonic()
+            lr = SCHEDULES[cfg.lr_schedule](step, total_steps, cfg.lr)
+            batch = batch_indices(len(train), cfg.batch_size, cfg.seed, step)
+            pairs = [(queries[i] + chosen[i], queries[i] + rejected[i]) for i in batch]
+            totals = defaultdict(float)
+            for group in split_by_tokens([len(a) + len(b) for a, b in pairs], cfg.microbatch_tokens):
+                packed = pack([pairs[i][0] for i in group] + [pairs[i][1] for i in group], run.device)
+                chosen_scores, rejected_scores = model.last_scores(packed).chunk(2)  # (b,) each, read at EOS
+                share = len(group) / cfg.batch_size  # microbatches add up to the mean over the batch
+                loss = share * bradley_terry_loss(chosen_scores, rejected_scores)
+                loss.backward()
+                totals["train/rm/loss"] += loss.detach()
+                totals["train/rm/accuracy"] += share * pair_accuracy(chosen_scores, rejected_scores)
+                totals["train/rm/chosen_scores"] += share * chosen_scores.detach().mean()
+                totals["train/rm/rejected_scores"] += share * rejected_scores.detach().mean()
+            grad_norm = optimizer.step(lr, cfg.max_grad_norm)
+            step += 1
+            margin = totals["train/rm/chosen_scores"] - totals["train/rm/rejected_scores"]
+            tokens = sum(len(a) + len(b) for a, b in pairs)
+            speed = {"perf/tokens_per_s": tokens / (time.monotonic() - began)}
+            more = {"train/rm/margin": margin, "lr": lr, "grad_norm": grad_norm, "episode": step * cfg.batch_size}
+            run.log(step, totals | more | speed)
+            if cfg.save_every and step % cfg.save_every == 0 and step < total_steps:
+                save_state(run.folder / "checkpoints" / f"step_{step}", optimizer.state(), {"step": step})
+
+        # 4. shift: the authors' summaries get mean 0
+        posts = load_posts(data, "train")[: cfg.shift_posts]
+        references = [q + r for q, r in zip(*encode_posts(posts, tokenizer, cfg.max_query_length), strict=True)]
+        reference_scores = score(model, references, cfg.microbatch_tokens, run.progress)
+        model.score_shift = reference_scores.mean().item()
+
+        # 5. accuracy on held-out comparisons
+        queries, chosen, rejected = encode_comparisons(valid, tokenizer, cfg.max_query_length)
+        chosen_scores, rejected_scores = (
+            score(model, [q + r for q, r in zip(queries, side, strict=True)], cfg.microbatch_tokens, run.progress) for side in (chosen, rejected)
+        )
+        longer = sum(len(c) > len(r) for c, r in zip(chosen, rejected, strict=True)) / len(valid)
+        metrics = accuracy_by(valid, (chosen_scores > rejected_scores).tolist()) | {
+            "eval/rm/validation/accuracy_longer_wins": longer,  # the baseline that knows only length
+            "eval/rm/reference_mean_before_shift": model.score_shift,
+            "eval/rm/reference_std": reference_scores.std().item(),
+        }
+        run.show = ["eval/rm/validation/accuracy", "eval/rm/validation/accuracy_longer_wins", "eval/rm/reference_std"]
+        run.log(total_steps, metrics)
+        scored = zip(valid, chosen_scores.tolist(), rejected_scores.tolist(), strict=True)
+        run.samples(total_steps, [{"post": c.post.post, "chosen": c.chosen, "chosen_score": a, "rejected": c.rejected, "rejected_score": b} for c, a, b in scored])
+
+        # 6. save
+        save_scalar(model, run.folder / "final", tokenizer)
+        run.say(f"model   saved to {run.folder / 'final'}; next: python train_ppo.py")
+
+
+if __name__ == "__main__":
+    cli(main, Config, PRESETS, __doc__)

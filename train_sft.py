@@ -1,0 +1,160 @@
+"""Stage 1 of 3: supervised fine-tuning (SFT). A base model learns to follow a Reddit post by its author's own summary.
+
+    python train_sft.py                    the embedded tiny world on a laptop, Llama-3.2-1B on a large GPU
+    python train_sft.py --help             every flag
+
+Reads a base model and TL;DR posts; writes runs/sft/final, a Hugging Face folder. The steps, numbered as in the code:
+
+    1. read posts: query "SUBREDDIT: r/... TITLE: ... POST: ... TL;DR:" and response " summary<EOS>", as token ids
+    2. load the base model
+    3. for each batch: pack queries with their responses, next-token cross-entropy on all tokens, one AdamW step
+    4. measure on held-out posts: loss, ROUGE of generated summaries, share that stop
+    5. save
+
+The loss counts the query's tokens too, as in the paper (N+ detail 9); there is no dropout, no warm-up and no gradient clipping
+in the paper's recipe. Left out: LoRA, several GPUs, sequence packing across the attention mask. Next: train_rm.py.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on a shared CPU, threads that spin while waiting cost 5x
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from kernels import linear_cross_entropy
+from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_state, save_policy, save_state
+from nanorlhf.config import check, cli
+from nanorlhf.inputs import find_data, find_model
+from nanorlhf.losses import next_token_labels, sequence_mean_weights
+from nanorlhf.metrics import rouge
+from nanorlhf.models import parameter_count
+from nanorlhf.optim import SCHEDULES, AdamW
+from nanorlhf.packing import pack, split_by_tokens
+from nanorlhf.rollout import summarise
+from nanorlhf.run import Run
+from nanorlhf.tldr import batch_indices, describe, encode_posts, load_posts
+from nanorlhf.tokenizer import check_matches, load_tokenizer
+
+
+@dataclass
+class Config:
+    # -- run
+    preset: str = "auto"  # auto, llama-1b, paper or tiny: which of the three sets of defaults below
+    run_name: str = "sft"  # folder under runs/
+    overwrite: bool = False  # delete an earlier run of this name first
+    resume: bool = False  # continue this run from its last checkpoint
+    seed: int = 1  # order of the data
+    device: str = "auto"  # auto, cpu, cuda or cuda:<number>
+    dtype: str = "auto"  # of weights and activations: bfloat16 on CUDA, float32 on CPU; masters and losses are float32
+    track: bool = False  # mirror the metrics to Weights & Biases
+    # -- inputs
+    model: str | None = None  # Hugging Face folder of the base model
+    data: str | None = None  # folder with tldr/{train,valid}.jsonl in OpenAI's format
+    max_query_length: int = 512  # tokens; longer posts lose their last lines (N+ detail 2)
+    response_length: int = 53  # tokens sampled in the evaluation, EOS included (N+ detail 4)
+    # -- optimisation (N+ detail 9)
+    lr: float = 3e-6  # peak learning rate
+    lr_schedule: str = "cosine"  # cosine, linear (both to 0) or constant; stepped once an optimizer step
+    batch_size: int = 128  # posts an optimizer step
+    num_epochs: int = 1  # passes over the posts; the last incomplete batch is dropped
+    max_updates: int | None = None  # optimizer steps, if fewer
+    max_grad_norm: float | None = None  # clip the gradient's norm [paper: no clipping]
+    microbatch_tokens: int = 16384  # tokens a forward and backward pass: bounds memory, changes no gradient
+    # -- evaluation and saving
+    eval_posts: int = 512  # held-out posts for loss and ROUGE after training
+    eval_temperature: float = 0.01  # of the generated summaries (N+ section 5.1)
+    save_every: int = 200  # optimizer steps between checkpoints that --resume can use; 0 for none
+
+
+PRESETS = {
+    "llama-1b": {},
+    "paper": {},
+    # The tiny model is a thousand times smaller, so its learning rate is several hundred times larger. batch_size keeps the number
+    # of steps near 100; the rest is the sizes of its world.
+    "tiny": dict(lr=2e-3, batch_size=64, max_updates=96, max_grad_norm=1.0, max_query_length=104, response_length=32, microbatch_tokens=4096,
+                 eval_posts=256, save_every=48),
+}  # fmt: skip
+
+
+def main(cfg: Config) -> None:
+    check(cfg.lr > 0, "lr", cfg.lr, "greater than 0")
+    check(cfg.batch_size > 0, "batch_size", cfg.batch_size, "at least 1")
+    check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
+
+    # 1. posts
+    data, data_from = find_data(cfg.data, cfg.preset)
+    folder, model_from = find_model("base", cfg.model, "model", cfg.preset)
+    tokenizer = load_tokenizer(folder)
+    train, valid = load_posts(data, "train"), load_posts(data, "valid")[: cfg.eval_posts]
+    total_steps = cfg.num_epochs * (len(train) // cfg.batch_size)
+    total_steps = min(total_steps, cfg.max_updates or total_steps)
+    check(total_steps > 0, "batch_size", cfg.batch_size, f"at most the {len(train)} posts of {data}")
+
+    with Run("sft", cfg, total_steps=total_steps, show=["train/sft/loss", "lr", "perf/tokens_per_s"], kernels="torch") as run:
+        run.say(f"data    {data} ({data_from}): {len(train):,} posts, {len(valid):,} held out")
+        queries, responses = encode_posts(run.progress(train, what="encoding posts"), tokenizer, cfg.max_query_length)
+        lengths = describe([len(response) for response in responses], cfg.response_length)
+        run.say(f"tokens  query mean {describe([len(q) for q in queries])['mean']:.0f}, response mean {lengths['mean']:.0f} max {lengths['max']:.0f}")
+
+        # 2. model and optimizer
+        policy = load_policy(folder, run.device, run.dtype)
+        check_matches(tokenizer, policy.config.vocab_size)
+        optimizer = AdamW([policy], lr=cfg.lr)
+        run.say(f"model   {folder} ({model_from}): {parameter_count(policy):,} parameters")
+        run.say(f"plan    {total_steps} steps of {cfg.batch_size} posts")
+        step = 0
+        if cfg.resume and (checkpoint := latest_checkpoint(run.folder)):
+            tensors, state = load_state(checkpoint)
+            optimizer.load_state(tensors)
+            step = state["step"]
+            run.truncate_metrics(step)
+            run.say(f"resumed from {checkpoint}")
+
+        # 3. train
+        while step < total_steps:
+            began = time.monotonic()
+            lr = SCHEDULES[cfg.lr_schedule](step, total_steps, cfg.lr)
+            batch = batch_indices(len(train), cfg.batch_size, cfg.seed, step)
+            sequences = [queries[i] + responses[i] for i in batch]  # ids are joined as they are, never encoded again
+            loss = torch.zeros((), device=run.device)
+            for group in split_by_tokens([len(s) for s in sequences], cfg.microbatch_tokens):
+                packed = pack([sequences[i] for i in group], run.device)
+                labels, counts = next_token_labels(packed)  # (N,), (N,)
+                weights = sequence_mean_weights(packed, counts, sequences=cfg.batch_size)  # (N,)
+                micro_loss = linear_cross_entropy(policy.hidden(packed), policy.head_weight, labels, weights)
+                micro_loss.backward()
+                loss += micro_loss.detach()
+            grad_norm = optimizer.step(lr, cfg.max_grad_norm)
+            step += 1
+            metrics = {"train/sft/loss": loss, "lr": lr, "grad_norm": grad_norm, "episode": step * cfg.batch_size}
+            tokens = sum(len(s) for s in sequences)
+            run.log(step, metrics | {"perf/tokens_per_s": tokens / (time.monotonic() - began)})
+            if cfg.save_every and step % cfg.save_every == 0 and step < total_steps:
+                save_state(run.folder / "checkpoints" / f"step_{step}", optimizer.state(), {"step": step})
+
+        # 4. measure on held-out posts
+        queries, references = encode_posts(valid, tokenizer, cfg.max_query_length)
+        valid_loss = 0.0
+        with torch.no_grad():
+            for group in split_by_tokens([len(q) + len(r) for q, r in zip(queries, references, strict=True)], cfg.microbatch_tokens):
+                packed = pack([queries[i] + references[i] for i in group], run.device)
+                labels, counts = next_token_labels(packed)
+                weights = sequence_mean_weights(packed, counts, sequences=len(valid))
+                valid_loss += linear_cross_entropy(policy.hidden(packed), policy.head_weight, labels, weights).item()
+        summaries = summarise(policy, tokenizer, queries, cfg.response_length, cfg.eval_temperature, seed=cfg.seed, progress=run.progress)
+        scores = rouge([s.text for s in summaries], [post.summary for post in valid])
+        metrics = {"validation/sft/loss": valid_loss} | {f"validation/sft/rouge/{name}": value for name, value in scores.items()}
+        metrics["validation/sft/eos_rate"] = sum(s.has_eos for s in summaries) / len(summaries)
+        run.log(total_steps, metrics)
+        run.samples(total_steps, [{"post": p.post, "reference": p.summary, "sft": s.text} for p, s in zip(valid, summaries, strict=True)])
+
+        # 5. save
+        save_policy(policy, run.folder / "final", tokenizer)
+        run.say(f"model   saved to {run.folder / 'final'}; next: python train_rm.py")
+
+
+if __name__ == "__main__":
+    cli(main, Config, PRESETS, __doc__)
