@@ -26,22 +26,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on a shared
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
-from nanorlhf import ppo
+from nanorlhf import monitor, ppo
 from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_scalar, load_state, save_policy, save_scalar, save_state
 from nanorlhf.config import check, cli
+from nanorlhf.device import peak_gib
 from nanorlhf.inputs import find_data, find_model
-from nanorlhf.metrics import title_copy
 from nanorlhf.models import critic_from, parameter_count
 from nanorlhf.optim import SCHEDULES, AdamW
 from nanorlhf.packing import in_microbatches, pack, split_by_tokens
 from nanorlhf.preflight import preflight
 from nanorlhf.rollout import generate, read_responses
 from nanorlhf.run import Run
-from nanorlhf.tiny import gold
 from nanorlhf.tldr import batch_indices, encode_posts, load_posts
 from nanorlhf.tokenizer import check_matches, load_tokenizer
 
@@ -118,10 +118,9 @@ def main(cfg: Config) -> None:
     rm_folder, rm_from = find_model("rm", cfg.reward_model, "reward_model", cfg.preset)
     tokenizer = load_tokenizer(sft_folder)
     posts = load_posts(data, "train")
-    knows_gold = posts[0].id.startswith("tiny-")  # in the tiny world the true quality of a summary is known
     eos_id, R = tokenizer.eos_id, cfg.response_length
 
-    show = ["objective/scores", "objective/kl", *["objective/gold"] * knows_gold, "val/eos_rate", "policy/clipfrac_avg"]
+    show = ["objective/scores", "objective/kl", "objective/gold", "val/eos_rate", "policy/clipfrac_avg"]
     with Run("ppo", cfg, total_steps=total_updates, unit="update", show=show, kernels="torch") as run:
         run.say(f"data    {data} ({data_from}): {len(posts):,} posts")
         queries, _ = encode_posts(run.progress(posts, what="encoding posts"), tokenizer, cfg.max_query_length)
@@ -140,12 +139,13 @@ def main(cfg: Config) -> None:
         if cfg.preset == "tiny" and cfg.lr < 0.1 * PRESETS["tiny"]["lr"]:
             run.say(f"note    lr {cfg.lr:g} is that of a large model: at the tiny preset's {PRESETS['tiny']['lr']:g} this policy learns, at yours it hardly moves")
         start = 0
-        if cfg.resume and (checkpoint := latest_checkpoint(run.folder)):
-            tensors, state = load_state(checkpoint)
-            optimizer.load_state(tensors)
-            start = state["update"]
+        if cfg.resume:
+            if checkpoint := latest_checkpoint(run.folder):
+                tensors, state = load_state(checkpoint)
+                optimizer.load_state(tensors)
+                start = state["update"]
             run.truncate_metrics(start)
-            run.say(f"resumed from {checkpoint}")
+            run.say(f"resumed from {checkpoint or 'the beginning: no checkpoint yet'}")
 
         for update in range(start, total_updates):
             lr = SCHEDULES[cfg.lr_schedule](update, total_updates, cfg.lr)
@@ -153,32 +153,23 @@ def main(cfg: Config) -> None:
 
             # 3. rollout
             batch = batch_indices(len(queries), cfg.batch_size, cfg.seed, update)  # (B,)
-            episodes = [update * cfg.batch_size + i for i in range(cfg.batch_size)]
-            batch_queries = [queries[i] for i in batch]
+            batch_posts, batch_queries = [posts[i] for i in batch], [queries[i] for i in batch]
+            episodes = list(range(update * cfg.batch_size, (update + 1) * cfg.batch_size))  # they name the sampling noise
             responses, _ = generate(policy, batch_queries, R, cfg.temperature, cfg.seed, episodes)  # (B, R)
             summaries = read_responses(tokenizer, responses)
-            rolled_out = time.monotonic()
+            time_rollout = time.monotonic() - began
 
-            # 4. score: policy, reference and critic read all R tokens, the reward model what people see
-            sequences = [query + response for query, response in zip(batch_queries, responses.tolist(), strict=True)]
-            finished = [query + response[: s.tokens] for query, response, s in zip(batch_queries, responses.tolist(), summaries, strict=True)]
-            with torch.no_grad():
-                def logprobs_of(model, microbatch_tokens=cfg.microbatch_tokens):  # (B, R)
-                    forward = lambda packed, group: model.response_logprobs(packed, responses[group], cfg.temperature)[0]  # noqa: E731
-                    return in_microbatches(forward, sequences, microbatch_tokens, run.device)
-
-                logprobs, ref_logprobs = logprobs_of(policy), logprobs_of(reference)  # (B, R) each
-                values = in_microbatches(lambda packed, group: critic.response_values(packed, R), sequences, cfg.microbatch_tokens, run.device)
-                raw_scores = in_microbatches(lambda packed, group: reward_model.last_scores(packed), finished, cfg.microbatch_tokens, run.device)
+            # 4. score: policy, reference and critic read all R tokens, the reward model only what people see
+            tokens = responses.tolist()
+            sequences = [query + response for query, response in zip(batch_queries, tokens, strict=True)]
+            finished = [query + response[: s.tokens] for query, response, s in zip(batch_queries, tokens, summaries, strict=True)]
+            forward = partial(in_microbatches, max_tokens=cfg.microbatch_tokens, device=run.device)
+            logprobs = forward(lambda packed, rows: policy.response_logprobs(packed, responses[rows], cfg.temperature)[0], sequences)
+            ref_logprobs = forward(lambda packed, rows: reference.response_logprobs(packed, responses[rows], cfg.temperature)[0], sequences)
+            values = forward(lambda packed, rows: critic.response_values(packed, R), sequences)  # (B, R), like the two above
+            raw_scores = forward(lambda packed, rows: reward_model.last_scores(packed), finished)  # (B,)
             action_mask, value_mask = ppo.action_mask(responses, eos_id), ppo.value_mask(responses, eos_id)  # (B, R) each
-            checked = {}
-            if cfg.preflight and update == 0:
-                with torch.no_grad():
-                    new_logprobs = logprobs_of(policy, cfg.microbatch_tokens // 2)  # other microbatches: they must not matter
-                checked = preflight(logprobs=logprobs, ref_logprobs=ref_logprobs, new_logprobs=new_logprobs, values=values, scores=raw_scores,
-                                    mask=action_mask, dtype=run.dtype)  # fmt: skip
-                run.say("pre-flight: " + ", ".join(f"{name.removeprefix('preflight/')} {value:.6f}" for name, value in checked.items()))
-            scored = time.monotonic()
+            time_score = time.monotonic() - began - time_rollout
 
             # 5. rewards and advantages
             scores = ppo.apply_missing_eos(raw_scores, responses, eos_id, cfg.missing_eos_score)  # (B,)
@@ -187,82 +178,65 @@ def main(cfg: Config) -> None:
             rewards = ppo.token_rewards(scores, kl, responses, eos_id, cfg.kl_coef)  # (B, R)
             if cfg.whiten_rewards:
                 rewards = ppo.masked_whiten(rewards, value_mask, shift_mean=False)
-            advantages, returns = ppo.gae(rewards, values, cfg.gamma, cfg.lam)  # (B, R) each
-            raw_advantages = advantages
-            advantages = ppo.masked_whiten(advantages, action_mask)
+            raw_advantages, returns = ppo.gae(rewards, values, cfg.gamma, cfg.lam)  # (B, R) each
+            advantages = ppo.masked_whiten(raw_advantages, action_mask)
+            checked = {}
+            if cfg.preflight and update == 0:
+                checked = preflight(policy, sequences, responses, logprobs, ref_logprobs, values, raw_scores, action_mask, cfg)
+                run.say("pre-flight: " + ", ".join(f"{name.removeprefix('preflight/')} {value:.6f}" for name, value in checked.items()))
 
             # 6. learn
             totals = defaultdict(float)
-            minibatch_size = cfg.batch_size // cfg.num_minibatches
             for epoch in range(cfg.num_ppo_epochs):
                 order = np.random.default_rng([cfg.seed, update, epoch]).permutation(cfg.batch_size)
-                for minibatch in order.reshape(cfg.num_minibatches, minibatch_size):
+                for minibatch in np.split(order, cfg.num_minibatches):
                     actions, states = action_mask[minibatch].sum(), value_mask[minibatch].sum()  # denominators of the two losses
                     for group in split_by_tokens([len(sequences[i]) for i in minibatch], cfg.microbatch_tokens):
                         rows = minibatch[group]
+                        mask = action_mask[rows]
                         packed = pack([sequences[i] for i in rows], run.device)
                         new_logprobs, entropy = policy.response_logprobs(packed, responses[rows], cfg.temperature)  # (b, R) each
-                        policy_loss, policy_stats = ppo.policy_loss(new_logprobs, logprobs[rows], advantages[rows], action_mask[rows], cfg.cliprange, actions)
+                        policy_loss, policy_stats = ppo.policy_loss(
+                            new_logprobs, logprobs[rows], advantages[rows], mask, cfg.cliprange, denominator=actions
+                        )
                         policy_loss.backward()
                         new_values = critic.response_values(packed, R)  # (b, R)
-                        value_loss, value_stats = ppo.value_loss(new_values, values[rows], returns[rows], value_mask[rows], cfg.cliprange_value, states)
+                        value_loss, value_stats = ppo.value_loss(
+                            new_values, values[rows], returns[rows], value_mask[rows], cfg.cliprange_value, denominator=states
+                        )
                         (cfg.vf_coef * value_loss).backward()
-
-                        mask, share = action_mask[rows], len(rows) / minibatch_size
-                        totals["loss/policy_avg"] += policy_loss.detach()
-                        totals["loss/value_avg"] += value_loss.detach()
-                        totals["policy/approxkl_avg"] += policy_stats["approxkl"]
-                        totals["policy/clipfrac_avg"] += policy_stats["clipfrac"]
-                        totals["policy/entropy_avg"] += torch.where(mask, entropy.detach(), 0.0).sum() / actions
-                        totals["policy/entropy_avg_paper"] += share * entropy.detach().mean()
-                        totals["val/ratio"] += policy_stats["ratio"]
-                        totals["val/ratio_squared"] += policy_stats["ratio_squared"]
-                        totals["val/clipfrac_avg"] += value_stats["clipfrac"]
+                        entropy = entropy.detach()
+                        for name, value in {
+                            "loss/policy_avg": policy_loss.detach(),
+                            "loss/value_avg": value_loss.detach(),
+                            "policy/approxkl_avg": policy_stats["approxkl"],
+                            "policy/clipfrac_avg": policy_stats["clipfrac"],
+                            "policy/entropy_avg": torch.where(mask, entropy, 0.0).sum() / actions,
+                            "policy/entropy_avg_paper": entropy.sum() / (len(minibatch) * R),
+                            "val/ratio": policy_stats["ratio"],
+                            "val/ratio_squared": policy_stats["ratio_squared"],
+                            "val/clipfrac_avg": value_stats["clipfrac"],
+                        }.items():
+                            totals[name] += value
                     totals["grad_norm"] += optimizer.step(lr, cfg.max_grad_norm)
-            learned = time.monotonic()
+            seconds = time.monotonic() - began
 
-            # 7. log: sums over a response are in nats, averaged over the batch
-            metrics = {name: (total / (cfg.num_ppo_epochs * cfg.num_minibatches)).item() for name, total in totals.items()}
-            metrics["val/ratio_var"] = metrics.pop("val/ratio_squared") - metrics["val/ratio"] ** 2
-            counted = action_mask.float().mean().item()  # the paper's code averages these over padding too, where they are 0 (ratio: 1)
-            metrics["policy/approxkl_avg_paper"] = metrics["policy/approxkl_avg"] * counted
-            metrics["policy/clipfrac_avg_paper"] = metrics["policy/clipfrac_avg"] * counted
-            metrics["val/ratio_paper"] = metrics["val/ratio"] * counted + 1 - counted
-            non_score_reward = -cfg.kl_coef * kl.sum(1).mean()
-            surprise = torch.where(action_mask, -logprobs, 0.0).sum(1).mean()
-            state_returns, state_errors = returns[value_mask], (returns - values)[value_mask]
-            metrics |= {
-                "objective/kl": kl.sum(1).mean(),
-                "objective/entropy": surprise,
-                "objective/entropy_paper": surprise - (~action_mask).float().sum(1).mean(),  # there -1 for each padded slot
-                "objective/non_score_reward": non_score_reward,
-                "objective/scores": scores.mean(),
-                "objective/rlhf_reward": scores.mean() + non_score_reward,
-                "objective/scores_std": scores.std(),
-                "val/num_eos_tokens": sum(s.has_eos for s in summaries),
-                "val/eos_rate": sum(s.has_eos for s in summaries) / cfg.batch_size,
-                "returns_mean": state_returns.mean(),
-                "values_mean": values[value_mask].mean(),
-                "explained_variance": 1 - state_errors.var() / state_returns.var(),
-                "advantages_max": raw_advantages[action_mask].max(),
-                "hack/length": np.mean([len(s.text.split()) for s in summaries]),
-                "hack/title_copy": np.nanmean([title_copy(s.text, posts[i].title) for s, i in zip(summaries, batch, strict=True)]),
-                "lr": lr,
-                "episode": (update + 1) * cfg.batch_size,
-                "time/rollout": rolled_out - began,
-                "time/score": scored - rolled_out,
-                "time/learn": learned - scored,
-                "perf/tokens_per_s": sum(len(s) for s in sequences) / (learned - began),
-                **checked,
-            }
-            if run.device.type == "cuda":
-                metrics["perf/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            if knows_gold:
-                metrics["objective/gold"] = np.mean([gold.judge(posts[i].id, s.text) for s, i in zip(summaries, batch, strict=True)])
-            run.log(update + 1, metrics)
+            # 7. log
+            run.log(
+                update + 1,
+                monitor.objective(scores, logprobs, kl, action_mask, cfg.kl_coef)
+                | monitor.learning(totals, cfg.num_ppo_epochs * cfg.num_minibatches, action_mask)
+                | monitor.critic(values, returns, raw_advantages, value_mask)
+                | monitor.texts(summaries, batch_posts)
+                | {"lr": lr, "episode": (update + 1) * cfg.batch_size}
+                | {"time/rollout": time_rollout, "time/score": time_score, "time/learn": seconds - time_rollout - time_score}
+                | {"perf/tokens_per_s": sum(len(s) for s in sequences) / seconds, "perf/peak_gib": peak_gib(run.device)}
+                | checked,
+            )
             if cfg.sample_every and (update + 1) % cfg.sample_every == 0:
-                shown = zip(batch, summaries, scores.tolist(), kl.sum(1).tolist(), strict=True)
-                run.samples(update + 1, [{"title": posts[i].title, "post": posts[i].post, "response": s.text, "score": score, "kl": nats} for i, s, score, nats in shown])
+                shown = zip(batch_posts, summaries, scores.tolist(), kl.sum(1).tolist(), strict=True)
+                rows = [{"title": p.title, "post": p.post, "response": s.text, "score": score, "kl": nats} for p, s, score, nats in shown]
+                run.samples(update + 1, rows)
             if cfg.save_every and (update + 1) % cfg.save_every == 0 and update + 1 < total_updates:
                 save_state(run.folder / "checkpoints" / f"step_{update + 1}", optimizer.state(), {"update": update + 1})
 

@@ -106,12 +106,13 @@ def main(cfg: Config) -> None:
         run.say(f"model   {folder} ({model_from}): {parameter_count(policy):,} parameters")
         run.say(f"plan    {total_steps} steps of {cfg.batch_size} posts")
         step = 0
-        if cfg.resume and (checkpoint := latest_checkpoint(run.folder)):
-            tensors, state = load_state(checkpoint)
-            optimizer.load_state(tensors)
-            step = state["step"]
+        if cfg.resume:
+            if checkpoint := latest_checkpoint(run.folder):
+                tensors, state = load_state(checkpoint)
+                optimizer.load_state(tensors)
+                step = state["step"]
             run.truncate_metrics(step)
-            run.say(f"resumed from {checkpoint}")
+            run.say(f"resumed from {checkpoint or 'the beginning: no checkpoint yet'}")
 
         # 3. train
         while step < total_steps:

@@ -1,6 +1,8 @@
 """Where a run computes: device, dtype, seed. The first lines of every run print what was chosen."""
 
 import random
+import resource
+import sys
 
 import numpy as np
 import torch
@@ -43,3 +45,11 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def peak_gib(device: torch.device) -> float:
+    """Peak memory of this process so far, GiB: the GPU's on CUDA, else what the process ever held resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import linear
 from nanorlhf.attention import Attend
 
 
@@ -49,6 +50,16 @@ class LlamaConfig:
         """Rows of q, k, v in the merged projection."""
         kv = self.num_key_value_heads * self.head_dim
         return self.num_attention_heads * self.head_dim, kv, kv
+
+
+class Linear(nn.Linear):
+    """x W^T, without bias: Llama has none."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, inputs) -> (N, outputs)
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -91,21 +102,23 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.layer, self.config = layer, config
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(config.qkv_sizes), bias=False)
-        self.o_proj = nn.Linear(config.qkv_sizes[0], config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, sum(config.qkv_sizes))
+        self.o_proj = Linear(config.qkv_sizes[0], config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:  # (N, D) -> (N, D)
-        q, k, v = self.qkv_proj(x).split(self.config.qkv_sizes, dim=-1)
-        q, k, v = (y.unflatten(-1, (-1, self.config.head_dim)) for y in (q, k, v))  # (N, H or Hkv, Dh)
-        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (N, H, Dh)
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.config.head_dim))  # (N, H + 2 Hkv, Dh)
+        qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
+        q, k = rotate(qk, cos, sin).split((heads, kv_heads), dim=1)  # (N, H, Dh), (N, Hkv, Dh)
+        out = attend(self.layer, q, k, v)  # (N, H, Dh)
         return self.o_proj(out.flatten(1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, D) -> (N, D)
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # (N, F) each

@@ -26,7 +26,7 @@ def sequence_mean_weights(packed: Packed, counts: Tensor, sequences: int) -> Ten
     args: counts (N,) bool -> (N,) fp32, 0 where a token does not count
     """
     labels_per_sequence = torch.tensor(packed.lengths, device=counts.device) - 1  # (B,)
-    weights = 1.0 / (labels_per_sequence * sequences)
+    weights = 1.0 / (labels_per_sequence.clamp(min=1) * sequences)  # one token alone has no label, and inf * 0 is nan
     return torch.repeat_interleave(weights, labels_per_sequence + 1, output_size=counts.shape[0]) * counts
 
 

@@ -158,6 +158,7 @@ def value_loss(
     args: new_values, values, returns (B, R) fp32; mask (B, R) bool = value_mask -> loss (), stats: clipfrac
     """
     denominator = mask.sum() if denominator is None else denominator
+    new_values = torch.where(mask, new_values, 0.0)  # before the square: 0 * inf would make the gradient of what is masked nan
     clipped = torch.clamp(new_values, values - cliprange_value, values + cliprange_value)
     error = (new_values - returns) ** 2
     clipped_error = (clipped - returns) ** 2

@@ -8,34 +8,53 @@ import torch
 from torch import Tensor
 
 from nanorlhf.errors import UserError
+from nanorlhf.models import Policy
+from nanorlhf.packing import in_microbatches
 
 RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the mean; other microbatches round differently
+VALUE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 
 def preflight(
-    *, logprobs: Tensor, ref_logprobs: Tensor, new_logprobs: Tensor, values: Tensor, scores: Tensor, mask: Tensor, dtype: torch.dtype
-) -> dict[str, float]:
+    policy: Policy, sequences: list[list[int]], responses: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor,
+    scores: Tensor, mask: Tensor, cfg,
+) -> dict[str, float]:  # fmt: skip
     """Check the identities that hold while the policy is still the SFT model and the critic still the reward model.
 
         KL(policy || SFT) = 0       the same weights, the same temperature, the same code
-        ratio = 1                   the log-probs of a second forward pass, cut into other microbatches
+        ratio = 1                   a second forward pass, cut into other microbatches, gives the same log-probs
         V(after EOS) = score        the critic starts as the reward model (N+ detail 22)
 
-    args: logprobs, ref_logprobs, new_logprobs, values (B, R); scores (B,) of the reward model, before the missing-EOS rule;
-    mask (B, R) = action_mask -> {"preflight/kl", "preflight/ratio", "preflight/value_error"}. Raises UserError naming the likely cause.
+    args: sequences: B queries with their responses; responses, logprobs, ref_logprobs, values (B, R); scores (B,) before the
+    missing-EOS rule; mask (B, R) = action_mask; cfg: temperature and microbatch_tokens
+    -> {"preflight/kl", "preflight/ratio", "preflight/value_error"}. Raises UserError naming the likely cause.
     """
     kl = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1).abs().max().item()
-    ratio = torch.where(mask, (new_logprobs - logprobs).exp(), 0.0).sum().item() / mask.sum().item()
-    last = mask.sum(1) - 1  # L: the index of EOS
-    has_next = last + 1 < mask.shape[1]  # the state after EOS has a slot
-    after_eos = values.gather(1, (last + 1).clamp(max=mask.shape[1] - 1)[:, None])[:, 0]
-    value_error = torch.where(has_next, after_eos - scores, 0.0).abs().max().item()
-
-    tolerance = RATIO_TOLERANCE[dtype]
     if kl > 1e-3:
-        raise UserError(f"pre-flight: KL(policy, SFT) is {kl:.4g} before the first update, expected 0: are --sft_model and the reference the same folder?")
-    if abs(ratio - 1) > tolerance:
-        raise UserError(f"pre-flight: the ratio is {ratio:.6f} before the first update, expected 1 within {tolerance}: old and new log-probs differ in temperature or in code")
-    if value_error > (1e-3 if dtype == torch.float32 else 0.1):
-        raise UserError(f"pre-flight: V(after EOS) differs from the score by {value_error:.4g}, expected 0: the critic did not start as the reward model")
+        raise UserError(
+            f"pre-flight: KL(policy, SFT) is {kl:.4g} nats before the first update, expected 0: "
+            "policy and reference differ in weights, in temperature or in code"
+        )
+
+    def second_pass(packed, rows):
+        return policy.response_logprobs(packed, responses[rows], cfg.temperature)[0]
+
+    new_logprobs = in_microbatches(second_pass, sequences, max(1, cfg.microbatch_tokens // 2), responses.device)  # (B, R)
+    ratio = (torch.where(mask, (new_logprobs - logprobs).exp(), 0.0).sum() / mask.sum()).item()
+    dtype = policy.head_weight.dtype
+    if abs(ratio - 1) > RATIO_TOLERANCE[dtype]:
+        raise UserError(
+            f"pre-flight: the ratio is {ratio:.6f} before the first update, expected 1 within {RATIO_TOLERANCE[dtype]}: "
+            "log-probs depend on how the batch is cut, so padding or another sequence leaks in"
+        )
+
+    after_eos = mask.sum(1).clamp(max=mask.shape[1] - 1)  # (B,) L+1, the index of the state after EOS
+    has_slot = ~mask[:, -1]  # a response that fills all R slots has no such state
+    difference = values.gather(1, after_eos[:, None])[:, 0] - scores
+    value_error = torch.where(has_slot, difference, 0.0).abs().max().item()
+    if value_error > VALUE_TOLERANCE[dtype]:
+        raise UserError(
+            f"pre-flight: V(after EOS) differs from the score by {value_error:.4g}, expected 0: "
+            "the critic did not start as the reward model, or one of them reads the wrong token"
+        )
     return {"preflight/kl": kl, "preflight/ratio": ratio, "preflight/value_error": value_error}

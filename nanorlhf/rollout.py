@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import linear
 from nanorlhf.attention import causal
 from nanorlhf.models import Policy
 from nanorlhf.packing import pack
@@ -93,7 +94,7 @@ def generate(
     hidden = policy.model(packed.tokens, packed.positions, cache.prefill(packed))[packed.last_rows()]  # (B, D)
     responses, logprobs = [], []
     for t in range(response_length):
-        logits = F.linear(hidden, policy.head_weight).float() / (temperature or 1.0)  # (B, V)
+        logits = linear(hidden, policy.head_weight).float() / (temperature or 1.0)  # (B, V)
         distribution = torch.log_softmax(logits, dim=-1)
         tokens = sample(distribution.exp(), u[:, t]) if temperature > 0 else logits.argmax(dim=-1)  # (B,)
         responses.append(tokens)

@@ -138,7 +138,8 @@ def test_a_query_has_one_bos_counted_in_its_length_and_keeps_both_ends(tokenizer
         assert tokenizer.eos_id not in query
         if name != "words":
             text = tokenizer.decode(query)
-            assert text.startswith("SUBREDDIT: r/cats\n\nTITLE: My cat\n\nPOST: My sister") and text.endswith("\n\nTL;DR:")
+            assert text.startswith("SUBREDDIT: r/cats\n\nTITLE: My cat\n\nPOST: My sister")
+            assert text.endswith("\n\nTL;DR:")
 
 
 @settings(max_examples=300, deadline=None)
@@ -469,7 +470,8 @@ def test_real_posts_fit_and_keep_both_ends(tokenizers, name):
         assert text.endswith("\n\nTL;DR:")
         assert tokenizer.decode(query + response) == f"{text} {post.summary.removeprefix(' ')}"
         assert response[-1] == tokenizer.eos_id and response.count(tokenizer.eos_id) == 1
-    assert sum(q != naive_query(tokenizer, p.subreddit, p.title, p.post, 512) for p, q in zip(posts[:60], queries[:60], strict=True)) == 0
+    for post, query in zip(posts[:60], queries[:60], strict=True):
+        assert query == naive_query(tokenizer, post.subreddit, post.title, post.post, 512)
 
 
 @real_data

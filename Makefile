@@ -1,0 +1,38 @@
+# Two commands: `make demo` runs the whole pipeline on the embedded tiny world, `make test` runs the tests.
+# Both make .venv first, with Python 3.11 or newer. On a Linux machine without a GPU this saves gigabytes of CUDA libraries:
+#     make demo PIP_FLAGS="--index-url https://download.pytorch.org/whl/cpu --extra-index-url <your usual index>"
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+PY = .venv/bin/python
+
+.PHONY: demo test setup clean
+
+demo: .venv/run
+	@echo "== 1/4 SFT: the embedded base model learns to summarise" && $(PY) train_sft.py --preset tiny --run_name demo_sft --overwrite
+	@echo "== 2/4 reward model" && $(PY) train_rm.py --preset tiny --run_name demo_rm --overwrite --sft_model runs/demo_sft/final
+	@echo "== 3/4 PPO" && $(PY) train_ppo.py --preset tiny --run_name demo_ppo --overwrite --sft_model runs/demo_sft/final --reward_model runs/demo_rm/final
+	@echo "== 4/4 evaluation on held-out posts" && $(PY) eval.py --preset tiny --run_name demo_eval --overwrite \
+		--sft_model runs/demo_sft/final --ppo_model runs/demo_ppo/final --reward_model runs/demo_rm/final
+	@$(PY) -m nanorlhf.demo
+
+test: .venv/test
+	$(PY) -m pytest
+
+setup: .venv/run
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --upgrade "pip>=25.1"
+
+.venv/run: pyproject.toml | .venv/bin/python
+	$(PY) -m pip install --quiet $(PIP_FLAGS) --group run
+	@touch $@
+
+.venv/test: pyproject.toml .venv/run
+	$(PY) -m pip install --quiet $(PIP_FLAGS) --group test
+	@touch $@
+
+clean:
+	rm -rf .venv runs data/tiny

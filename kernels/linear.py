@@ -1,0 +1,49 @@
+"""x W^T, the operation a language model spends its time in.
+
+On a GPU this is cuBLAS. On a CPU in fp32, torch sends it to MKL, which on AMD processors does not use AVX-512: 92 GFLOP/s on one
+Zen 5 core at (4096, 128) x (704, 128), where oneDNN, which torch also ships, reaches 220 (`python -m bench.linear`). So there it goes
+to oneDNN, forward and backward; the result differs from MKL's by fp32 rounding only.
+"""
+
+import os
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_HAS_ONEDNN = (
+    platform.machine() in ("x86_64", "AMD64")  # where it was measured
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+
+
+def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
+    """The specification."""
+    return F.linear(x, weight)
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        grad_x = _onednn(grad, weight.T) if ctx.needs_input_grad[0] else None  # dX = dY W
+        grad_weight = _onednn(grad.T, x.T) if ctx.needs_input_grad[1] else None  # dW = dY^T X
+        return grad_x, grad_weight
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (M, K), weight (N, K), same dtype and device -> (M, N); differentiable in both."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and _HAS_ONEDNN and os.environ.get("NANORLHF_KERNELS") != "torch":
+        return _OneDNNLinear.apply(x, weight)
+    return linear_reference(x, weight)

@@ -1,0 +1,168 @@
+"""The demo's verdict: did every stage do what it should?
+
+    python -m nanorlhf.demo [--runs runs]
+
+Reads runs/{sft,rm,ppo,eval}; prints one table of results beside the bars they have to pass and one of speed by stage, and exits
+with status 1 and a list when a bar is missed. A result that is absent or not a number misses its bar.
+"""
+
+import argparse
+import json
+import math
+import operator
+import sys
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+
+from nanorlhf.errors import UserError
+from nanorlhf.report import Table, console, interval, number
+from nanorlhf.run import read_metrics
+
+STAGES = ("sft", "rm", "ppo", "eval")
+RELATIONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+BARS = (  # (what `measure` calls it, relation, bound, in words)
+    ("sft_rouge_over_base", ">=", 2.0, "SFT ROUGE-L / base ROUGE-L"),
+    ("rm_accuracy", ">=", 0.68, "reward model's accuracy on held-out comparisons"),
+    ("preflight_ratio_error", "<=", 1e-4, "|ratio - 1| before the first PPO update"),
+    ("preflight_kl_error", "<=", 1e-3, "|KL| before the first PPO update"),
+    ("max_kl", "<", 10.0, "largest objective/kl, nats a response"),
+    ("gold_gain", ">=", 0.4, "gold score, PPO - SFT"),
+    ("ppo_vs_sft", ">=", 0.65, "gold win rate, PPO vs SFT"),
+    ("ppo_vs_sft_low", ">", 0.55, "its 95% interval's lower end"),
+    ("ppo_vs_reference", ">=", 0.58, "gold win rate, PPO vs reference"),
+    ("eos_rate", ">=", 0.95, "share of PPO's summaries that stop"),
+)
+
+
+def read_runs(root: Path) -> dict:
+    """{stage: lines of its metrics.jsonl}, plus "results": the evaluation's metrics.json and "started": {stage: its config's}."""
+    runs = {stage: read_metrics(root / stage) for stage in STAGES}
+    for stage, rows in runs.items():
+        if not rows:
+            raise UserError(f"{root / stage}/metrics.jsonl is empty, expected a finished run: `make demo` runs all stages")
+    try:
+        results = json.loads((root / "eval" / "metrics.json").read_text())
+        started = {stage: json.loads((root / stage / "config.json").read_text()).get("started") for stage in STAGES}
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise UserError(f"{root}: a run is not finished ({error}): `make demo` runs all stages") from None
+    return runs | {"results": results, "started": started}
+
+
+def last(rows: list[dict], name: str) -> float | None:
+    """The metric's value in the last line that has it."""
+    return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
+
+
+def measure(runs: dict) -> dict[str, float | None]:
+    """Everything a bar or the table needs, by name; None where the runs do not say."""
+    ppo, results = runs["ppo"], runs["results"]
+    policies, rates = results.get("policies", {}), {f"{row['ours']}_vs_{row['theirs']}": row for row in results.get("win_rates", [])}
+    by_gold = rates if results.get("about", {}).get("judge") == "gold" else {}  # another judge's wins pass no bar
+
+    def policy(stage: str, name: str) -> float | None:
+        return policies.get(stage, {}).get(name)
+
+    def combine(function, *values: float | None) -> float | None:
+        return None if None in values else function(*values)
+
+    kls = [row["objective/kl"] for row in ppo if "objective/kl" in row]  # None: it was not finite
+    return {
+        "sft_rouge_over_base": combine(lambda a, b: a / b if b else math.inf, policy("sft", "rougeL"), policy("base", "rougeL")),
+        "rm_accuracy": results.get("reward_model", {}).get("accuracy"),
+        "preflight_ratio_error": combine(lambda ratio: abs(ratio - 1), ppo[0].get("preflight/ratio")),
+        "preflight_kl_error": combine(abs, ppo[0].get("preflight/kl")),
+        "max_kl": None if None in kls else max(kls, default=None),
+        "gold_gain": combine(operator.sub, policy("ppo", "gold"), policy("sft", "gold")),
+        "ppo_vs_sft": by_gold.get("ppo_vs_sft", {}).get("rate"),
+        "ppo_vs_sft_low": by_gold.get("ppo_vs_sft", {}).get("interval", [None])[0],
+        "ppo_vs_reference": by_gold.get("ppo_vs_reference", {}).get("rate"),
+        "eos_rate": policy("ppo", "eos_rate"),
+    }
+
+
+def judge_bars(values: dict[str, float | None]) -> list[tuple[str, str, str, bool]]:
+    """(in words, measured, bar, passed) for each bar."""
+    rows = []
+    for name, relation, bound, in_words in BARS:
+        value = values[name]
+        passed = value is not None and RELATIONS[relation](value, bound)  # a nan passes nothing
+        rows.append((in_words, number(value, ".3g"), f"{relation} {bound:g}", passed))
+    return rows
+
+
+def results_table(runs: dict) -> Table:
+    """What the stages reached, in the order they ran."""
+    sft, rm, ppo, results = runs["sft"], runs["rm"], runs["ppo"], runs["results"]
+    policies, card = results.get("policies", {}), results.get("reward_model", {})
+
+    def change(before: float | None, after: float | None, form: str = ".2f") -> str:
+        return f"{number(before, form)} -> {number(after, form)}"
+
+    def first_to_last(rows: list[dict], name: str) -> str:
+        return change(next((row[name] for row in rows if row.get(name) is not None), None), last(rows, name))
+
+    def of(stage: str, name: str) -> float | None:
+        return policies.get(stage, {}).get(name)
+
+    rows = [
+        ["SFT: training loss", first_to_last(sft, "train/sft/loss")],
+        ["SFT: loss on held-out posts", number(last(sft, "validation/sft/loss"))],
+        ["SFT: ROUGE-L, base -> SFT", change(of("base", "rougeL"), of("sft", "rougeL"), ".3f")],
+        ["reward model: training loss", first_to_last(rm, "train/rm/loss")],
+        ["reward model: accuracy", f"{number(card.get('accuracy'))} ({interval(card.get('interval'))})"],
+        ["  length alone; ceiling of the label noise", f"{number(card.get('length_baseline'))}; {number(card.get('ceiling'))}"],
+        ["PPO: reward model's score", first_to_last(ppo, "objective/scores")],
+        ["PPO: KL at the end, nats a response", number(last(ppo, "objective/kl"), ".2f")],
+        ["gold score, SFT -> PPO", change(of("sft", "gold"), of("ppo", "gold"))],
+    ]
+    for row in results.get("win_rates", []):
+        name = f"win rate, {row['ours'].upper()} vs {row['theirs'].upper() if row['theirs'] == 'sft' else row['theirs']}"
+        rows.append([name, f"{number(row['rate'])} ({interval(row['interval'])})"])
+    rows.append(["words a summary, SFT -> PPO", change(of("sft", "words"), of("ppo", "words"), ".1f")])
+    return Table("Results on held-out posts", ["", "measured"], rows, f"in brackets: 95% intervals; judge: {results.get('about', {}).get('judge', '-')}")
+
+
+def seconds_of(rows: list[dict], started: str | None) -> float | None:
+    """Seconds a stage took: what it logged, else from its start to its last line."""
+    total = last(rows, "time/total_s")
+    if total is None and started and "time" in rows[-1]:
+        total = rows[-1]["time"] - datetime.fromisoformat(started).timestamp()
+    return total
+
+
+def speed_table(runs: dict) -> Table:
+    """Seconds and tokens a second by stage, so that a change can be compared."""
+    table, total = Table("Speed", ["stage", "seconds", "tokens/s (median step)"]), 0.0
+    for stage in STAGES:
+        seconds = seconds_of(runs[stage], runs["started"][stage])
+        speeds = [row["perf/tokens_per_s"] for row in runs[stage] if row.get("perf/tokens_per_s") is not None]
+        table.rows.append([stage, number(seconds, ".1f"), number(median(speeds), ",.0f") if speeds else "-"])
+        total += seconds or 0.0
+    table.rows.append(["all", number(total, ".1f"), ""])
+    return table
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m nanorlhf.demo", description="The demo's results, beside the bars they have to pass.")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder with the runs sft, rm, ppo and eval")
+    root = parser.parse_args(argv).runs
+    try:
+        runs = read_runs(root)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    bars = judge_bars(measure(runs))
+    verdicts = Table("Bars", ["", "measured", "bar", ""], [[*row, "ok" if passed else "MISSED"] for *row, passed in bars])
+    for table in (results_table(runs), verdicts, speed_table(runs)):
+        print(console(table))
+    print(f"report  {root / 'eval' / 'report.html'}")
+    missed = [f"{name}: {measured}, the bar is {bar}" for name, measured, bar, passed in bars if not passed]
+    if missed:
+        print("missed bars:\n" + "\n".join(f"  {line}" for line in missed))
+        sys.exit(1)
+    print(f"all {len(bars)} bars passed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Rebuild the embedded checkpoints from nothing, with the project's own scripts.
+
+    python -m nanorlhf.tiny.build                   pretrain the base, then SFT, reward model, PPO
+    python -m nanorlhf.tiny.build --start sft       keep the embedded base
+
+Reads nothing; writes nanorlhf/tiny/checkpoints/{base,sft,rm,ppo}: Hugging Face folders in bf16, each with the metrics.jsonl of
+the run that made it. Change the grammar and everything has to be rebuilt: first the bigrams (`python -m nanorlhf.tiny.gold`) and
+the tokenizer (`python -m nanorlhf.tiny.build_tokenizer`), then this.
+"""
+
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanorlhf.checkpoint import load_policy, load_scalar, save_policy, save_scalar
+from nanorlhf.config import check, cli
+from nanorlhf.inputs import EMBEDDED
+from nanorlhf.tokenizer import load_tokenizer
+
+# stage -> the command that trains it; each starts from the embedded checkpoints of the stages before
+STAGES = {
+    "base": ["-m", "nanorlhf.tiny.pretrain"],
+    "sft": ["train_sft.py", "--model", str(EMBEDDED / "base")],
+    "rm": ["train_rm.py", "--sft_model", str(EMBEDDED / "sft")],
+    "ppo": ["train_ppo.py", "--sft_model", str(EMBEDDED / "sft"), "--reward_model", str(EMBEDDED / "rm")],
+}
+
+
+@dataclass
+class Config:
+    preset: str = "tiny"  # tiny
+    start: str = "base"  # first stage to train: base, sft, rm or ppo; the ones before it are kept
+
+
+def main(cfg: Config) -> None:
+    check(cfg.start in STAGES, "start", cfg.start, f"one of {', '.join(STAGES)}")
+    names = list(STAGES)
+    for stage in names[names.index(cfg.start) :]:
+        began = time.monotonic()
+        run = Path("runs") / f"build_{stage}"
+        subprocess.run([sys.executable, *STAGES[stage], "--preset", "tiny", "--run_name", run.name, "--overwrite"], check=True)
+        embed(stage, run)
+        print(f"{stage} rebuilt in {time.monotonic() - began:.0f} s: {EMBEDDED / stage}", flush=True)
+
+
+def embed(stage: str, run: Path) -> None:
+    """Copy a run's final model, in bf16, and its metrics to the embedded checkpoints."""
+    tokenizer = load_tokenizer(run / "final")
+    if stage == "rm":
+        save_scalar(load_scalar(run / "final"), EMBEDDED / stage, tokenizer, dtype=torch.bfloat16)
+    else:
+        save_policy(load_policy(run / "final"), EMBEDDED / stage, tokenizer, dtype=torch.bfloat16)
+    shutil.copy(run / "metrics.jsonl", EMBEDDED / stage / "metrics.jsonl")
+
+
+if __name__ == "__main__":
+    cli(main, Config, {"tiny": {}}, __doc__)

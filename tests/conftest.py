@@ -1,0 +1,81 @@
+"""What the tests share: small random models, and a tokenizer that is only its special ids."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: waiting threads that spin starve the other core
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracle is built from random weights; nothing may be downloaded
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nanorlhf.llama import LlamaConfig
+from nanorlhf.models import Policy, ScalarModel
+
+# Two query heads for each key/value head, and a rotary context so short that all three regimes of Llama 3's scaling occur.
+TINY = LlamaConfig(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    rms_norm_eps=1e-5, rope_theta=500000.0,
+    rope_scaling={"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256},
+    max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+
+
+@torch.no_grad()
+def scramble(model: torch.nn.Module, seed: int) -> None:
+    """Random weights that leave no parameter at a value where a mistake would not show (norms are not 1, biases not 0)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 1:
+            parameter.copy_(1 + 0.1 * noise)
+        else:
+            parameter.copy_(noise * (0.5 if "embed" in name else 1.5 * parameter.shape[1] ** -0.5))
+
+
+@pytest.fixture
+def make_config():
+    """make_config(**changes) -> the tiny LlamaConfig with some fields changed."""
+    return lambda **changes: LlamaConfig(**{**vars(TINY), **changes})
+
+
+@pytest.fixture
+def make_policy(make_config):
+    """make_policy(seed=0, **changes to the config) -> a random Policy."""
+
+    def make(seed: int = 0, **changes) -> Policy:
+        policy = Policy(make_config(**changes))
+        scramble(policy, seed)
+        return policy
+
+    return make
+
+
+@pytest.fixture
+def make_scalar(make_config):
+    """make_scalar(bias, score_shift=0.0, seed=0) -> a random reward model (no bias) or critic (bias)."""
+
+    def make(bias: bool, score_shift: float = 0.0, seed: int = 0) -> ScalarModel:
+        model = ScalarModel(make_config(), bias=bias, score_shift=score_shift)
+        scramble(model, seed)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_sequences():
+    """make_sequences(lengths, seed=0) -> token lists of those lengths, without PAD, BOS and EOS."""
+
+    def make(lengths: list[int], seed: int = 0) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randint(3, TINY.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+    return make
+
+
+@pytest.fixture
+def tokenizer():
+    """What saving a model needs of a tokenizer."""
+    return SimpleNamespace(bos_id=1, eos_id=2, pad_id=0, save=lambda folder: None)
