@@ -4,24 +4,25 @@
     python eval.py --split test            posts that no choice was ever made on
     python eval.py --help                  every flag
 
-Reads the base, SFT and PPO policies, the reward model and TL;DR data; writes runs/eval: metrics.json, samples.jsonl (every
-summary with its scores), report.html and report.md. The steps, numbered as in the code:
+Reads the base, SFT and PPO policies, the reward model and TL;DR data; writes runs/eval: metrics.json, samples.jsonl
+(every summary with its scores), report.html and report.md. The steps, numbered as in the code:
 
     1. read held-out posts
     2. generate one summary a post by each policy, with the same random numbers
     3. describe them: ROUGE against the references, length, share that stop, copying, diversity, score, gold score
-    4. reward model: accuracy on held-out comparisons beside what length alone achieves, and the ceiling of the label noise
+    4. reward model: accuracy on held-out comparisons, beside length alone and the ceiling of the label noise
     5. win rates, PPO against SFT and each against the references: interval by bootstrap over posts, and at equal length
     6. tables on the console, files, report
 
-A policy that is nowhere to be found is left out, with a line that says so. The gold judge knows the truth of the tiny world;
-the reward model as a judge (--judge rm) knows only what PPO was trained to please. Left out: bars to pass (nanorlhf/demo.py has
-the demo's), judges that read (a language model), several samples a post.
+A policy that is nowhere to be found is left out, with a line that says so. The gold judge knows the truth of the tiny
+world; the reward model as a judge (--judge rm) knows only what PPO was trained to please. Left out: bars to pass
+(nanorlhf/demo.py has the demo's), judges that read (a language model), several samples a post.
 """
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on a shared CPU, threads that spin while waiting cost 5x
+# Before torch is imported: on a shared CPU, threads that spin while waiting cost 5x.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import json
 import time
@@ -33,16 +34,18 @@ from nanorlhf.config import check, cli
 from nanorlhf.errors import UserError
 from nanorlhf.inputs import find_data, find_model
 from nanorlhf.jsonl import append, finite, write_whole
-from nanorlhf.judge import JUDGES, OUTCOMES, Pair, check_gold, gold_judge, gold_scores, of_tiny_world, reward_model_judge
+from nanorlhf.judge import (
+    JUDGES, OUTCOMES, Pair, check_gold, gold_judge, gold_scores, of_tiny_world, reward_model_judge,
+)  # fmt: skip
 from nanorlhf.metrics import (
-    accuracy_interval, bootstrap_interval, copied_ngrams, distinct_n, length_controlled_interval, length_controlled_win_rate, mean, rouge,
-    title_copy, win_rate, words,
+    accuracy_interval, bootstrap_interval, copied_ngrams, distinct_n, length_controlled_interval,
+    length_controlled_win_rate, mean, rouge, title_copy, win_rate, words,
 )  # fmt: skip
 from nanorlhf.report import console, sample_table, tables, write_report
 from nanorlhf.rollout import summarise
 from nanorlhf.run import Run
 from nanorlhf.tiny.annotator import ceilings
-from nanorlhf.tldr import encode_posts, encode_response, load_comparisons, load_posts
+from nanorlhf.tldr import Comparison, batch_indices, encode_posts, load_comparisons, load_posts
 from nanorlhf.tokenizer import check_matches, load_tokenizer
 
 
@@ -63,7 +66,7 @@ class Config:
     data: str | None = None  # folder with tldr/{valid,test}.jsonl and comparisons/ in OpenAI's formats
     split: str = "valid"  # valid, or test: posts that nothing was ever tuned on
     num_posts: int = 6447  # held-out posts, from the first of the split [paper: the whole validation split]
-    num_comparisons: int = 8192  # held-out comparisons for the reward model's accuracy
+    num_comparisons: int = 8192  # held-out comparisons for the reward model's accuracy, drawn at random from all
     # -- summaries
     temperature: float = 0.01  # of sampling, the same for every policy; 0 is greedy (N+ section 5.1)
     max_query_length: int = 512  # tokens; longer posts lose their last lines (N+ detail 2)
@@ -76,12 +79,15 @@ class Config:
 PRESETS = {
     "llama-1b": {},
     "paper": {},
-    # At 0.01 the tiny policies always write the same few phrasings; at 0.7, the temperature PPO samples at, a win rate compares
-    # what was trained. 512 posts: standard error 0.02 of a win rate.
-    "tiny": dict(num_posts=512, temperature=0.7, max_query_length=104, response_length=32, microbatch_tokens=8192, judge="gold"),
+    # Temperature 0.7 is the one PPO samples at: a win rate then compares what was trained. With 512 posts its standard
+    # error is 0.02.
+    "tiny": dict(
+        num_posts=512, temperature=0.7, max_query_length=104, response_length=32, microbatch_tokens=8192, judge="gold"
+    ),
 }  # fmt: skip
 
 OPPONENTS = (("ppo", "sft"), ("ppo", "reference"), ("sft", "reference"))
+SHOWN = ("eval/rm/validation/accuracy", "eval/ppo/gold", "eval/ppo_vs_sft/win_rate", "perf/tokens_per_s")
 
 
 def find_if_there(stage: str, flag: str | None, flag_name: str, preset: str) -> tuple[Path, str] | None:
@@ -93,6 +99,12 @@ def find_if_there(stage: str, flag: str | None, flag_name: str, preset: str) -> 
             raise
         return None
     return found if found[0].is_dir() else None
+
+
+def as_raw(comparison: Comparison) -> dict:
+    """A raw row as far as the annotator's `ceilings` reads it: which summary was chosen is no part of a ceiling."""
+    info = {"id": comparison.post.id, "title": comparison.post.title}
+    return {"info": info, "summaries": [{"text": comparison.chosen}, {"text": comparison.rejected}]}
 
 
 def main(cfg: Config) -> None:
@@ -115,15 +127,17 @@ def main(cfg: Config) -> None:
     models = {stage: model for stage, model in found.items() if model}
     policies = [stage for stage in ("base", "sft", "ppo") if stage in models]
     if not policies:
-        raise UserError("no policy found, expected a base, an SFT or a PPO policy: run `python train_sft.py` first, or pass --sft_model DIR")
+        raise UserError(
+            "no policy found, expected base, SFT or PPO: run `python train_sft.py`, or pass --sft_model DIR"
+        )
     if cfg.judge == "rm" and "rm" not in models:
-        raise UserError("--judge rm needs a reward model, and none was found: run `python train_rm.py` first, or pass --reward_model DIR")
+        raise UserError("--judge rm needs a reward model: run `python train_rm.py` first, or pass --reward_model DIR")
     with_gold = of_tiny_world(posts)
     if cfg.judge == "gold":
         check_gold(posts)
     tokenizer = load_tokenizer(models[policies[0]][0])
 
-    with Run("eval", cfg, kernels="torch") as run:
+    with Run("eval", cfg, show=SHOWN, kernels="torch") as run:
         run.say(f"data    {data} ({data_from}): {len(posts):,} posts of split {cfg.split}")
         for stage in found:
             where = f"{models[stage][0]} ({models[stage][1]})" if stage in models else "not found, left out"
@@ -133,7 +147,8 @@ def main(cfg: Config) -> None:
         if "rm" in models:
             scalar = load_scalar(models["rm"][0], run.device, run.dtype)
             check_matches(tokenizer, scalar.config.vocab_size)
-            reward_model = reward_model_judge(scalar, tokenizer, cfg.max_query_length, cfg.microbatch_tokens, run.progress)
+            limits = cfg.max_query_length, cfg.microbatch_tokens
+            reward_model = reward_model_judge(scalar, tokenizer, *limits, run.progress)
 
         # 2. one summary a post by each policy
         texts = {"reference": [post.summary for post in posts]}
@@ -143,7 +158,8 @@ def main(cfg: Config) -> None:
         for stage in policies:
             policy = load_policy(models[stage][0], run.device, run.dtype)
             check_matches(tokenizer, policy.config.vocab_size)
-            summaries = summarise(policy, tokenizer, queries, cfg.response_length, cfg.temperature, cfg.seed, progress=run.progress)
+            sampling = cfg.response_length, cfg.temperature, cfg.seed
+            summaries = summarise(policy, tokenizer, queries, *sampling, progress=run.progress)
             texts[stage] = [summary.text for summary in summaries]
             tokens[stage] = [summary.tokens for summary in summaries]
             eos_rates[stage] = sum(summary.has_eos for summary in summaries) / len(summaries)
@@ -170,20 +186,19 @@ def main(cfg: Config) -> None:
         # 4. the reward model
         card = {}
         if reward_model:
-            comparisons = load_comparisons(data, "valid")[: cfg.num_comparisons]
+            every = load_comparisons(data, "valid")  # in the order of OpenAI's batches, so a part is drawn, not cut off
+            number = min(cfg.num_comparisons, len(every))
+            comparisons = [every[i] for i in batch_indices(len(every), number, cfg.seed, step=0)]
             compared = [comparison.post for comparison in comparisons]
             chosen = reward_model.scores(compared, [comparison.chosen for comparison in comparisons])
             rejected = reward_model.scores(compared, [comparison.rejected for comparison in comparisons])
-            correct = sum(a > b for a, b in zip(chosen, rejected, strict=True))  # strictly: a tie is an error (N+ detail 10)
-            longer = [len(words(comparison.chosen)) - len(words(comparison.rejected)) for comparison in comparisons]
-            card = {"comparisons": len(comparisons), "accuracy": correct / len(comparisons), "interval": accuracy_interval(correct, len(comparisons))}
-            card["length_baseline"] = win_rate(sum(d > 0 for d in longer), sum(d == 0 for d in longer), sum(d < 0 for d in longer))
+            correct = sum(a > b for a, b in zip(chosen, rejected, strict=True))  # a tie is an error (N+ detail 10)
+            gaps = [len(words(comparison.chosen)) - len(words(comparison.rejected)) for comparison in comparisons]
+            longer, equal, shorter = (sum(pick) for pick in zip(*((g > 0, g == 0, g < 0) for g in gaps), strict=True))
+            card = {"comparisons": number, "accuracy": correct / number, "interval": accuracy_interval(correct, number)}
+            card["length_baseline"] = win_rate(longer, equal, shorter)
             if of_tiny_world(compared):
-                raw = [
-                    {"info": {"id": c.post.id, "title": c.post.title}, "summaries": [{"text": c.chosen}, {"text": c.rejected}]}
-                    for c in comparisons
-                ]
-                ceiling = ceilings(raw)  # expectations over the annotator's noise: which one he chose does not enter
+                ceiling = ceilings([as_raw(comparison) for comparison in comparisons])
                 card |= {"ceiling": ceiling["bayes"], "gold_ceiling": ceiling["gold"]}
 
         # 5. win rates
@@ -204,8 +219,10 @@ def main(cfg: Config) -> None:
             win_rates.append(row)
 
         # 6. tables, files, report
-        about = {"posts": len(posts), "split": cfg.split, "temperature": cfg.temperature, "response_length": cfg.response_length}
-        about |= {"judge": cfg.judge, "seed": cfg.seed, "data": str(data), "preset": cfg.preset}
+        about = {"posts": len(posts), "data": str(data)}
+        about |= {
+            name: getattr(cfg, name) for name in ("preset", "split", "temperature", "response_length", "judge", "seed")
+        }
         results = {
             "about": about,
             "models": {stage: {"folder": str(folder), "from": origin} for stage, (folder, origin) in models.items()},
@@ -217,7 +234,8 @@ def main(cfg: Config) -> None:
         for i, post in enumerate(posts):
             row = {"step": 0, "id": post.id, "subreddit": post.subreddit, "title": post.title, "post": post.post}
             row |= {stage: texts[stage][i] for stage in texts}
-            row |= {f"gold/{stage}": gold[stage][i] for stage in gold} | {f"score/{stage}": scores[stage][i] for stage in scores}
+            row |= {f"gold/{stage}": gold[stage][i] for stage in gold}
+            row |= {f"score/{stage}": scores[stage][i] for stage in scores}
             rows.append(finite(row))
         append(run.folder / "samples.jsonl", rows)
         write_whole(run.folder / "metrics.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
@@ -228,7 +246,6 @@ def main(cfg: Config) -> None:
         numbers = {f"eval/{stage}/{name}": value for stage, row in described.items() for name, value in row.items()}
         numbers |= {f"eval/{row['ours']}_vs_{row['theirs']}/win_rate": row["rate"] for row in win_rates}
         numbers |= {"eval/rm/validation/accuracy": card["accuracy"]} if card else {}
-        run.show = [name for name in ("eval/ppo/gold", "eval/ppo_vs_sft/win_rate", "eval/rm/validation/accuracy") if name in numbers]
         speed = {"perf/tokens_per_s": generated / generation_seconds, "time/rollout": generation_seconds}
         run.log(0, numbers | speed | {"time/total_s": time.monotonic() - began})
         run.say(f"report  {report}")

@@ -21,7 +21,9 @@ N+ details 20 to 25; the arithmetic is in nanorlhf/ppo.py. Left out: adaptive KL
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on a shared CPU, threads that spin while waiting cost 5x
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch: on a shared CPU, threads that spin while waiting cost 5x
 
 import time
 from collections import defaultdict
@@ -32,7 +34,15 @@ import numpy as np
 import torch
 
 from nanorlhf import monitor, ppo
-from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_scalar, load_state, save_policy, save_scalar, save_state
+from nanorlhf.checkpoint import (
+    latest_checkpoint,
+    load_policy,
+    load_scalar,
+    load_state,
+    save_policy,
+    save_scalar,
+    save_state,
+)
 from nanorlhf.config import check, cli
 from nanorlhf.device import peak_gib
 from nanorlhf.inputs import find_data, find_model
@@ -133,11 +143,16 @@ def main(cfg: Config) -> None:
         check_matches(tokenizer, policy.config.vocab_size)
         check_matches(tokenizer, reward_model.config.vocab_size)
         optimizer = AdamW([policy, critic], lr=cfg.lr)
-        run.say(f"models  policy and reference {sft_folder} ({sft_from}); critic and reward model {rm_folder} ({rm_from})")
+        run.say(
+            f"models  policy and reference {sft_folder} ({sft_from}); critic and reward model {rm_folder} ({rm_from})"
+        )
         run.say(f"        2 x {parameter_count(policy):,} + 2 x {parameter_count(critic):,} parameters")
-        run.say(f"plan    {total_updates} updates of {cfg.batch_size} episodes, {cfg.num_ppo_epochs * cfg.num_minibatches} optimizer steps each")
+        steps = cfg.num_ppo_epochs * cfg.num_minibatches  # optimizer steps an update
+        run.say(f"plan    {total_updates} updates of {cfg.batch_size} episodes and {steps} optimizer steps each")
         if cfg.preset == "tiny" and cfg.lr < 0.1 * PRESETS["tiny"]["lr"]:
-            run.say(f"note    lr {cfg.lr:g} is that of a large model: at the tiny preset's {PRESETS['tiny']['lr']:g} this policy learns, at yours it hardly moves")
+            run.say(
+                f"note    lr {cfg.lr:g} suits a large model; the tiny one hardly moves below {PRESETS['tiny']['lr']:g}"
+            )
         start = 0
         if cfg.resume:
             if checkpoint := latest_checkpoint(run.folder):
@@ -154,7 +169,7 @@ def main(cfg: Config) -> None:
             # 3. rollout
             batch = batch_indices(len(queries), cfg.batch_size, cfg.seed, update)  # (B,)
             batch_posts, batch_queries = [posts[i] for i in batch], [queries[i] for i in batch]
-            episodes = list(range(update * cfg.batch_size, (update + 1) * cfg.batch_size))  # they name the sampling noise
+            episodes = range(update * cfg.batch_size, (update + 1) * cfg.batch_size)  # they name the sampling noise
             responses, _ = generate(policy, batch_queries, R, cfg.temperature, cfg.seed, episodes)  # (B, R)
             summaries = read_responses(tokenizer, responses)
             time_rollout = time.monotonic() - began
@@ -162,18 +177,25 @@ def main(cfg: Config) -> None:
             # 4. score: policy, reference and critic read all R tokens, the reward model only what people see
             tokens = responses.tolist()
             sequences = [query + response for query, response in zip(batch_queries, tokens, strict=True)]
-            finished = [query + response[: s.tokens] for query, response, s in zip(batch_queries, tokens, summaries, strict=True)]
+            finished = [
+                sequence[: len(sequence) - R + s.tokens] for sequence, s in zip(sequences, summaries, strict=True)
+            ]
             forward = partial(in_microbatches, max_tokens=cfg.microbatch_tokens, device=run.device)
-            logprobs = forward(lambda packed, rows: policy.response_logprobs(packed, responses[rows], cfg.temperature)[0], sequences)
-            ref_logprobs = forward(lambda packed, rows: reference.response_logprobs(packed, responses[rows], cfg.temperature)[0], sequences)
-            values = forward(lambda packed, rows: critic.response_values(packed, R), sequences)  # (B, R), like the two above
-            raw_scores = forward(lambda packed, rows: reward_model.last_scores(packed), finished)  # (B,)
-            action_mask, value_mask = ppo.action_mask(responses, eos_id), ppo.value_mask(responses, eos_id)  # (B, R) each
+            logprobs, _ = forward(
+                lambda p, rows: policy.response_logprobs(p, responses[rows], cfg.temperature), sequences
+            )
+            ref_logprobs, _ = forward(
+                lambda p, rows: reference.response_logprobs(p, responses[rows], cfg.temperature), sequences
+            )
+            (values,) = forward(lambda p, rows: (critic.response_values(p, R),), sequences)  # (B, R), as the two above
+            (raw_scores,) = forward(lambda p, rows: (reward_model.last_scores(p),), finished)  # (B,)
+            action_mask = ppo.action_mask(responses, eos_id)  # (B, R)
+            value_mask = ppo.value_mask(responses, eos_id)  # (B, R)
             time_score = time.monotonic() - began - time_rollout
 
             # 5. rewards and advantages
             scores = ppo.apply_missing_eos(raw_scores, responses, eos_id, cfg.missing_eos_score)  # (B,)
-            kl = torch.where(action_mask, logprobs - ref_logprobs, 0.0)  # (B, R), the k1 estimator: single tokens may be negative
+            kl = torch.where(action_mask, logprobs - ref_logprobs, 0.0)  # (B, R), k1: a single token's may be negative
             values = torch.where(value_mask, values, 0.0)
             rewards = ppo.token_rewards(scores, kl, responses, eos_id, cfg.kl_coef)  # (B, R)
             if cfg.whiten_rewards:
@@ -182,27 +204,36 @@ def main(cfg: Config) -> None:
             advantages = ppo.masked_whiten(raw_advantages, action_mask)
             checked = {}
             if cfg.preflight and update == 0:
-                checked = preflight(policy, sequences, responses, logprobs, ref_logprobs, values, raw_scores, action_mask, cfg)
-                run.say("pre-flight: " + ", ".join(f"{name.removeprefix('preflight/')} {value:.6f}" for name, value in checked.items()))
+                checked = preflight(
+                    policy, sequences, responses, logprobs, ref_logprobs, values, raw_scores, action_mask, cfg
+                )
+                run.say(", ".join(f"{name} {value:.6f}" for name, value in checked.items()))
 
             # 6. learn
             totals = defaultdict(float)
             for epoch in range(cfg.num_ppo_epochs):
                 order = np.random.default_rng([cfg.seed, update, epoch]).permutation(cfg.batch_size)
                 for minibatch in np.split(order, cfg.num_minibatches):
-                    actions, states = action_mask[minibatch].sum(), value_mask[minibatch].sum()  # denominators of the two losses
+                    actions, states = action_mask[minibatch].sum(), value_mask[minibatch].sum()  # denominators
                     for group in split_by_tokens([len(sequences[i]) for i in minibatch], cfg.microbatch_tokens):
                         rows = minibatch[group]
                         mask = action_mask[rows]
                         packed = pack([sequences[i] for i in rows], run.device)
-                        new_logprobs, entropy = policy.response_logprobs(packed, responses[rows], cfg.temperature)  # (b, R) each
+                        new_logprobs, entropy = policy.response_logprobs(
+                            packed, responses[rows], cfg.temperature
+                        )  # (b, R) each
                         policy_loss, policy_stats = ppo.policy_loss(
                             new_logprobs, logprobs[rows], advantages[rows], mask, cfg.cliprange, denominator=actions
                         )
                         policy_loss.backward()
                         new_values = critic.response_values(packed, R)  # (b, R)
                         value_loss, value_stats = ppo.value_loss(
-                            new_values, values[rows], returns[rows], value_mask[rows], cfg.cliprange_value, denominator=states
+                            new_values,
+                            values[rows],
+                            returns[rows],
+                            value_mask[rows],
+                            cfg.cliprange_value,
+                            denominator=states,
                         )
                         (cfg.vf_coef * value_loss).backward()
                         entropy = entropy.detach()
@@ -225,17 +256,24 @@ def main(cfg: Config) -> None:
             run.log(
                 update + 1,
                 monitor.objective(scores, logprobs, kl, action_mask, cfg.kl_coef)
-                | monitor.learning(totals, cfg.num_ppo_epochs * cfg.num_minibatches, action_mask)
+                | monitor.learning(totals, steps, action_mask)
                 | monitor.critic(values, returns, raw_advantages, value_mask)
                 | monitor.texts(summaries, batch_posts)
                 | {"lr": lr, "episode": (update + 1) * cfg.batch_size}
-                | {"time/rollout": time_rollout, "time/score": time_score, "time/learn": seconds - time_rollout - time_score}
+                | {
+                    "time/rollout": time_rollout,
+                    "time/score": time_score,
+                    "time/learn": seconds - time_rollout - time_score,
+                }
                 | {"perf/tokens_per_s": sum(len(s) for s in sequences) / seconds, "perf/peak_gib": peak_gib(run.device)}
                 | checked,
             )
             if cfg.sample_every and (update + 1) % cfg.sample_every == 0:
                 shown = zip(batch_posts, summaries, scores.tolist(), kl.sum(1).tolist(), strict=True)
-                rows = [{"title": p.title, "post": p.post, "response": s.text, "score": score, "kl": nats} for p, s, score, nats in shown]
+                rows = [
+                    {"title": p.title, "post": p.post, "response": s.text, "score": score, "kl": nats}
+                    for p, s, score, nats in shown
+                ]
                 run.samples(update + 1, rows)
             if cfg.save_every and (update + 1) % cfg.save_every == 0 and update + 1 < total_updates:
                 save_state(run.folder / "checkpoints" / f"step_{update + 1}", optimizer.state(), {"update": update + 1})

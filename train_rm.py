@@ -18,7 +18,9 @@ without EOS is given -1, and the critic starts as this model (N+ details 10 to 1
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on a shared CPU, threads that spin while waiting cost 5x
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch: on a shared CPU, threads that spin while waiting cost 5x
 
 import time
 from collections import defaultdict
@@ -34,7 +36,15 @@ from nanorlhf.models import ScalarModel, parameter_count, reward_model_from
 from nanorlhf.optim import SCHEDULES, AdamW
 from nanorlhf.packing import pack, split_by_tokens
 from nanorlhf.run import Run
-from nanorlhf.tldr import Comparison, ComparisonStats, batch_indices, encode_comparisons, encode_posts, load_comparisons, load_posts
+from nanorlhf.tldr import (
+    Comparison,
+    ComparisonStats,
+    batch_indices,
+    encode_comparisons,
+    encode_posts,
+    load_comparisons,
+    load_posts,
+)
 from nanorlhf.tokenizer import check_matches, load_tokenizer
 
 
@@ -86,7 +96,12 @@ def accuracy_by(comparisons: list[Comparison], correct: list[bool]) -> dict[str,
     """Accuracy overall and by split, batch and confidence (N+ detail 16), under the published runs' names."""
     groups = defaultdict(list)
     for comparison, hit in zip(comparisons, correct, strict=True):
-        for key in ("", f"/split/{comparison.split}", f"/batch/{comparison.batch}", f"/confidence/{comparison.confidence}"):
+        for key in (
+            "",
+            f"/split/{comparison.split}",
+            f"/batch/{comparison.batch}",
+            f"/confidence/{comparison.confidence}",
+        ):
             groups[f"eval/rm/validation/accuracy{key}"].append(hit)
     return {name: sum(hits) / len(hits) for name, hits in groups.items()}
 
@@ -110,7 +125,9 @@ def main(cfg: Config) -> None:
     show = ["train/rm/loss", "train/rm/accuracy", "train/rm/margin", "lr", "perf/tokens_per_s"]
     with Run("rm", cfg, total_steps=total_steps, show=show, kernels="torch") as run:
         run.say(f"data    {data} ({data_from}): {stats}; {len(valid):,} held out")
-        queries, chosen, rejected = encode_comparisons(run.progress(train, what="encoding comparisons"), tokenizer, cfg.max_query_length)
+        queries, chosen, rejected = encode_comparisons(
+            run.progress(train, what="encoding comparisons"), tokenizer, cfg.max_query_length
+        )
 
         # 2. model and optimizer
         policy = load_policy(folder, run.device)
@@ -165,7 +182,8 @@ def main(cfg: Config) -> None:
         # 5. accuracy on held-out comparisons
         queries, chosen, rejected = encode_comparisons(valid, tokenizer, cfg.max_query_length)
         chosen_scores, rejected_scores = (
-            score(model, [q + r for q, r in zip(queries, side, strict=True)], cfg.microbatch_tokens, run.progress) for side in (chosen, rejected)
+            score(model, [q + r for q, r in zip(queries, side, strict=True)], cfg.microbatch_tokens, run.progress)
+            for side in (chosen, rejected)
         )
         longer = sum(len(c) > len(r) for c, r in zip(chosen, rejected, strict=True)) / len(valid)
         metrics = accuracy_by(valid, (chosen_scores > rejected_scores).tolist()) | {
@@ -176,7 +194,19 @@ def main(cfg: Config) -> None:
         run.show = ["eval/rm/validation/accuracy", "eval/rm/validation/accuracy_longer_wins", "eval/rm/reference_std"]
         run.log(total_steps, metrics)
         scored = zip(valid, chosen_scores.tolist(), rejected_scores.tolist(), strict=True)
-        run.samples(total_steps, [{"post": c.post.post, "chosen": c.chosen, "chosen_score": a, "rejected": c.rejected, "rejected_score": b} for c, a, b in scored])
+        run.samples(
+            total_steps,
+            [
+                {
+                    "post": c.post.post,
+                    "chosen": c.chosen,
+                    "chosen_score": a,
+                    "rejected": c.rejected,
+                    "rejected_score": b,
+                }
+                for c, a, b in scored
+            ],
+        )
 
         # 6. save
         save_scalar(model, run.folder / "final", tokenizer)

@@ -17,7 +17,9 @@ in the paper's recipe. Left out: LoRA, several GPUs, sequence packing across the
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on a shared CPU, threads that spin while waiting cost 5x
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch: on a shared CPU, threads that spin while waiting cost 5x
 
 import time
 from dataclasses import dataclass
@@ -93,11 +95,15 @@ def main(cfg: Config) -> None:
     total_steps = min(total_steps, cfg.max_updates or total_steps)
     check(total_steps > 0, "batch_size", cfg.batch_size, f"at most the {len(train)} posts of {data}")
 
-    with Run("sft", cfg, total_steps=total_steps, show=["train/sft/loss", "lr", "perf/tokens_per_s"], kernels="torch") as run:
+    with Run(
+        "sft", cfg, total_steps=total_steps, show=["train/sft/loss", "lr", "perf/tokens_per_s"], kernels="torch"
+    ) as run:
         run.say(f"data    {data} ({data_from}): {len(train):,} posts, {len(valid):,} held out")
         queries, responses = encode_posts(run.progress(train, what="encoding posts"), tokenizer, cfg.max_query_length)
         lengths = describe([len(response) for response in responses], cfg.response_length)
-        run.say(f"tokens  query mean {describe([len(q) for q in queries])['mean']:.0f}, response mean {lengths['mean']:.0f} max {lengths['max']:.0f}")
+        run.say(
+            f"tokens  query mean {describe([len(q) for q in queries])['mean']:.0f}, response mean {lengths['mean']:.0f} max {lengths['max']:.0f}"
+        )
 
         # 2. model and optimizer
         policy = load_policy(folder, run.device, run.dtype)
@@ -140,17 +146,26 @@ def main(cfg: Config) -> None:
         queries, references = encode_posts(valid, tokenizer, cfg.max_query_length)
         valid_loss = 0.0
         with torch.no_grad():
-            for group in split_by_tokens([len(q) + len(r) for q, r in zip(queries, references, strict=True)], cfg.microbatch_tokens):
+            for group in split_by_tokens(
+                [len(q) + len(r) for q, r in zip(queries, references, strict=True)], cfg.microbatch_tokens
+            ):
                 packed = pack([queries[i] + references[i] for i in group], run.device)
                 labels, counts = next_token_labels(packed)
                 weights = sequence_mean_weights(packed, counts, sequences=len(valid))
                 valid_loss += linear_cross_entropy(policy.hidden(packed), policy.head_weight, labels, weights).item()
-        summaries = summarise(policy, tokenizer, queries, cfg.response_length, cfg.eval_temperature, seed=cfg.seed, progress=run.progress)
+        summaries = summarise(
+            policy, tokenizer, queries, cfg.response_length, cfg.eval_temperature, seed=cfg.seed, progress=run.progress
+        )
         scores = rouge([s.text for s in summaries], [post.summary for post in valid])
-        metrics = {"validation/sft/loss": valid_loss} | {f"validation/sft/rouge/{name}": value for name, value in scores.items()}
+        metrics = {"validation/sft/loss": valid_loss} | {
+            f"validation/sft/rouge/{name}": value for name, value in scores.items()
+        }
         metrics["validation/sft/eos_rate"] = sum(s.has_eos for s in summaries) / len(summaries)
         run.log(total_steps, metrics)
-        run.samples(total_steps, [{"post": p.post, "reference": p.summary, "sft": s.text} for p, s in zip(valid, summaries, strict=True)])
+        run.samples(
+            total_steps,
+            [{"post": p.post, "reference": p.summary, "sft": s.text} for p, s in zip(valid, summaries, strict=True)],
+        )
 
         # 5. save
         save_policy(policy, run.folder / "final", tokenizer)

@@ -44,6 +44,11 @@ class _OneDNNLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (M, K), weight (N, K), same dtype and device -> (M, N); differentiable in both."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and _HAS_ONEDNN and os.environ.get("NANORLHF_KERNELS") != "torch":
+    if (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and _HAS_ONEDNN
+        and os.environ.get("NANORLHF_KERNELS") != "torch"
+    ):
         return _OneDNNLinear.apply(x, weight)
     return linear_reference(x, weight)

@@ -30,8 +30,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, weights
     -> loss () fp32
     """
     if hidden.shape[0] != labels.shape[0] or labels.shape != weights.shape or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"shapes: got hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}, "
-                         f"weights {tuple(weights.shape)}, expected (M, D), (V, D), (M,), (M,)")
+        raise ValueError(
+            f"shapes: got hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}, "
+            f"weights {tuple(weights.shape)}, expected (M, D), (V, D), (M,), (M,)"
+        )
     rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
     if hidden.shape[0] <= rows:
         return linear_cross_entropy_reference(hidden, weight, labels, weights)

@@ -18,7 +18,9 @@ from kernels.linear import linear
 CHUNK_ELEMENTS = 2**28  # logits at a time: 1 GB in fp32, 2,093 rows of Llama 3's vocabulary
 
 
-def linear_logprob_reference(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def linear_logprob_reference(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """The specification: the formula above, with all logits at once."""
     logits = linear(hidden, weight).float() / temperature  # (M, V)
     logprobs = torch.log_softmax(logits, dim=-1)
@@ -33,10 +35,14 @@ def linear_logprob(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: 
     -> logprobs (M,) fp32, entropy (M,) fp32
     """
     if temperature <= 0:
-        raise ValueError(f"temperature: got {temperature}, expected a number greater than 0; take the argmax for greedy decoding")
+        raise ValueError(
+            f"temperature: got {temperature}, expected a number greater than 0; take the argmax for greedy decoding"
+        )
     if hidden.shape[0] != labels.shape[0] or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"shapes: got hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}, "
-                         "expected (M, D), (V, D), (M,)")
+        raise ValueError(
+            f"shapes: got hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}, "
+            "expected (M, D), (V, D), (M,)"
+        )
     rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
     if hidden.shape[0] <= rows:
         return linear_logprob_reference(hidden, weight, labels, temperature)

@@ -30,7 +30,9 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
     group = q.shape[1] // k.shape[1]  # query heads for each key/value head
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # (N, H, Dh)
     cu, longest = packed.cu_seqlens, packed.max_length
-    return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))  # everything to the left, nothing to the right
+    return varlen_attn(
+        q, k, v, cu, cu, longest, longest, window_size=(-1, 0)
+    )  # everything to the left, nothing to the right
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
@@ -39,7 +41,9 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
     lengths = packed.cu_seqlens[1:].long() - starts
     sequence = torch.repeat_interleave(torch.arange(B, device=q.device), lengths, output_size=q.shape[0])
     slots = sequence * T + packed.positions  # (N,) where token n stands in the (B, T) rectangle
-    q, k, v = (_Pad.apply(x, slots, B * T).view(B, T, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # (B, heads, T, Dh)
+    q, k, v = (
+        _Pad.apply(x, slots, B * T).view(B, T, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)
+    )  # (B, heads, T, Dh)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])  # (B, H, T, Dh)
     return _Unpad.apply(out.transpose(1, 2).reshape(B * T, *out.shape[1::2]), slots)  # (N, H, Dh)
 

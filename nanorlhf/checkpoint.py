@@ -25,7 +25,11 @@ from nanorlhf.llama import LlamaConfig
 from nanorlhf.models import Policy, ScalarModel
 
 MAX_SHARD_BYTES = 5 * 10**9
-ARCHITECTURES = {"policy": "LlamaForCausalLM", "reward_model": "LlamaForSequenceClassification", "critic": "LlamaForTokenClassification"}
+ARCHITECTURES = {
+    "policy": "LlamaForCausalLM",
+    "reward_model": "LlamaForSequenceClassification",
+    "critic": "LlamaForTokenClassification",
+}
 
 # --- config.json -----------------------------------------------------------------------------------------------------
 
@@ -33,11 +37,14 @@ ARCHITECTURES = {"policy": "LlamaForCausalLM", "reward_model": "LlamaForSequence
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises UserError when the file is missing or is not JSON."""
     try:
-        return json.loads(path.read_text())
+        raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: not found, expected a Hugging Face model folder with a {path.name}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}), copy the file again") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: got a JSON {type(raw).__name__}, expected an object")
+    return raw
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
@@ -57,13 +64,22 @@ def read_config(folder: str | Path) -> LlamaConfig:
             refuse(field, raw[field], "false")
     if raw.get("attention_dropout", 0.0) != 0.0:
         refuse("attention_dropout", raw["attention_dropout"], "0.0 (N+ detail 7)")
-    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+    required = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "rms_norm_eps",
+    )
     for field in required:
         if field not in raw:
             raise UserError(f"{path}: {field} is missing, expected every field of a Llama config.json")
 
     heads = raw["num_attention_heads"]
-    kv_heads = raw.get("num_key_value_heads") or heads  # Llama 1 and 2 (7B, 13B) leave it out: one key head a query head
+    kv_heads = (
+        raw.get("num_key_value_heads") or heads
+    )  # Llama 1 and 2 (7B, 13B) leave it out: one key head a query head
     if heads % kv_heads:
         refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
     theta, scaling = _read_rope(raw, path)
@@ -87,17 +103,23 @@ def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", raw.get("rope_theta"))
     if theta is None:
-        raise UserError(f"{path}: rope_theta is missing (and rope_parameters too): without it positions would be wrong, so it is not guessed")
+        raise UserError(
+            f"{path}: rope_theta is missing (and rope_parameters too): without it positions would be wrong, so it is not guessed"
+        )
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     if kind == "default":
         return float(theta), None
     fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     if kind != "llama3" or any(field not in rope for field in fields):
-        raise UserError(f"{path}: rope_scaling is {kind!r} with {sorted(rope)}, expected 'default', or 'llama3' with {sorted(fields)}")
+        raise UserError(
+            f"{path}: rope_scaling is {kind!r} with {sorted(rope)}, expected 'default', or 'llama3' with {sorted(fields)}"
+        )
     return float(theta), {"rope_type": "llama3", **{field: rope[field] for field in fields}}
 
 
-def config_json(config: LlamaConfig, kind: str, dtype: torch.dtype, pad_id: int, score_shift: float | None = None) -> dict:
+def config_json(
+    config: LlamaConfig, kind: str, dtype: torch.dtype, pad_id: int, score_shift: float | None = None
+) -> dict:
     """What we write: the hub's spelling, readable by transformers 4 and 5, vLLM and llama.cpp."""
     raw = {
         "architectures": [ARCHITECTURES[kind]],
@@ -111,7 +133,12 @@ def config_json(config: LlamaConfig, kind: str, dtype: torch.dtype, pad_id: int,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     if kind != "policy":
-        raw |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, "classifier_dropout": 0.0, "tie_word_embeddings": False}
+        raw |= {
+            "id2label": {"0": "score"},
+            "label2id": {"score": 0},
+            "classifier_dropout": 0.0,
+            "tie_word_embeddings": False,
+        }
     if kind == "reward_model":
         raw["score_shift"] = score_shift  # the normalised score is the head's output minus this (N+ detail 15)
     return raw
@@ -140,7 +167,9 @@ def _open_tensors(folder: Path) -> dict[str, Path]:
     if index.exists():
         return {name: folder / file for name, file in read_json(index)["weight_map"].items()}
     if not single.exists():
-        raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json, expected a Hugging Face model folder")
+        raise UserError(
+            f"{folder}: no model.safetensors and no model.safetensors.index.json, expected a Hugging Face model folder"
+        )
     try:
         with safe_open(single, framework="pt") as tensors:
             return dict.fromkeys(tensors.keys(), single)
@@ -173,12 +202,16 @@ def load_weights(model: nn.Module, folder: str | Path, ignore: tuple[str, ...] =
                     raise UserError(f"{path}: cannot be read ({error}), copy or download it again") from None
                 target = parameter if rows is None else parameter[begin : begin + rows]
                 if tensor.shape != target.shape:
-                    raise UserError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(target.shape)} for the config.json beside it")
+                    raise UserError(
+                        f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(target.shape)} for the config.json beside it"
+                    )
                 target.copy_(tensor)
                 unused.discard(name)
                 begin += rows or 0
     if unused:
-        raise UserError(f"{folder}: unexpected tensors {sorted(unused)[:4]}, expected exactly those of the config.json beside them")
+        raise UserError(
+            f"{folder}: unexpected tensors {sorted(unused)[:4]}, expected exactly those of the config.json beside them"
+        )
 
 
 def _empty(build, device: str, dtype: torch.dtype) -> nn.Module:
@@ -200,7 +233,9 @@ def load_scalar(folder: str | Path, device: str = "cpu", dtype: torch.dtype = to
     raw, config = read_json(Path(folder) / "config.json"), read_config(folder)
     kind = (raw.get("architectures") or [None])[0]
     if kind not in (ARCHITECTURES["reward_model"], ARCHITECTURES["critic"]):
-        raise UserError(f"{folder}: architectures is {kind}, expected a reward model or a critic; `python train_rm.py` makes one")
+        raise UserError(
+            f"{folder}: architectures is {kind}, expected a reward model or a critic; `python train_rm.py` makes one"
+        )
     model = _empty(lambda: ScalarModel(config, bias=kind == ARCHITECTURES["critic"]), device, dtype)
     model.score_shift = float(raw.get("score_shift", 0.0))
     load_weights(model, folder)
@@ -286,7 +321,10 @@ def save_scalar(model: ScalarModel, folder: str | Path, tokenizer, dtype: torch.
 def save_state(folder: str | Path, tensors: dict[str, Tensor], state: dict) -> None:
     """A checkpoint of a run: named tensors and a small JSON object; complete or absent."""
     with atomic_folder(folder) as partial:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial / "state.safetensors")
+        save_file(
+            {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()},
+            partial / "state.safetensors",
+        )
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
 
@@ -297,7 +335,9 @@ def load_state(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
         with safe_open(folder / "state.safetensors", framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, FileNotFoundError) as error:
-        raise UserError(f"{folder}: the checkpoint cannot be read ({error}), remove the folder to resume from an earlier one") from None
+        raise UserError(
+            f"{folder}: the checkpoint cannot be read ({error}), remove the folder to resume from an earlier one"
+        ) from None
     return tensors, read_json(folder / "state.json")
 
 

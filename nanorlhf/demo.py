@@ -1,9 +1,10 @@
 """The demo's verdict: did every stage do what it should?
 
-    python -m nanorlhf.demo [--runs runs]
+    python -m nanorlhf.demo                 the runs of `make demo`: runs/demo_sft, demo_rm, demo_ppo, demo_eval
+    python -m nanorlhf.demo --prefix ""     runs of the default names: runs/sft, rm, ppo, eval
 
-Reads runs/{sft,rm,ppo,eval}; prints one table of results beside the bars they have to pass and one of speed by stage, and exits
-with status 1 and a list when a bar is missed. A result that is absent or not a number misses its bar.
+Prints three tables, of results, of the bars they have to pass and of speed by stage, and exits with status 1 and a list
+when a bar is missed. A result that is absent or not a number misses its bar.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from nanorlhf.errors import UserError
-from nanorlhf.report import Table, console, interval, number
+from nanorlhf.report import NAMES, Table, console, interval, number
 from nanorlhf.run import read_metrics
 
 STAGES = ("sft", "rm", "ppo", "eval")
@@ -35,18 +36,18 @@ BARS = (  # (what `measure` calls it, relation, bound, in words)
 )
 
 
-def read_runs(root: Path) -> dict:
-    """{stage: lines of its metrics.jsonl}, plus "results": the evaluation's metrics.json and "started": {stage: its config's}."""
-    runs = {stage: read_metrics(root / stage) for stage in STAGES}
+def read_runs(folders: dict[str, Path]) -> dict:
+    """{stage: lines of its metrics.jsonl}, "results": the evaluation's metrics.json, "started": {stage: when}."""
+    runs = {stage: read_metrics(folder) for stage, folder in folders.items()}
     for stage, rows in runs.items():
         if not rows:
-            raise UserError(f"{root / stage}/metrics.jsonl is empty, expected a finished run: `make demo` runs all stages")
+            raise UserError(f"{folders[stage]} has no metrics, expected a finished run: `make demo` runs all stages")
     try:
-        results = json.loads((root / "eval" / "metrics.json").read_text())
-        started = {stage: json.loads((root / stage / "config.json").read_text()).get("started") for stage in STAGES}
+        results = json.loads((folders["eval"] / "metrics.json").read_text())
+        configs = {stage: json.loads((folder / "config.json").read_text()) for stage, folder in folders.items()}
     except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise UserError(f"{root}: a run is not finished ({error}): `make demo` runs all stages") from None
-    return runs | {"results": results, "started": started}
+        raise UserError(f"a run is not finished ({error}): `make demo` runs all stages") from None
+    return runs | {"results": results, "started": {stage: config.get("started") for stage, config in configs.items()}}
 
 
 def last(rows: list[dict], name: str) -> float | None:
@@ -57,8 +58,9 @@ def last(rows: list[dict], name: str) -> float | None:
 def measure(runs: dict) -> dict[str, float | None]:
     """Everything a bar or the table needs, by name; None where the runs do not say."""
     ppo, results = runs["ppo"], runs["results"]
-    policies, rates = results.get("policies", {}), {f"{row['ours']}_vs_{row['theirs']}": row for row in results.get("win_rates", [])}
-    by_gold = rates if results.get("about", {}).get("judge") == "gold" else {}  # another judge's wins pass no bar
+    policies = results.get("policies", {})
+    by_gold = results.get("about", {}).get("judge") == "gold"  # another judge's wins pass no bar
+    rates = {(row["ours"], row["theirs"]): row for row in results.get("win_rates", []) if by_gold}
 
     def policy(stage: str, name: str) -> float | None:
         return policies.get(stage, {}).get(name)
@@ -66,17 +68,20 @@ def measure(runs: dict) -> dict[str, float | None]:
     def combine(function, *values: float | None) -> float | None:
         return None if None in values else function(*values)
 
+    def ratio(a: float, b: float) -> float:
+        return a / b if b else math.inf
+
     kls = [row["objective/kl"] for row in ppo if "objective/kl" in row]  # None: it was not finite
     return {
-        "sft_rouge_over_base": combine(lambda a, b: a / b if b else math.inf, policy("sft", "rougeL"), policy("base", "rougeL")),
+        "sft_rouge_over_base": combine(ratio, policy("sft", "rougeL"), policy("base", "rougeL")),
         "rm_accuracy": results.get("reward_model", {}).get("accuracy"),
-        "preflight_ratio_error": combine(lambda ratio: abs(ratio - 1), ppo[0].get("preflight/ratio")),
+        "preflight_ratio_error": combine(lambda value: abs(value - 1), ppo[0].get("preflight/ratio")),
         "preflight_kl_error": combine(abs, ppo[0].get("preflight/kl")),
         "max_kl": None if None in kls else max(kls, default=None),
         "gold_gain": combine(operator.sub, policy("ppo", "gold"), policy("sft", "gold")),
-        "ppo_vs_sft": by_gold.get("ppo_vs_sft", {}).get("rate"),
-        "ppo_vs_sft_low": by_gold.get("ppo_vs_sft", {}).get("interval", [None])[0],
-        "ppo_vs_reference": by_gold.get("ppo_vs_reference", {}).get("rate"),
+        "ppo_vs_sft": rates.get(("ppo", "sft"), {}).get("rate"),
+        "ppo_vs_sft_low": rates.get(("ppo", "sft"), {}).get("interval", [None])[0],
+        "ppo_vs_reference": rates.get(("ppo", "reference"), {}).get("rate"),
         "eos_rate": policy("ppo", "eos_rate"),
     }
 
@@ -111,16 +116,20 @@ def results_table(runs: dict) -> Table:
         ["SFT: ROUGE-L, base -> SFT", change(of("base", "rougeL"), of("sft", "rougeL"), ".3f")],
         ["reward model: training loss", first_to_last(rm, "train/rm/loss")],
         ["reward model: accuracy", f"{number(card.get('accuracy'))} ({interval(card.get('interval'))})"],
-        ["  length alone; ceiling of the label noise", f"{number(card.get('length_baseline'))}; {number(card.get('ceiling'))}"],
+        [
+            "  length alone -> ceiling of the label noise",
+            change(card.get("length_baseline"), card.get("ceiling"), ".3f"),
+        ],
         ["PPO: reward model's score", first_to_last(ppo, "objective/scores")],
         ["PPO: KL at the end, nats a response", number(last(ppo, "objective/kl"), ".2f")],
         ["gold score, SFT -> PPO", change(of("sft", "gold"), of("ppo", "gold"))],
     ]
     for row in results.get("win_rates", []):
-        name = f"win rate, {row['ours'].upper()} vs {row['theirs'].upper() if row['theirs'] == 'sft' else row['theirs']}"
+        name = f"win rate, {NAMES[row['ours']]} vs {NAMES[row['theirs']]}"
         rows.append([name, f"{number(row['rate'])} ({interval(row['interval'])})"])
     rows.append(["words a summary, SFT -> PPO", change(of("sft", "words"), of("ppo", "words"), ".1f")])
-    return Table("Results on held-out posts", ["", "measured"], rows, f"in brackets: 95% intervals; judge: {results.get('about', {}).get('judge', '-')}")
+    judge = results.get("about", {}).get("judge", "-")
+    return Table("Results", ["", "measured"], rows, f"in brackets: 95% intervals; the judge of win rates: {judge}")
 
 
 def seconds_of(rows: list[dict], started: str | None) -> float | None:
@@ -144,19 +153,23 @@ def speed_table(runs: dict) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m nanorlhf.demo", description="The demo's results, beside the bars they have to pass.")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder with the runs sft, rm, ppo and eval")
-    root = parser.parse_args(argv).runs
+    parser = argparse.ArgumentParser(prog="python -m nanorlhf.demo", description="The demo's results and its verdict.")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run folders")
+    parser.add_argument(
+        "--prefix", default="demo_", help="before sft, rm, ppo and eval in the names of the run folders"
+    )
+    args = parser.parse_args(argv)
+    folders = {stage: args.runs / f"{args.prefix}{stage}" for stage in STAGES}
     try:
-        runs = read_runs(root)
+        runs = read_runs(folders)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     bars = judge_bars(measure(runs))
-    verdicts = Table("Bars", ["", "measured", "bar", ""], [[*row, "ok" if passed else "MISSED"] for *row, passed in bars])
-    for table in (results_table(runs), verdicts, speed_table(runs)):
+    verdicts = [[*row, "ok" if passed else "MISSED"] for *row, passed in bars]
+    for table in (results_table(runs), Table("Bars", ["", "measured", "bar", ""], verdicts), speed_table(runs)):
         print(console(table))
-    print(f"report  {root / 'eval' / 'report.html'}")
+    print(f"report  {folders['eval'] / 'report.html'}")
     missed = [f"{name}: {measured}, the bar is {bar}" for name, measured, bar, passed in bars if not passed]
     if missed:
         print("missed bars:\n" + "\n".join(f"  {line}" for line in missed))

@@ -27,10 +27,14 @@ def find_data(flag: str | None, preset: str) -> tuple[Path, str]:
     if preset == "tiny":
         folder = Path("data/tiny")
         return ensure_world(folder), "the embedded tiny world"
-    raise UserError("data: no folder given, expected one with tldr/ and comparisons/ in OpenAI's format: pass --data DIR, or --preset tiny")
+    raise UserError(
+        "data: no folder given, expected one with tldr/ and comparisons/ in OpenAI's format: pass --data DIR, or --preset tiny"
+    )
 
 
-def find_model(stage: str, flag: str | None, flag_name: str, preset: str, runs: str | Path = "runs") -> tuple[Path, str]:
+def find_model(
+    stage: str, flag: str | None, flag_name: str, preset: str, runs: str | Path = "runs"
+) -> tuple[Path, str]:
     """The Hugging Face folder of stage base, sft, rm or ppo, and where it came from."""
     if flag is not None:
         if not Path(flag).is_dir():
@@ -43,7 +47,9 @@ def find_model(stage: str, flag: str | None, flag_name: str, preset: str, runs: 
     if preset == "tiny":
         return EMBEDDED / stage, "embedded"
     command = f"run `python train_{stage}.py` first, or " if stage in UPSTREAM else ""
-    raise UserError(f"{flag_name}: no {stage} model found, expected a Hugging Face folder: {command}pass --{flag_name} DIR, or --preset tiny")
+    raise UserError(
+        f"{flag_name}: no {stage} model found, expected a Hugging Face folder: {command}pass --{flag_name} DIR, or --preset tiny"
+    )
 
 
 def _preset_of(run: Path) -> str | None:

@@ -3,12 +3,13 @@
     judge.compare(pairs) -> verdicts        a list of Pair in; WIN, TIE or LOSS of `ours`, one a pair, out
 
     gold   looks the facts up: the truth, in the tiny world only
-    rm     a reward model scores both. PPO was trained to please it, so a win here says that PPO optimised, not that it improved
+    rm     a reward model scores both; PPO was trained to please it, so a win shows that it optimised, not improved
 
-A judge that scores each summary by itself (both of these) is a ScoreJudge; one that has to see the two side by side needs
-`name` and `compare` and nothing else.
+A judge that scores each summary by itself (both of these) is a ScoreJudge; one that has to see the two side by side
+needs `name` and `compare` and nothing else.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -52,19 +53,22 @@ class ScoreJudge:
 
     def compare(self, pairs: Sequence[Pair]) -> list[str]:
         posts = [pair.post for pair in pairs]
-        ours, theirs = self.scores(posts, [pair.ours for pair in pairs]), self.scores(posts, [pair.theirs for pair in pairs])
+        ours, theirs = (
+            self.scores(posts, [pair.ours for pair in pairs]),
+            self.scores(posts, [pair.theirs for pair in pairs]),
+        )
         return [verdict(a, b) for a, b in zip(ours, theirs, strict=True)]
 
 
 def verdict(our_score: float, their_score: float) -> str:
     """WIN, TIE or LOSS of the first of two scores. An assertion fails for a nan, which would compare as anything."""
-    assert our_score == our_score and their_score == their_score, f"scores {our_score} and {their_score}: a judge returned nan"
+    assert not math.isnan(our_score + their_score), f"scores {our_score} and {their_score}: a judge returned nan"
     if abs(our_score - their_score) <= EQUAL:
         return TIE
     return WIN if our_score > their_score else LOSS
 
 
-# --- gold --------------------------------------------------------------------------------------------------------------
+# --- gold -------------------------------------------------------------------------------------------------------------
 
 
 def gold_judge() -> ScoreJudge:
@@ -84,10 +88,12 @@ def check_gold(posts: Sequence[Post]) -> None:
         try:
             facts_from_id(post.id)
         except ValueError as error:
-            raise UserError(f"the gold judge knows only the tiny world's posts, and {error}: choose --judge rm") from None
+            raise UserError(
+                f"the gold judge knows only the tiny world's posts, and {error}: choose --judge rm"
+            ) from None
         _, split, index = post.id.split("-")
         if make_post(split, int(index)).post != post.post:
-            raise UserError(f"post {post.id} is not what the tiny world writes under this id: its files are of another version, make them again")
+            raise UserError(f"post {post.id} is not what the tiny world writes under this id: make its files again")
 
 
 def of_tiny_world(posts: Sequence[Post]) -> bool:
@@ -95,12 +101,14 @@ def of_tiny_world(posts: Sequence[Post]) -> bool:
     return all(post.id.startswith("tiny-") for post in posts)
 
 
-# --- reward model ------------------------------------------------------------------------------------------------------
+# --- reward model -----------------------------------------------------------------------------------------------------
 
 
-def reward_model_judge(model: ScalarModel, tokenizer: Tokenizer, max_query_length: int, microbatch_tokens: int, progress=None) -> ScoreJudge:
-    """A reward model as a judge. A summary is scored as a finished one, EOS included, whether or not its policy stopped by itself.
-    What it has scored it remembers."""
+def reward_model_judge(
+    model: ScalarModel, tokenizer: Tokenizer, max_query_length: int, microbatch_tokens: int, progress=None
+) -> ScoreJudge:
+    """A reward model as a judge. A summary is scored as a finished one, EOS included, whether or not its policy stopped
+    by itself. What it has scored it remembers."""
     walk = progress or (lambda items, what: items)
     known: dict[tuple[Post, str], float] = {}
 

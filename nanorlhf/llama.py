@@ -87,7 +87,9 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
     if scaling is None:
         return frequencies
     wavelengths = 2 * math.pi / frequencies
-    low, high, context = (scaling[k] for k in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+    low, high, context = (
+        scaling[k] for k in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
     keep = ((context / wavelengths - low) / (high - low)).clamp(0, 1)  # 1: keep the frequency, 0: divide it by factor
     return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
 
@@ -153,7 +155,10 @@ class Llama(nn.Module):
         -> (N, D) in the dtype of the weights
         """
         angles = positions[:, None].float() * rope_frequencies(self.config).to(positions.device)  # (N, Dh/2)
-        cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (N, 1, Dh/2), fp32: bf16 cannot hold position 300 exactly
+        cos, sin = (
+            angles.cos()[:, None],
+            angles.sin()[:, None],
+        )  # (N, 1, Dh/2), fp32: bf16 cannot hold position 300 exactly
         x = self.embed_tokens(tokens)  # (N, D)
         for layer in self.layers:
             x = layer(x, cos, sin, attend)

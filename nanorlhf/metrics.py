@@ -1,8 +1,8 @@
 """Numbers about summaries: overlap with a reference, copying, diversity, and win rates with their intervals.
 
-Everything is a pure function of texts or numbers. Words are lower-cased runs of [a-z0-9]+, as ROUGE counts them. A figure that
-is not defined for one text (title copying without a title) is nan, so that a mean over posts can leave it out; a figure of no
-texts at all is a ValueError.
+Everything is a pure function of texts or numbers. Words are lower-cased runs of [a-z0-9]+, as ROUGE counts them. A
+figure that is not defined for one text (title copying without a title) is nan, so that a mean over posts can leave it
+out; a figure of no texts at all is a ValueError.
 """
 
 import re
@@ -42,8 +42,8 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
 
 
 def title_copy(summary: str, title: str) -> float:
-    """Longest common subsequence of words over the title's words: 1 when the whole title stands in the summary, in order.
-    nan for a title without words."""
+    """Longest common subsequence of words over the title's words: 1 when the whole title stands in the summary, in
+    order. nan for a title without words."""
     in_title = words(title)
     return common_subsequence(words(summary), in_title) / len(in_title) if in_title else float("nan")
 
@@ -78,15 +78,15 @@ def edit_distance(a: Sequence, b: Sequence) -> int:
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
-    """Different n-grams over all n-grams of the texts together (Li et al. 2016). It falls with the number of texts, so compare
-    equal numbers. nan when no text has n words."""
+    """Different n-grams over all n-grams of the texts together (Li et al. 2016). It falls with the number of texts, so
+    compare equal numbers. nan when no text has n words."""
     _same_length(texts=texts)
     grams = [gram for text in texts for gram in ngrams(words(text), n)]
     return len(set(grams)) / len(grams) if grams else float("nan")
 
 
 def mean_pairwise_edit_distance(texts: Sequence[str]) -> float:
-    """Mean over all pairs of texts of edit distance in words / words of the longer one: 0 all equal, 1 nothing in common."""
+    """Mean over all pairs of texts of edit distance in words / longer text's words: 0: all equal, 1: no word kept."""
     if len(texts) < 2:
         raise ValueError(f"texts: got {len(texts)}, expected at least two to compare")
     lists = [words(text) for text in texts]
@@ -101,23 +101,27 @@ def mean(values: Sequence[float]) -> float:
     return float(numbers.mean()) if len(numbers) else float("nan")
 
 
-# --- win rates and their intervals -------------------------------------------------------------------------------------
+# --- win rates and their intervals ------------------------------------------------------------------------------------
 
 
 def win_rate(wins: int, ties: int, losses: int) -> float:
     """(wins + ties / 2) / all."""
     n = wins + ties + losses
     if n <= 0 or min(wins, ties, losses) < 0:
-        raise ValueError(f"wins, ties, losses: got {wins}, {ties}, {losses}, expected counts of at least one comparison")
+        raise ValueError(
+            f"wins, ties, losses: got {wins}, {ties}, {losses}, expected counts of at least one comparison"
+        )
     return (wins + ties / 2) / n
 
 
-def bootstrap_interval(outcomes: Sequence[float], seed: int, level: float = 0.95, resamples: int = 2000) -> tuple[float, float]:
+def bootstrap_interval(
+    outcomes: Sequence[float], seed: int, level: float = 0.95, resamples: int = 2000
+) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean, drawing posts with replacement (Efron 1979).
 
-    An outcome is what one post contributes: 1, 0.5 or 0 of a win rate, or any number of a mean. As both summaries of a pair
-    belong to the same post, the pair is drawn as one. The interval knows the noise of posts and of sampling, not that of
-    training: for that, train several seeds. When all outcomes are equal it has no width, however few they are.
+    An outcome is what one post contributes: 1, 0.5 or 0 of a win rate, or any number of a mean. As both summaries of a
+    pair belong to the same post, the pair is drawn as one. The interval knows the noise of posts and of sampling, not
+    that of training: for that, train several seeds. When all outcomes are equal it has no width, however few they are.
     """
     values, level = _numbers(outcomes), _level(level)
     means = np.concatenate([values[drawn].mean(axis=1) for drawn in _resample(len(values), resamples, seed)])
@@ -125,7 +129,7 @@ def bootstrap_interval(outcomes: Sequence[float], seed: int, level: float = 0.95
 
 
 def accuracy_interval(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion correct / n (Wilson 1927): inside [0, 1] and of some width even at 0 and n."""
+    """Wilson's score interval of the proportion correct / n (Wilson 1927): within [0, 1], with some width even at 0."""
     if n <= 0 or not 0 <= correct <= n:
         raise ValueError(f"correct, n: got {correct}, {n}, expected 0 <= correct <= n and n at least 1")
     z = NormalDist().inv_cdf(0.5 + _level(level) / 2)
@@ -135,13 +139,15 @@ def accuracy_interval(correct: int, n: int, level: float = 0.95) -> tuple[float,
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def length_controlled_win_rate(outcomes: Sequence[float], lengths: Sequence[float], other_lengths: Sequence[float]) -> float:
+def length_controlled_win_rate(
+    outcomes: Sequence[float], lengths: Sequence[float], other_lengths: Sequence[float]
+) -> float:
     """The win rate if both summaries were equally long (N+ section 5.3, on rows instead of on ten bins).
 
-    P(win) = sigmoid(a + b * ln(length / other length)), fitted to all rows; the answer is sigmoid(a), its value at ratio 1.
+    P(win) = sigmoid(a + b * ln(length / other length)), fitted to all rows; returned: sigmoid(a), that at ratio 1.
 
-    args: outcomes (n,) 1, 0.5 or 0, a tie being half a win and half a loss; lengths, other_lengths (n,) in words or in tokens;
-    a text of length 0 counts as 1. Where all ratios lie on one side of 1, the answer is an extrapolation.
+    args: outcomes (n,) 1, 0.5 or 0, a tie being half a win and half a loss; lengths, other_lengths (n,) in words or in
+    tokens; a text of length 0 counts as 1. Where all ratios lie on one side of 1, the answer is an extrapolation.
     """
     y, x = _length_regression(outcomes, lengths, other_lengths)
     return float(_sigmoid(_fit_logistic(x[None], y[None])[0, 0]))
@@ -151,7 +157,7 @@ def length_controlled_interval(
     outcomes: Sequence[float], lengths: Sequence[float], other_lengths: Sequence[float], seed: int, level: float = 0.95,
     resamples: int = 1000,
 ) -> tuple[float, float]:  # fmt: skip
-    """Percentile bootstrap interval of `length_controlled_win_rate`: the regression is fitted again on each resample of posts."""
+    """Percentile bootstrap interval of `length_controlled_win_rate`, fitted again on each resample of posts."""
     y, x = _length_regression(outcomes, lengths, other_lengths)
     fits = np.concatenate([_fit_logistic(x[drawn], y[drawn])[:, 0] for drawn in _resample(len(y), resamples, seed)])
     return _percentiles(_sigmoid(fits), _level(level))
@@ -170,10 +176,10 @@ def _length_regression(outcomes, lengths, other_lengths) -> tuple[np.ndarray, np
 def _fit_logistic(x: np.ndarray, y: np.ndarray, steps: int = 200) -> np.ndarray:
     """(intercept, slope) of a logistic regression of each of S data sets, by Newton's method. x, y (S, n) -> (S, 2).
 
-    Minimises sum(-y log p - (1-y) log(1-p)) + RIDGE/2 * (a^2 + b^2), p = sigmoid(a + b x). Without the ridge, data of only wins,
-    or data that a length separates perfectly, has no finite answer; it is a thousandth of one observation's pull and moves
-    nothing else. A step is shortened until no log-odds moves by more than 1: within that the second derivative changes by less
-    than e, so each step goes down and Newton cannot overshoot.
+    Minimises sum(-y log p - (1-y) log(1-p)) + RIDGE/2 * (a^2 + b^2), p = sigmoid(a + b x). Without the ridge only wins,
+    or wins that a length separates perfectly from losses, would have no finite answer; elsewhere it is too weak to see.
+    A step is shortened until no log-odds moves by more than 1: within that the curvature changes by less than a factor
+    of e, so every step goes down and Newton cannot overshoot.
     """
     a, b = np.zeros(len(x)), np.zeros(len(x))
     for _ in range(steps):
@@ -195,7 +201,7 @@ def _sigmoid(z):
 
 
 def _resample(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Blocks (rows, n) of indices drawn with replacement, `resamples` rows in all, about a million numbers at a time."""
+    """Blocks (rows, n) of indices drawn with replacement, `resamples` rows in all, a million numbers at a time."""
     rng = np.random.default_rng(seed)
     block = max(1, 1_000_000 // n)
     for done in range(0, resamples, block):
@@ -225,4 +231,5 @@ def _numbers(values: Sequence[float], nan_is_fine: bool = False) -> np.ndarray:
 def _same_length(**lists: Sequence) -> None:
     sizes = {name: len(items) for name, items in lists.items()}
     if 0 in sizes.values() or len(set(sizes.values())) > 1:
-        raise ValueError(f"{', '.join(sizes)}: got {', '.join(map(str, sizes.values()))} of them, expected at least one and equally many")
+        got = ", ".join(map(str, sizes.values()))
+        raise ValueError(f"{', '.join(sizes)}: got {got} of them, expected at least one and equally many")

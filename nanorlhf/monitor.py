@@ -59,8 +59,12 @@ def texts(summaries: list[Summary], posts: list[Post]) -> dict[str, float]:
         "val/num_eos_tokens": sum(s.has_eos for s in summaries),
         "val/eos_rate": sum(s.has_eos for s in summaries) / len(summaries),
         "hack/length": float(np.mean([len(s.text.split()) for s in summaries])),
-        "hack/title_copy": float(np.nanmean([title_copy(s.text, p.title) for s, p in zip(summaries, posts, strict=True)])),
+        "hack/title_copy": float(
+            np.nanmean([title_copy(s.text, p.title) for s, p in zip(summaries, posts, strict=True)])
+        ),
     }
     if posts[0].id.startswith("tiny-"):
-        metrics["objective/gold"] = float(np.mean([gold.judge(p.id, s.text) for s, p in zip(summaries, posts, strict=True)]))
+        metrics["objective/gold"] = float(
+            np.mean([gold.judge(p.id, s.text) for s, p in zip(summaries, posts, strict=True)])
+        )
     return metrics

@@ -78,9 +78,10 @@ class AdamW:
             for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
                 master.copy_(tensors[f"{name}.master"])
                 parameter.copy_(master)
-                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors]
-                if keys:
-                    self.adam.state[master] = {key: tensors[f"{name}.{key}"].to(master.device).clone() for key in keys}
+                keys = [
+                    key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors
+                ]  # none before the first step
+                self.adam.state[master] = {key: tensors[f"{name}.{key}"].to(master.device).clone() for key in keys}
 
 
 def _move_gradient(parameter: Tensor, master: Tensor) -> None:

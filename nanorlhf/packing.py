@@ -10,7 +10,7 @@ The paper's code pads queries on the left to 512 tokens instead (N+ detail 5); w
 difference of two positions matters, the result is the same, and a third of the work is saved.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,8 +73,15 @@ def split_by_tokens(lengths: list[int], max_tokens: int) -> list[list[int]]:
 
 @torch.no_grad()
 def in_microbatches(
-    forward: Callable[[Packed, list[int]], Tensor], sequences: list[list[int]], max_tokens: int, device: torch.device | str
-) -> Tensor:
-    """Run `forward(packed, indices)` on all sequences without gradient, at most `max_tokens` tokens at a time; results joined in order."""
+    forward: Callable[[Packed, list[int]], Sequence[Tensor]],
+    sequences: list[list[int]],
+    max_tokens: int,
+    device: torch.device | str,
+) -> tuple[Tensor, ...]:
+    """Run `forward(packed, indices)` on all sequences without gradient, at most `max_tokens` tokens at a time.
+
+    -> each of its results, joined along the first dimension in the order of `sequences`
+    """
     groups = split_by_tokens([len(sequence) for sequence in sequences], max_tokens)
-    return torch.cat([forward(pack([sequences[i] for i in group], device), group) for group in groups])
+    results = [forward(pack([sequences[i] for i in group], device), group) for group in groups]
+    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))

@@ -118,7 +118,12 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 
 def policy_loss(
-    new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float, denominator: Tensor | None = None
+    new_logprobs: Tensor,
+    logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    cliprange: float,
+    denominator: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate of PPO (Schulman et al. 2017, eq. 7), with the sign of a loss.
 
@@ -148,7 +153,12 @@ def policy_loss(
 
 
 def value_loss(
-    new_values: Tensor, values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float, denominator: Tensor | None = None
+    new_values: Tensor,
+    values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    cliprange_value: float,
+    denominator: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped squared error of the critic, including the 1/2 and not vf_coef (N+ ppo.py:735-745).
 
@@ -158,7 +168,9 @@ def value_loss(
     args: new_values, values, returns (B, R) fp32; mask (B, R) bool = value_mask -> loss (), stats: clipfrac
     """
     denominator = mask.sum() if denominator is None else denominator
-    new_values = torch.where(mask, new_values, 0.0)  # before the square: 0 * inf would make the gradient of what is masked nan
+    new_values = torch.where(
+        mask, new_values, 0.0
+    )  # before the square: 0 * inf would make the gradient of what is masked nan
     clipped = torch.clamp(new_values, values - cliprange_value, values + cliprange_value)
     error = (new_values - returns) ** 2
     clipped_error = (clipped - returns) ** 2

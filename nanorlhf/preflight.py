@@ -37,9 +37,11 @@ def preflight(
         )
 
     def second_pass(packed, rows):
-        return policy.response_logprobs(packed, responses[rows], cfg.temperature)[0]
+        return policy.response_logprobs(packed, responses[rows], cfg.temperature)
 
-    new_logprobs = in_microbatches(second_pass, sequences, max(1, cfg.microbatch_tokens // 2), responses.device)  # (B, R)
+    new_logprobs, _ = in_microbatches(
+        second_pass, sequences, max(1, cfg.microbatch_tokens // 2), responses.device
+    )  # (B, R)
     ratio = (torch.where(mask, (new_logprobs - logprobs).exp(), 0.0).sum() / mask.sum()).item()
     dtype = policy.head_weight.dtype
     if abs(ratio - 1) > RATIO_TOLERANCE[dtype]:

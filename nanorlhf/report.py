@@ -1,11 +1,11 @@
-"""What an evaluation found, for people: tables, figures, one HTML page, one Markdown page.
+"""What an evaluation found, for people: tables, one HTML page, one Markdown page. (The curves are in figures.py.)
 
-    python -m nanorlhf.report figure runs/ppo docs/ppo_tiny.png    reward, gold score and KL over PPO updates
-    python -m nanorlhf.report page runs/eval                       write report.html and report.md of an evaluation again
+    python -m nanorlhf.report page runs/eval                       an evaluation's report.html and report.md, again
+    python -m nanorlhf.report figure runs/ppo docs/ppo_tiny.png    score, gold score and KL over PPO updates
 
-eval.py leaves metrics.json (called `results` here) and samples.jsonl; everything below is a function of those two and of the
-training logs beside the models they name. report.html needs nothing but itself: style inside, figures as data: addresses, no
-script. Posts are other people's text: every piece of it is escaped.
+eval.py leaves metrics.json (called `results` here) and samples.jsonl; everything below is a function of those two and
+of the training logs beside the models they name. report.html needs nothing but itself: style inside, figures as data:
+addresses, no script. Posts are other people's text: every piece of it is escaped.
 """
 
 import argparse
@@ -13,21 +13,21 @@ import base64
 import html
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from nanorlhf.errors import UserError
+from nanorlhf.figures import figures, png, ppo_figure
 from nanorlhf.jsonl import read_jsonl, write_whole
 from nanorlhf.run import read_metrics
 
-SAMPLES_SHOWN = 60  # on the page; samples.jsonl has all
+SAMPLES_SHOWN, SAMPLES_IN_MARKDOWN = 60, 10  # on the two pages; samples.jsonl has all
 NAMES = {"reference": "reference", "base": "base", "sft": "SFT", "ppo": "PPO", "rm": "reward model"}
-COLUMNS = {  # of the table of policies: name in metrics.json -> heading, format
+MEASURES = {  # rows of the table of policies: name in metrics.json -> heading, format
     "rouge1": ("ROUGE-1", ".3f"),
     "rouge2": ("ROUGE-2", ".3f"),
     "rougeL": ("ROUGE-L", ".3f"),
@@ -41,7 +41,7 @@ COLUMNS = {  # of the table of policies: name in metrics.json -> heading, format
     "gold": ("gold score", ".2f"),
 }
 
-# --- tables ------------------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Table:
 
 def number(value: float | None, form: str = ".3f") -> str:
     """The number, or "-" where there is none."""
-    return "-" if value is None or value != value else format(value, form)
+    return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 def interval(low_high: Sequence[float] | None, form: str = ".3f") -> str:
@@ -66,39 +66,47 @@ def interval(low_high: Sequence[float] | None, form: str = ".3f") -> str:
 def tables(results: dict) -> list[Table]:
     """The tables of an evaluation: policies, win rates, reward model."""
     about = results["about"]
-    shown = {key: column for key, column in COLUMNS.items() if any(row.get(key) is not None for row in results["policies"].values())}
-    policies = Table(
-        f"Summaries of {about['posts']:,} held-out posts",
-        ["", *(heading for heading, _ in shown.values())],
-        [[NAMES[name], *(number(row.get(key), form) for key, (_, form) in shown.items())] for name, row in results["policies"].items()],
-        f"split {about['split']}, temperature {about['temperature']:g}, {about['response_length']} tokens at most; ROUGE without a stemmer",
-    )
-    found = [policies]
+    policies = results["policies"]
+    rows = [
+        [heading, *(number(row.get(key), form) for row in policies.values())]
+        for key, (heading, form) in MEASURES.items()
+        if any(row.get(key) is not None for row in policies.values())
+    ]
+    note = f"split {about['split']}, temperature {about['temperature']:g}, {about['response_length']} tokens at most"
+    header = ["", *(NAMES[name] for name in policies)]
+    found = [Table(f"Summaries of {about['posts']:,} held-out posts", header, rows, f"{note}; ROUGE without a stemmer")]
     if results["win_rates"]:
         rows = []
         for row in results["win_rates"]:
+            who = f"{NAMES[row['ours']]} vs {NAMES[row['theirs']]}"
             counts = f"{row['wins']} / {row['ties']} / {row['losses']}"
             controlled = f"{number(row['length_controlled'])} ({interval(row['length_controlled_interval'])})"
-            rows.append([f"{NAMES[row['ours']]} vs {NAMES[row['theirs']]}", str(row["n"]), counts, number(row["rate"]), interval(row["interval"]), controlled])
+            rows.append([who, str(row["n"]), counts, number(row["rate"]), interval(row["interval"]), controlled])
         header = ["", "posts", "wins / ties / losses", "win rate", "95% interval", "at equal length"]
         note = "a tie counts half; intervals: paired bootstrap over posts"
         note += "; the judge is the reward model that PPO optimised" if about["judge"] == "rm" else ""
         found.append(Table(f"Win rates by the {about['judge']} judge", header, rows, note))
     if rm := results.get("reward_model"):
-        rows = [["accuracy", f"{number(rm['accuracy'])} ({interval(rm['interval'])})"], ["the longer summary wins", number(rm["length_baseline"])]]
+        rows = [
+            ["accuracy", f"{number(rm['accuracy'])} ({interval(rm['interval'])})"],
+            ["the longer summary wins", number(rm["length_baseline"])],
+        ]
         if "ceiling" in rm:
             rows.append(["ceiling: knows the annotator", number(rm["ceiling"])])
             rows.append(["ceiling: goes by gold", number(rm["gold_ceiling"])])
-        found.append(Table(f"Reward model on {rm['comparisons']:,} held-out comparisons", ["", "accuracy"], rows, "equal scores count as wrong, equal lengths as half"))
+        title = f"Reward model on {rm['comparisons']:,} held-out comparisons"
+        found.append(Table(title, ["", "accuracy"], rows, "equal scores count as wrong, equal lengths as half"))
     return found
 
 
 def sample_table(row: dict) -> Table:
     """One post's summaries side by side."""
     who = [name for name in NAMES if name in row]
-    scores = [(heading, key) for heading, key in (("gold", "gold"), ("RM", "score")) if any(f"{key}/{name}" in row for name in who)]
-    rows = [[NAMES[name], row[name], *(number(row.get(f"{key}/{name}"), ".2f") for _, key in scores)] for name in who]
-    return Table(row["title"], ["", "summary", *(heading for heading, _ in scores)], rows, row["post"])
+    scores = [key for key in ("gold", "score") if any(f"{key}/{name}" in row for name in who)]
+    rows = [[NAMES[name], row[name], *(number(row.get(f"{key}/{name}"), ".2f") for key in scores)] for name in who]
+    return Table(
+        row["title"], ["", "summary", *({"gold": "gold", "score": "RM"}[key] for key in scores)], rows, row["post"]
+    )
 
 
 def console(table: Table, width: int = 120) -> str:
@@ -117,106 +125,39 @@ def console(table: Table, width: int = 120) -> str:
         box.add_row(*map(plain, row))
     page = io.StringIO()
     Console(file=page, width=width).print(box)
-    return page.getvalue().rstrip()
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
 
 
-# --- figures -----------------------------------------------------------------------------------------------------------
-
-GREY, COLOURS = "#7f868f", {"proxy": "#2f7ed8", "gold": "#d99a1c", "kl": "#c2504f"}  # legible on white and on black
-
-
-def panels(specifications: list[tuple[str, str, list[tuple[str, str, list[dict], str]]]]) -> Figure:
-    """Panels in a row. Each: title, name of the x axis, curves (label, metric, rows of a metrics.jsonl, colour)."""
-    figure = Figure(figsize=(3.6 * len(specifications), 2.9), layout="constrained")
-    for axes, (title, x_name, curves) in zip(figure.subplots(1, len(specifications), squeeze=False)[0], specifications, strict=True):
-        for label, metric, rows, colour in curves:
-            points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.6, marker="." if len(points) < 60 else None)
-        axes.set_title(title, fontsize=10, color=GREY)
-        axes.set_xlabel(x_name, fontsize=9, color=GREY)
-        axes.tick_params(colors=GREY, labelsize=8)
-        axes.grid(alpha=0.25, color=GREY)
-        axes.set_facecolor("none")
-        for side, spine in axes.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(GREY)
-        if len(axes.lines) > 1:
-            axes.legend(fontsize=8, labelcolor=GREY, frameon=False)
-    return figure
-
-
-def ppo_figure(rows: list[dict]) -> Figure:
-    """What PPO maximised, what it was for, and what it cost: proxy score, gold score (tiny world), KL, over updates."""
-    specifications = [("reward model's score (proxy)", "update", [("proxy", "objective/scores", rows, COLOURS["proxy"])])]
-    if any(row.get("objective/gold") is not None for row in rows):
-        specifications.append(("gold score (truth)", "update", [("gold", "objective/gold", rows, COLOURS["gold"])]))
-    specifications.append(("KL from the SFT policy (nats a response)", "update", [("KL", "objective/kl", rows, COLOURS["kl"])]))
-    return panels(specifications)
-
-
-def training_figure(sft: list[dict], rm: list[dict]) -> Figure:
-    """Loss of SFT, loss and accuracy of the reward model, over optimizer steps."""
-    specifications = []
-    if sft:
-        specifications.append(("SFT: loss (nats a token)", "step", [("train", "train/sft/loss", sft, COLOURS["proxy"])]))
-    if rm:
-        specifications.append(("reward model: loss (nats a pair)", "step", [("train", "train/rm/loss", rm, COLOURS["proxy"])]))
-        specifications.append(("reward model: accuracy", "step", [("train", "train/rm/accuracy", rm, COLOURS["gold"])]))
-    return panels(specifications)
-
-
-def png(figure: Figure) -> bytes:
-    """Transparent, so that the page's own background, light or dark, shows through."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=160, transparent=True)
-    return file.getvalue()
-
-
-def training_log(model_folder: str | Path) -> list[dict]:
-    """The metrics.jsonl of the run that made a model: beside final/ in a run folder, inside an embedded checkpoint. [] without."""
-    for folder in (Path(model_folder).parent, Path(model_folder)):
-        if (folder / "metrics.jsonl").is_file():
-            return read_metrics(folder)
-    return []
-
-
-def figures(results: dict) -> dict[str, bytes]:
-    """{file name: PNG} of the runs that made the evaluated models, where their logs exist."""
-    logs = {stage: training_log(model["folder"]) for stage, model in results["models"].items()}
-    found = {}
-    if logs.get("ppo"):
-        found["ppo.png"] = png(ppo_figure(logs["ppo"]))
-    if logs.get("sft") or logs.get("rm"):
-        found["training.png"] = png(training_figure(logs.get("sft", []), logs.get("rm", [])))
-    return found
-
-
-# --- pages -------------------------------------------------------------------------------------------------------------
+# --- pages ------------------------------------------------------------------------------------------------------------
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2126; --soft: #626a73; --line: #d9dde2; --card: #f6f7f9; --page: #fff; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e3e6ea; --soft: #98a1ab; --line: #363c44; --card: #1d2126; --page: #14171a; } }
-body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+@media (prefers-color-scheme: dark) {
+:root { --ink: #e3e6ea; --soft: #98a1ab; --line: #363c44; --card: #1d2126; --page: #14171a; } }
+body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font-size: 1rem; margin: 0 0 .5rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-.wide th, .wide td { white-space: nowrap; } .note { color: var(--soft); font-size: .85rem; }
-img { max-width: 100%; height: auto; } article { background: var(--card); border-radius: .5rem; padding: 1rem; margin: 1rem 0; }
-article, td, p { overflow-wrap: anywhere; } details { margin: .5rem 0; color: var(--soft); } pre { white-space: pre-wrap; font: inherit; }
+.wide { overflow-x: auto; } .wide th, .wide td { white-space: nowrap; } .note { color: var(--soft); font-size: .85rem; }
+article { background: var(--card); border-radius: .5rem; padding: 1rem; margin: 1rem 0; }
+article td:nth-child(n+3), article th { overflow-wrap: normal; }
+details { margin: .5rem 0; color: var(--soft); } pre { white-space: pre-wrap; font: inherit; }
+img { max-width: 100%; height: auto; }
 """.strip()
 
 
 def html_page(results: dict, samples: list[dict], images: dict[str, bytes]) -> str:
-    """The whole report as one page, in ASCII: other characters are written as &#...;, so no encoding can garble them."""
+    """The whole report as one page, in ASCII: other characters are written as &#...;, which no encoding can garble."""
     body = [f"<h1>nanorlhf: evaluation</h1><p class=note>{html.escape(about_line(results))}</p>"]
     for name, image in images.items():
         address = "data:image/png;base64," + base64.b64encode(image).decode()
         body.append(f'<p><img alt="{html.escape(name.removesuffix(".png"))}: training curves" src="{address}"></p>')
     for table in tables(results):
-        body.append(f"<h2>{html.escape(table.title)}</h2><div class=wide>{_html_table(table)}</div><p class=note>{html.escape(table.note)}</p>")
+        body.append(f"<h2>{html.escape(table.title)}</h2><div class=wide>{_html_table(table)}</div>")
+        body.append(f"<p class=note>{html.escape(table.note)}</p>")
     if samples:
-        body.append(f"<h2>Samples</h2><p class=note>{html.escape(_which_samples(samples))}</p>")
+        body.append(f"<h2>Samples</h2><p class=note>{html.escape(_which(samples, SAMPLES_SHOWN))}</p>")
     for row in samples[:SAMPLES_SHOWN]:
         table = sample_table(row)
         post = f"<details><summary>the post</summary><pre>{html.escape(table.note)}</pre></details>"
@@ -238,8 +179,8 @@ def markdown_page(results: dict, samples: list[dict], images: dict[str, bytes]) 
     for table in tables(results):
         parts += [f"## {escape_markdown(table.title)}", _markdown_table(table), escape_markdown(table.note)]
     if samples:
-        parts += ["## Samples", escape_markdown(_which_samples(samples[:10]))]
-    for row in samples[:10]:
+        parts += ["## Samples", escape_markdown(_which(samples, SAMPLES_IN_MARKDOWN))]
+    for row in samples[:SAMPLES_IN_MARKDOWN]:
         table = sample_table(row)
         parts += [f"### {escape_markdown(table.title)}", escape_markdown(table.note), _markdown_table(table)]
     return ("\n\n".join(part for part in parts if part) + "\n").encode("ascii", "xmlcharrefreplace").decode()
@@ -247,7 +188,8 @@ def markdown_page(results: dict, samples: list[dict], images: dict[str, bytes]) 
 
 def about_line(results: dict) -> str:
     """Which models, and where they came from."""
-    return "; ".join(f"{NAMES[stage]}: {model['folder']} ({model['from']})" for stage, model in results["models"].items())
+    parts = (f"{NAMES[stage]}: {model['folder']} ({model['from']})" for stage, model in results["models"].items())
+    return "; ".join(parts)
 
 
 def escape_markdown(text: str) -> str:
@@ -255,9 +197,8 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+!|~$-])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
-def _which_samples(samples: list[dict]) -> str:
-    shown = min(len(samples), SAMPLES_SHOWN)
-    return f"the first {shown} posts; samples.jsonl has all"
+def _which(samples: list[dict], shown: int) -> str:
+    return f"the first {min(len(samples), shown)} posts; samples.jsonl has all"
 
 
 def _html_table(table: Table) -> str:
@@ -267,18 +208,19 @@ def _html_table(table: Table) -> str:
 
 
 def _markdown_table(table: Table) -> str:
-    lines = [table.header, ["---"] * len(table.header), *([escape_markdown(cell) for cell in row] for row in table.rows)]
+    rows = [[escape_markdown(cell) for cell in row] for row in table.rows]
+    lines = [table.header, ["---"] * len(table.header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write report.html, report.md and the figures of an evaluation's folder from what lies in it. Returns the page's path."""
+    """Write report.html, report.md and figures of an evaluation from what lies in its folder -> the page's path."""
     folder = Path(folder)
     try:
         results = json.loads((folder / "metrics.json").read_text())
     except FileNotFoundError:
-        raise UserError(f"{folder}: no metrics.json, expected the folder of an evaluation: run `python eval.py` first") from None
-    samples, images = read_jsonl(folder / "samples.jsonl"), figures(results)
+        raise UserError(f"{folder}: no metrics.json, expected an evaluation: run `python eval.py` first") from None
+    samples, images = read_jsonl(folder / "samples.jsonl"), figures(results["models"])
     for name, image in images.items():
         (folder / name).write_bytes(image)
     write_whole(folder / "report.md", markdown_page(results, samples, images))
@@ -287,7 +229,7 @@ def write_report(folder: str | Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m nanorlhf.report", description="Figures and pages from run folders.")
+    parser = argparse.ArgumentParser(prog="python -m nanorlhf.report", description="Figures and pages of runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("figure", help="reward, gold score and KL over the updates of a PPO run")
     command.add_argument("run", type=Path, help="folder of a PPO run, such as runs/ppo")

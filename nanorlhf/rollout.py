@@ -72,19 +72,28 @@ def sample(probabilities: Tensor, u: Tensor) -> Tensor:
     In float64, so that the tail of a 128k vocabulary is neither cut off nor inflated by rounding in the cumulative sum.
     """
     cumulative = probabilities.double().cumsum(dim=-1)
-    threshold = u[:, None] * cumulative[:, -1:]  # the sum is 1 up to rounding; scaling by it keeps the last token reachable
+    threshold = (
+        u[:, None] * cumulative[:, -1:]
+    )  # the sum is 1 up to rounding; scaling by it keeps the last token reachable
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=probabilities.shape[-1] - 1)
 
 
 @torch.no_grad()
 def generate(
-    policy: Policy, queries: list[list[int]], response_length: int, temperature: float, seed: int = 0, episodes: list[int] | None = None
+    policy: Policy,
+    queries: list[list[int]],
+    response_length: int,
+    temperature: float,
+    seed: int = 0,
+    episodes: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample `response_length` tokens for each query from the whole vocabulary: no top-k, no top-p, no stop at EOS (trap T16).
 
     args: queries: B token lists; temperature: 0 is greedy; episodes: B numbers that name the noise (default 0..B-1)
     -> responses (B, R) int64, logprobs (B, R) fp32 at the sampling temperature (at 1 when greedy)
     """
+    if temperature < 0:
+        raise ValueError(f"temperature: got {temperature}, expected 0 (greedy) or more")
     device = policy.head_weight.device
     packed = pack(queries, device=device)
     lengths = torch.tensor(packed.lengths, device=device)  # (B,)

@@ -13,18 +13,35 @@ import torch
 from nanorlhf.llama import LlamaConfig
 from nanorlhf.models import Policy, ScalarModel
 
-# Two query heads for each key/value head, and a rotary context so short that all three regimes of Llama 3's scaling occur.
+# Two query heads for each key/value head, and a rotary context so short that all regimes of Llama 3's scaling occur.
 TINY = LlamaConfig(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-    rms_norm_eps=1e-5, rope_theta=500000.0,
-    rope_scaling={"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256},
-    max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    rope_scaling={
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    },
+    max_position_embeddings=2048,
+    tie_word_embeddings=True,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 
 
 @torch.no_grad()
 def scramble(model: torch.nn.Module, seed: int) -> None:
-    """Random weights that leave no parameter at a value where a mistake would not show (norms are not 1, biases not 0)."""
+    """Random weights; no parameter is left at a value where a mistake would not show (a norm of 1, a bias of 0)."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import linear_cross_entropy, linear_logprob
+from kernels import linear, linear_cross_entropy, linear_logprob
 
 # The files; `import kernels.linear_logprob as file` would give the function of that name.
 cross_entropy_file = importlib.import_module("kernels.linear_cross_entropy")
@@ -29,9 +29,50 @@ def gradients(function, hidden, weight):
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     outputs = function(hidden, weight)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    loss = sum((i + 1) * (out * torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out)).sum() for i, out in enumerate(outputs))
+    cotangents = [torch.linspace(0.5, 1.5 + i, out.numel()).view_as(out) for i, out in enumerate(outputs)]
+    loss = sum((out * cotangent).sum() for out, cotangent in zip(outputs, cotangents, strict=True))
     loss.backward()
     return [out.detach() for out in outputs], [hidden.grad, weight.grad]
+
+
+# (x, weight): one row, sizes that are no multiple of 16, a part of a larger matrix, a transposed one.
+MATRICES = {
+    "one row": lambda: (torch.randn(1, 24), torch.randn(101, 24)),
+    "one of each": lambda: (torch.randn(1, 1), torch.randn(1, 1)),
+    "odd": lambda: (torch.randn(13, 37), torch.randn(5, 37)),
+    "many rows": lambda: (torch.randn(1030, 24), torch.randn(7, 24)),
+    "columns of a larger one": lambda: (torch.randn(13, 40)[:, 8:32], torch.randn(60, 24)[3:50]),
+    "transposed": lambda: (torch.randn(24, 13).T, torch.randn(24, 33).T),
+}
+
+
+@pytest.mark.parametrize("build", MATRICES.values(), ids=MATRICES)
+def test_linear_equals_float64_in_value_and_gradients(build):
+    torch.manual_seed(0)
+    x, weight = build()
+    ours, theirs = gradients(linear, x, weight), gradients(F.linear, x.double(), weight.double())
+    for mine, reference in zip([*ours[0], *ours[1]], [*theirs[0], *theirs[1]], strict=True):
+        assert mine.dtype == torch.float32 and mine.shape == reference.shape
+        torch.testing.assert_close(mine.double(), reference, rtol=1e-5, atol=1e-4)
+
+
+def test_linear_without_a_gradient_of_its_input_or_of_its_weight(inputs):
+    hidden, weight, _, _ = inputs
+    for x, w in ((hidden.clone().requires_grad_(), weight), (hidden, weight.clone().requires_grad_())):
+        leaf = x if x.requires_grad else w
+        linear(x, w).sum().backward()
+        expected = weight.sum(0).expand_as(x) if leaf is x else hidden.sum(0).expand_as(w)
+        torch.testing.assert_close(leaf.grad, expected, rtol=1e-5, atol=1e-5)
+    assert not linear(hidden, weight).requires_grad
+
+
+def test_linear_is_torchs_own_where_the_environment_says_so_and_in_bf16(inputs, monkeypatch):
+    hidden, weight, _, _ = inputs
+    assert torch.equal(linear(hidden.bfloat16(), weight.bfloat16()), F.linear(hidden.bfloat16(), weight.bfloat16()))
+    monkeypatch.setenv("NANORLHF_KERNELS", "torch")
+    assert torch.equal(linear(hidden, weight), F.linear(hidden, weight))
+    monkeypatch.setattr(importlib.import_module("kernels.linear"), "_onednn", None)  # it is not even called
+    linear(hidden, weight)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.01])
@@ -80,9 +121,8 @@ def test_chunks_of_rows_change_neither_values_nor_gradients(inputs, monkeypatch,
 def test_no_more_logits_than_a_chunk_are_formed_at_a_time(inputs, monkeypatch):
     hidden, weight, labels, weights = inputs
     formed = []
-    linear = F.linear
-    monkeypatch.setattr(F, "linear", lambda x, w: formed.append(x.shape[0]) or linear(x, w))
     for file in (logprob_file, cross_entropy_file):
+        monkeypatch.setattr(file, "linear", lambda x, w: formed.append(x.shape[0]) or linear(x, w))
         monkeypatch.setattr(file, "CHUNK_ELEMENTS", 5 * V)
     linear_logprob(hidden, weight, labels, 1.0)
     linear_cross_entropy(hidden, weight, labels, weights)
@@ -112,7 +152,8 @@ def test_huge_logits_give_finite_numbers_and_gradients():
 
 
 def test_a_certain_distribution_has_entropy_0_and_a_flat_one_ln_v():
-    _, entropy = linear_logprob(torch.tensor([[500.0], [0.0]]), torch.tensor([[1.0], [0.0], [0.0], [0.0]]), torch.tensor([0, 0]))
+    hidden, weight = torch.tensor([[500.0], [0.0]]), torch.tensor([[1.0], [0.0], [0.0], [0.0]])
+    _, entropy = linear_logprob(hidden, weight, torch.tensor([0, 0]))
     torch.testing.assert_close(entropy, torch.tensor([1.0, 4.0]).log())
 
 
@@ -123,7 +164,8 @@ def test_bf16_logits_are_made_fp32_before_the_softmax(inputs):
     loss = linear_cross_entropy(hidden, weight, labels, weights)
     assert {logprobs.dtype, entropy.dtype, loss.dtype} == {torch.float32}
     logits = F.linear(hidden, weight).double() / 0.7  # the matmul's rounding is granted, nothing after it
-    torch.testing.assert_close(logprobs.double(), logits.log_softmax(-1).gather(1, labels[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    expected = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -0.7])

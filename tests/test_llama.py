@@ -1,4 +1,4 @@
-"""The trunk against transformers' Llama, on random weights in fp32: logits, gradients, padding, positions, rotary frequencies."""
+"""The trunk against transformers' Llama, on random weights in fp32: logits, gradients, padding, rotary frequencies."""
 
 import math
 import shutil
@@ -24,18 +24,21 @@ PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 FAMILIES = {
     # Llama-3.2-1B's true sizes, with 2 layers of 16 and a cut vocabulary.
     "llama-3.2-1b": dict(
-        vocab_size=2000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8,
-        head_dim=64, rms_norm_eps=1e-5, rope_parameters=LLAMA3_ROPE, max_position_embeddings=131072, tie_word_embeddings=True,
+        vocab_size=2000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, rms_norm_eps=1e-5, rope_parameters=LLAMA3_ROPE,
+        max_position_embeddings=131072, tie_word_embeddings=True,
     ),
     # Llama 2: one key/value head a query head, a head of its own.
     "llama-2": dict(
-        vocab_size=320, hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=8,
-        rms_norm_eps=1e-5, rope_parameters=PLAIN_ROPE, max_position_embeddings=4096, tie_word_embeddings=False,
+        vocab_size=320, hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=8, rms_norm_eps=1e-5, rope_parameters=PLAIN_ROPE, max_position_embeddings=4096,
+        tie_word_embeddings=False,
     ),
     # TinyLlama: 32 query heads on 4 key/value heads.
     "tinyllama": dict(
-        vocab_size=320, hidden_size=512, intermediate_size=704, num_hidden_layers=3, num_attention_heads=32, num_key_value_heads=4,
-        rms_norm_eps=1e-5, rope_parameters=PLAIN_ROPE, max_position_embeddings=2048, tie_word_embeddings=False,
+        vocab_size=320, hidden_size=512, intermediate_size=704, num_hidden_layers=3, num_attention_heads=32,
+        num_key_value_heads=4, rms_norm_eps=1e-5, rope_parameters=PLAIN_ROPE, max_position_embeddings=2048,
+        tie_word_embeddings=False,
     ),
 }  # fmt: skip
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -127,7 +130,8 @@ def test_a_sequence_of_one_token_has_the_logits_of_transformers(pair):
 
 def test_bf16_is_as_close_to_fp32_as_transformers_in_bf16(tmp_path):
     transformers = pytest.importorskip("transformers")
-    oracle = transformers.LlamaForCausalLM(transformers.LlamaConfig(**FAMILIES["tinyllama"], attn_implementation="eager")).eval()
+    config = transformers.LlamaConfig(**FAMILIES["tinyllama"], attn_implementation="eager")
+    oracle = transformers.LlamaForCausalLM(config).eval()
     scramble(oracle, seed=2)
     oracle.to(torch.bfloat16).save_pretrained(tmp_path)
     tokens = torch.randint(3, 320, (64,), generator=torch.Generator().manual_seed(3))

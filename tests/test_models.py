@@ -103,7 +103,9 @@ def test_before_the_first_update_the_value_after_eos_is_the_score_of_the_respons
     queries, responses = batch
     with torch.no_grad():
         values = critic.response_values(join(queries, responses), R)
-    for row, last in enumerate([0, 2, R - 2]):  # L: where EOS would stand, one slot further is still inside the response
+    for row, last in enumerate(
+        [0, 2, R - 2]
+    ):  # L: where EOS would stand, one slot further is still inside the response
         score = reward_model.scores([queries[row] + responses[row, : last + 1].tolist()])[0]
         torch.testing.assert_close(values[row, last + 1], score, rtol=1e-5, atol=1e-5)
 
@@ -115,7 +117,7 @@ def test_a_new_reward_model_has_the_trunk_of_the_policy_and_a_head_of_the_papers
         assert torch.equal(ours, theirs), name
     weight = reward_model.score.weight
     assert weight.shape == (1, 2048) and reward_model.score.bias is None and reward_model.score_shift == 0.0
-    assert math.isclose(weight.std().item() * math.sqrt(2049), 1, rel_tol=0.05)  # three standard errors of a std of 2048 draws
+    assert math.isclose(weight.std().item() * math.sqrt(2049), 1, rel_tol=0.05)  # a std of 2048 draws, +- 3 errors
     assert torch.equal(weight, reward_model_from(policy, seed=1).score.weight)
     assert not torch.equal(weight, reward_model_from(policy, seed=2).score.weight)
 
@@ -138,7 +140,9 @@ def test_models_made_from_one_another_share_no_storage(make_policy):
     with torch.no_grad():
         for parameter in critic.parameters():
             parameter.add_(1)
-    assert all(torch.equal(p, b) for p, b in zip([*policy.parameters(), *reward_model.parameters()], before, strict=True))
+    assert all(
+        torch.equal(p, b) for p, b in zip([*policy.parameters(), *reward_model.parameters()], before, strict=True)
+    )
 
 
 def test_the_score_of_a_bf16_model_is_computed_in_fp32(make_scalar, make_sequences):
@@ -146,7 +150,7 @@ def test_the_score_of_a_bf16_model_is_computed_in_fp32(make_scalar, make_sequenc
     sequences = make_sequences([5 + i % 7 for i in range(200)])
     scores = model.scores(sequences)
     assert scores.dtype == torch.float32
-    assert len(set(scores.tolist())) > 190  # in bf16, scores around 1 are multiples of 1/128 and many coincide
+    assert len(set(scores.tolist())) > 190  # in bf16, scores around 1 are multiples of 1/128
     packed = pack(sequences[:3])
     with torch.no_grad():
         hidden = model.model(packed.tokens, packed.positions, lambda layer, q, k, v: torch.zeros_like(q))
@@ -164,6 +168,8 @@ def test_a_reward_model_from_a_bf16_policy_keeps_its_trunk_in_bf16_and_its_head_
 
 
 def test_parameters_are_counted_once():
-    trunk = 97 * 32 + 2 * (32 * 64 + 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32  # embedding, blocks (qkv, o, mlp, norms), last norm
+    trunk = (
+        97 * 32 + 2 * (32 * 64 + 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
+    )  # embedding, blocks (qkv, o, mlp, norms), last norm
     assert parameter_count(Policy(TINY)) == trunk  # the tied head is the embedding
     assert parameter_count(ScalarModel(TINY, bias=True)) == trunk + 32 + 1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanorlhf.packing import pack, split_by_tokens
+from nanorlhf.packing import in_microbatches, pack, split_by_tokens
 
 
 def test_a_packed_batch_by_hand():
@@ -13,7 +13,11 @@ def test_a_packed_batch_by_hand():
     assert packed.cu_seqlens.tolist() == [0, 3, 4, 6]
     assert packed.lengths == (3, 1, 2) and packed.max_length == 3
     assert packed.last_rows().tolist() == [2, 3, 5]
-    assert (packed.tokens.dtype, packed.positions.dtype, packed.cu_seqlens.dtype) == (torch.int64, torch.int64, torch.int32)
+    assert (packed.tokens.dtype, packed.positions.dtype, packed.cu_seqlens.dtype) == (
+        torch.int64,
+        torch.int64,
+        torch.int32,
+    )
 
 
 def test_response_rows_begin_at_the_last_query_token_and_stop_before_the_last_response_token():
@@ -79,3 +83,19 @@ def test_a_sequence_longer_than_the_limit_is_a_group_of_its_own():
 
 def test_no_sequences_are_no_groups():
     assert split_by_tokens([], 10) == []
+
+
+@pytest.mark.parametrize("max_tokens", [1, 12, 1000])
+def test_microbatches_without_gradient_give_the_results_of_the_batch_in_its_order(
+    make_scalar, make_sequences, max_tokens
+):
+    critic, sequences = make_scalar(bias=True), make_sequences([9, 3, 17, 4])
+    indices = []
+
+    def forward(packed, group):
+        indices.extend(group)
+        return critic.last_scores(packed), torch.tensor([packed.tokens[0].item()] * len(group))
+
+    scores, firsts = in_microbatches(forward, sequences, max_tokens, "cpu")
+    torch.testing.assert_close(scores, critic.scores(sequences), rtol=1e-5, atol=1e-5)
+    assert not scores.requires_grad and indices == [0, 1, 2, 3] and firsts.shape == (4,)

@@ -8,31 +8,75 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanorlhf.ppo import (
-    action_mask, apply_missing_eos, gae, last_token, masked_mean, masked_whiten, policy_loss, token_rewards, truncate, value_loss, value_mask,
-)  # fmt: skip
+    action_mask,
+    apply_missing_eos,
+    gae,
+    last_token,
+    masked_mean,
+    masked_whiten,
+    policy_loss,
+    token_rewards,
+    truncate,
+    value_loss,
+    value_mask,
+)
 
-# --- the golden block (NPLUS_SPEC.md, G4): computed in numpy float64 and with the authors' own code --------------------
+# --- the golden block: computed in numpy float64 and with the code of Huang et al. -----------------------------------
 #
 # Rows: EOS in the middle; no EOS; EOS last; EOS first; EOS in the last slot but one.
 
 EOS, PAD, KL_COEF = 9, 0, 0.05
 RESPONSES = torch.tensor([[5, 6, 9, 7, 8], [5, 6, 7, 8, 5], [5, 6, 7, 8, 9], [9, 5, 6, 7, 8], [5, 6, 7, 9, 4]])
 LOGPROBS = torch.tensor(
-    [[-1, -2, -0.5, -3, -1.5], [-1, -1.2, -0.8, -2, -0.4], [-0.7, -0.9, -1.1, -0.3, -0.2], [-2.5, -1, -1, -1, -1], [-0.6, -1.6, -0.4, -0.9, -2.2]]
+    [
+        [-1, -2, -0.5, -3, -1.5],
+        [-1, -1.2, -0.8, -2, -0.4],
+        [-0.7, -0.9, -1.1, -0.3, -0.2],
+        [-2.5, -1, -1, -1, -1],
+        [-0.6, -1.6, -0.4, -0.9, -2.2],
+    ]
 )
 REF_LOGPROBS = torch.tensor(
-    [[-1.2, -1.6, -0.9, -2, -1], [-1.5, -1, -1, -2.2, -0.9], [-0.5, -1.3, -1, -0.8, -0.6], [-3.5, -1.1, -0.9, -1.3, -0.7], [-1, -1.2, -0.6, -1.5, -2]]
+    [
+        [-1.2, -1.6, -0.9, -2, -1],
+        [-1.5, -1, -1, -2.2, -0.9],
+        [-0.5, -1.3, -1, -0.8, -0.6],
+        [-3.5, -1.1, -0.9, -1.3, -0.7],
+        [-1, -1.2, -0.6, -1.5, -2],
+    ]
 )
-VALUES = torch.tensor([[0.1, 0.2, 0.3, 0.9, 0.4], [-0.2, 0, 0.1, 0.2, 0.3], [0.5, 0.4, 0.6, 0.7, 0.8], [0, 0.25, 0.5, 0.5, 0.5], [0.2, 0.1, -0.1, 0.3, -0.4]])
+VALUES = torch.tensor(
+    [
+        [0.1, 0.2, 0.3, 0.9, 0.4],
+        [-0.2, 0, 0.1, 0.2, 0.3],
+        [0.5, 0.4, 0.6, 0.7, 0.8],
+        [0, 0.25, 0.5, 0.5, 0.5],
+        [0.2, 0.1, -0.1, 0.3, -0.4],
+    ]
+)
 RAW_SCORES = torch.tensor([0.9, 1.7, 0.8, 0.25, -0.4])
 
 ACTION = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 1, 0]]).bool()
 VALUE = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
 SCORES = torch.tensor([0.9, -1, 0.8, 0.25, -0.4])
 REWARDS = torch.tensor(
-    [[-0.01, 0.02, -0.02, 0.9, 0], [-0.025, 0.01, -0.01, -0.01, -1.025], [0.01, -0.02, 0.005, -0.025, 0.78], [-0.05, 0.25, 0, 0, 0], [-0.02, 0.02, -0.01, -0.03, -0.4]]
+    [
+        [-0.01, 0.02, -0.02, 0.9, 0],
+        [-0.025, 0.01, -0.01, -0.01, -1.025],
+        [0.01, -0.02, 0.005, -0.025, 0.78],
+        [-0.05, 0.25, 0, 0, 0],
+        [-0.02, 0.02, -0.01, -0.03, -0.4],
+    ]
 )
-MASKED_VALUES = torch.tensor([[0.1, 0.2, 0.3, 0.9, 0], [-0.2, 0, 0.1, 0.2, 0.3], [0.5, 0.4, 0.6, 0.7, 0.8], [0, 0.25, 0, 0, 0], [0.2, 0.1, -0.1, 0.3, -0.4]])
+MASKED_VALUES = torch.tensor(
+    [
+        [0.1, 0.2, 0.3, 0.9, 0],
+        [-0.2, 0, 0.1, 0.2, 0.3],
+        [0.5, 0.4, 0.6, 0.7, 0.8],
+        [0, 0.25, 0, 0, 0],
+        [0.2, 0.1, -0.1, 0.3, -0.4],
+    ]
+)
 ADVANTAGES = torch.tensor(
     [
         [0.72745, 0.671, 0.58, 0, 0],
@@ -60,8 +104,24 @@ WHITENED = torch.tensor(
         [-0.533443, -0.379228, -0.116052, -0.797043, 0],
     ]
 )
-NEW_LOGPROBS = LOGPROBS + torch.tensor([[0.1, -0.3, 0.25, 0, 0], [0.05, 0, -0.2, 0.3, -0.1], [0.2, -0.05, 0.1, -0.3, 0], [0.4, 0, 0, 0, 0], [-0.25, 0.15, 0.05, 0.22, 0]])
-NEW_VALUES = torch.tensor([[0.4, 0.2, 0.1, 1.3, 0], [-0.1, 0.3, 0.1, -0.2, 0.3], [0.5, 0.9, 0.6, 0.5, 0.8], [0.3, 0.2, 0, 0, 0], [0.1, 0.1, 0.2, 0.3, -0.9]])
+NEW_LOGPROBS = LOGPROBS + torch.tensor(
+    [
+        [0.1, -0.3, 0.25, 0, 0],
+        [0.05, 0, -0.2, 0.3, -0.1],
+        [0.2, -0.05, 0.1, -0.3, 0],
+        [0.4, 0, 0, 0, 0],
+        [-0.25, 0.15, 0.05, 0.22, 0],
+    ]
+)
+NEW_VALUES = torch.tensor(
+    [
+        [0.4, 0.2, 0.1, 1.3, 0],
+        [-0.1, 0.3, 0.1, -0.2, 0.3],
+        [0.5, 0.9, 0.6, 0.5, 0.8],
+        [0.3, 0.2, 0, 0, 0],
+        [0.1, 0.1, 0.2, 0.3, -0.9],
+    ]
+)
 # Any number may stand where a mask is False. nan and inf are no numbers, and must not matter either.
 ANYTHING = [0.0, 7.0, -1e9, 1e9, math.inf, math.nan]
 
@@ -78,7 +138,13 @@ def test_golden_masks_and_truncation():
     assert last_token(RESPONSES, EOS).tolist() == [2, 4, 4, 0, 3]
     assert torch.equal(action_mask(RESPONSES, EOS), ACTION) and ACTION.sum() == 18
     assert torch.equal(value_mask(RESPONSES, EOS), VALUE) and VALUE.sum() == 21
-    assert truncate(RESPONSES, EOS, PAD).tolist() == [[5, 6, 9, 0, 0], [5, 6, 7, 8, 5], [5, 6, 7, 8, 9], [9, 0, 0, 0, 0], [5, 6, 7, 9, 0]]
+    assert truncate(RESPONSES, EOS, PAD).tolist() == [
+        [5, 6, 9, 0, 0],
+        [5, 6, 7, 8, 5],
+        [5, 6, 7, 8, 9],
+        [9, 0, 0, 0, 0],
+        [5, 6, 7, 9, 0],
+    ]
     assert RESPONSES[0].tolist() == [5, 6, 9, 7, 8]  # truncate has not written into what was sampled
 
 
@@ -164,7 +230,9 @@ def test_golden_policy_loss_and_its_gradient(anything):
 @pytest.mark.parametrize("anything", ANYTHING)
 def test_golden_value_loss_and_its_gradient(anything):
     new_values = elsewhere(NEW_VALUES, VALUE, anything).requires_grad_()
-    loss, stats = value_loss(new_values, elsewhere(VALUES, VALUE, anything), elsewhere(RETURNS, VALUE, anything), VALUE, cliprange_value=0.2)
+    loss, stats = value_loss(
+        new_values, elsewhere(VALUES, VALUE, anything), elsewhere(RETURNS, VALUE, anything), VALUE, cliprange_value=0.2
+    )
     loss.backward()
     close(loss.detach(), 0.2116773)
     close(stats["clipfrac"], 0.095238)
@@ -179,7 +247,9 @@ def test_golden_total_loss():
 
 
 def test_golden_contrast_microbatches_averaged_with_equal_weight_give_other_losses():
-    policy = torch.stack([policy_loss(NEW_LOGPROBS[i], LOGPROBS[i], WHITENED[i], ACTION[i], 0.2)[0] for i in range(5)]).mean()
+    policy = torch.stack(
+        [policy_loss(NEW_LOGPROBS[i], LOGPROBS[i], WHITENED[i], ACTION[i], 0.2)[0] for i in range(5)]
+    ).mean()
     value = torch.stack([value_loss(NEW_VALUES[i], VALUES[i], RETURNS[i], VALUE[i], 0.2)[0] for i in range(5)]).mean()
     close(policy, -0.2237260)
     close(value, 0.1856682)
@@ -221,7 +291,9 @@ def test_masks_come_from_the_first_eos(response, last, actions, states):
 
 
 @pytest.mark.parametrize(
-    "response, slot", [([9, 5, 5], 1), ([5, 9, 5], 2), ([5, 5, 9], 2), ([5, 5, 5], 2)], ids=["EOS at 0", "EOS in the middle", "EOS last", "no EOS"]
+    "response, slot",
+    [([9, 5, 5], 1), ([5, 9, 5], 2), ([5, 5, 9], 2), ([5, 5, 5], 2)],
+    ids=["EOS at 0", "EOS in the middle", "EOS last", "no EOS"],
 )
 def test_the_score_stands_one_step_after_eos_or_in_the_last_slot(response, slot):
     rewards = token_rewards(torch.tensor([3.0]), torch.zeros(1, 3), torch.tensor([response]), EOS, KL_COEF)
@@ -234,7 +306,9 @@ def test_a_response_of_one_token_has_its_score_there():
     close(token_rewards(torch.tensor([3.0]), torch.tensor([[2.0]]), torch.tensor([[9]]), EOS, KL_COEF), [[2.9]])
 
 
-responses_strategy = st.integers(1, 7).flatmap(lambda r: st.lists(st.lists(st.integers(5, 9), min_size=r, max_size=r), min_size=1, max_size=4))
+responses_strategy = st.integers(1, 7).flatmap(
+    lambda r: st.lists(st.lists(st.integers(5, 9), min_size=r, max_size=r), min_size=1, max_size=4)
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -319,7 +393,9 @@ def test_whitening_one_element_is_zero_and_not_nan():
 )
 def test_policy_loss_and_gradient_of_one_token(advantage, ratio, loss, gradient):
     new_logprobs = torch.tensor([[math.log(ratio) - 3.0]], requires_grad=True)
-    got, stats = policy_loss(new_logprobs, torch.tensor([[-3.0]]), torch.tensor([[advantage]]), torch.tensor([[True]]), cliprange=0.2)
+    got, stats = policy_loss(
+        new_logprobs, torch.tensor([[-3.0]]), torch.tensor([[advantage]]), torch.tensor([[True]]), cliprange=0.2
+    )
     got.backward()
     close(got.detach(), loss)
     close(new_logprobs.grad, [[gradient]])  # d loss / d new_logprob
@@ -337,7 +413,9 @@ def test_policy_loss_and_gradient_of_one_token(advantage, ratio, loss, gradient)
 )
 def test_value_loss_and_gradient_of_one_state(new_value, value, returns, loss, gradient, clipped):
     new_values = torch.tensor([[new_value]], requires_grad=True)
-    got, stats = value_loss(new_values, torch.tensor([[value]]), torch.tensor([[returns]]), torch.tensor([[True]]), cliprange_value=0.2)
+    got, stats = value_loss(
+        new_values, torch.tensor([[value]]), torch.tensor([[returns]]), torch.tensor([[True]]), cliprange_value=0.2
+    )
     got.backward()
     close(got.detach(), loss)
     close(new_values.grad, [[gradient]])
@@ -356,10 +434,19 @@ def test_losses_stats_and_gradients_of_microbatches_add_up_to_those_of_the_minib
         new_logprobs, new_values = NEW_LOGPROBS.clone().requires_grad_(), NEW_VALUES.clone().requires_grad_()
         totals: dict[str, torch.Tensor] = {}
         for rows in torch.arange(5).split(pieces):
-            policy, policy_stats = policy_loss(new_logprobs[rows], LOGPROBS[rows], WHITENED[rows], ACTION[rows], 0.2, ACTION.sum())
-            value, value_stats = value_loss(new_values[rows], VALUES[rows], RETURNS[rows], VALUE[rows], 0.2, VALUE.sum())
+            policy, policy_stats = policy_loss(
+                new_logprobs[rows], LOGPROBS[rows], WHITENED[rows], ACTION[rows], 0.2, ACTION.sum()
+            )
+            value, value_stats = value_loss(
+                new_values[rows], VALUES[rows], RETURNS[rows], VALUE[rows], 0.2, VALUE.sum()
+            )
             (policy + 0.1 * value).backward()
-            found = {"policy": policy.detach(), "value": value.detach(), "value clipfrac": value_stats["clipfrac"], **policy_stats}
+            found = {
+                "policy": policy.detach(),
+                "value": value.detach(),
+                "value clipfrac": value_stats["clipfrac"],
+                **policy_stats,
+            }
             totals = {name: totals.get(name, 0) + x for name, x in found.items()}
         return totals | {"policy gradient": new_logprobs.grad, "value gradient": new_values.grad}
 

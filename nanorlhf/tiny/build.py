@@ -43,7 +43,9 @@ def main(cfg: Config) -> None:
     for stage in names[names.index(cfg.start) :]:
         began = time.monotonic()
         run = Path("runs") / f"build_{stage}"
-        subprocess.run([sys.executable, *STAGES[stage], "--preset", "tiny", "--run_name", run.name, "--overwrite"], check=True)
+        subprocess.run(
+            [sys.executable, *STAGES[stage], "--preset", "tiny", "--run_name", run.name, "--overwrite"], check=True
+        )
         embed(stage, run)
         print(f"{stage} rebuilt in {time.monotonic() - began:.0f} s: {EMBEDDED / stage}", flush=True)
 

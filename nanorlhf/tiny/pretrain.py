@@ -9,7 +9,9 @@ into a comment. Copying appears within a few hundred steps, all at once, and the
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads fight each other on shared machines
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch: spinning threads fight each other on shared machines
 
 import math
 import time
@@ -31,7 +33,14 @@ from nanorlhf.tiny.grammar import fill
 from nanorlhf.tiny.posts import format_query, make_post
 from nanorlhf.tokenizer import Tokenizer, load_tokenizer
 
-MODEL = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+MODEL = dict(
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+)
 
 
 @dataclass
@@ -78,7 +87,12 @@ def copy_probe(policy: Policy, tokenizer: Tokenizer, posts: int = 64) -> dict[st
 
 def main(cfg: Config) -> None:
     tokenizer = load_tokenizer(Path(__file__).parent)
-    run = Run("base", cfg, total_steps=cfg.steps, show=["train/loss", "probe/who", "probe/act", "probe/obj", "probe/rea", "probe/q"])
+    run = Run(
+        "base",
+        cfg,
+        total_steps=cfg.steps,
+        show=["train/loss", "probe/who", "probe/act", "probe/obj", "probe/rea", "probe/q"],
+    )
     config = LlamaConfig(
         vocab_size=tokenizer.vocab_size, **MODEL, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None, max_position_embeddings=2048,
         tie_word_embeddings=True, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,

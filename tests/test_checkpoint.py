@@ -1,0 +1,352 @@
+"""Folders in and out: what we save comes back bit for bit, means the same in transformers, and damage is named."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanorlhf import checkpoint
+from nanorlhf.checkpoint import (
+    atomic_folder,
+    latest_checkpoint,
+    load_policy,
+    load_scalar,
+    load_state,
+    read_config,
+    save_policy,
+    save_scalar,
+    save_state,
+)
+from nanorlhf.errors import UserError
+from nanorlhf.models import critic_from
+
+
+def assert_same_weights(ours, theirs):
+    ours, theirs = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, parameter in ours.items():
+        assert parameter.dtype == theirs[name].dtype and torch.equal(parameter, theirs[name]), name
+
+
+def edit_config(folder, remove=(), **changes):
+    path = folder / "config.json"
+    raw = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in raw.items() if key not in remove}))
+
+
+def edit_tensors(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.fixture
+def saved(make_policy, tokenizer, tmp_path):
+    """(a policy with a head of its own, the folder it was saved to)."""
+    policy = make_policy(tie_word_embeddings=False)
+    save_policy(policy, tmp_path / "final", tokenizer)
+    return policy, tmp_path / "final"
+
+
+@pytest.fixture
+def auto():
+    """transformers, the oracle; its loaders here also check that no weight is missing, left over or re-initialised."""
+    transformers = pytest.importorskip("transformers")
+
+    def load(kind: str, folder):
+        model, info = getattr(transformers, kind).from_pretrained(
+            folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        )
+        assert not any(info.values()), info
+        return model.eval()
+
+    return load
+
+
+# --- round trips ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_policy_comes_back_bit_for_bit(make_policy, tokenizer, tmp_path, tied, dtype):
+    policy = make_policy(tie_word_embeddings=tied).to(dtype)
+    save_policy(policy, tmp_path / "final", tokenizer)
+    loaded = load_policy(tmp_path / "final", dtype=dtype)
+    assert_same_weights(loaded, policy)
+    assert loaded.config == policy.config
+    assert ("lm_head.weight" in load_file(tmp_path / "final" / "model.safetensors")) is not tied
+
+
+def test_a_policy_in_shards_comes_back_bit_for_bit(make_policy, make_sequences, tokenizer, tmp_path, monkeypatch, auto):
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 20_000)
+    policy = make_policy()
+    save_policy(policy, tmp_path / "final", tokenizer)
+    files = sorted(path.name for path in (tmp_path / "final").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "final" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in policy.parameters())
+    assert set(index["weight_map"].values()) == set(files)
+    assert_same_weights(load_policy(tmp_path / "final"), policy)
+    sequence = make_sequences([9])[0]
+    with torch.no_grad():
+        theirs = auto("AutoModelForCausalLM", tmp_path / "final")(torch.tensor([sequence])).logits[0]
+    torch.testing.assert_close(policy.logits([sequence])[0], theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reward_model_comes_back_with_its_shift(make_scalar, make_sequences, tokenizer, tmp_path):
+    model = make_scalar(bias=False, score_shift=-1.2345678901234567)
+    save_scalar(model, tmp_path / "final", tokenizer)
+    loaded = load_scalar(tmp_path / "final")
+    assert_same_weights(loaded, model)
+    assert loaded.score.bias is None and loaded.score_shift == model.score_shift
+    sequences = make_sequences([4, 11])
+    assert torch.equal(loaded.scores(sequences), model.scores(sequences))
+
+
+def test_a_critic_comes_back_with_its_bias(make_scalar, tokenizer, tmp_path):
+    critic = critic_from(make_scalar(bias=False, score_shift=0.3))
+    save_scalar(critic, tmp_path / "final_critic", tokenizer)
+    loaded = load_scalar(tmp_path / "final_critic")
+    assert_same_weights(loaded, critic)
+    assert loaded.score_shift == 0.0 and loaded.score.bias.item() == pytest.approx(-0.3)
+
+
+def test_a_policy_can_be_saved_in_bf16_and_says_so(make_policy, tokenizer, tmp_path):
+    policy = make_policy()
+    save_policy(policy, tmp_path / "final", tokenizer, dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "final" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert {t.dtype for t in load_file(tmp_path / "final" / "model.safetensors").values()} == {torch.bfloat16}
+    assert_same_weights(load_policy(tmp_path / "final", dtype=torch.bfloat16), policy.to(torch.bfloat16))
+
+
+def test_pad_is_the_tokenizers_wherever_it_is_written(make_policy, tokenizer, tmp_path):
+    tokenizer.pad_id = 42
+    save_policy(make_policy(pad_token_id=None), tmp_path / "final", tokenizer)
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "final" / file).read_text())["pad_token_id"] == 42
+    assert read_config(tmp_path / "final").pad_token_id == 42
+
+
+# --- transformers reads what we write ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_gives_the_logits_of_a_saved_policy(make_policy, make_sequences, tokenizer, tmp_path, tied, auto):
+    policy = make_policy(tie_word_embeddings=tied)
+    save_policy(policy, tmp_path / "final", tokenizer)
+    oracle = auto("AutoModelForCausalLM", tmp_path / "final")
+    for sequence, logits in zip(sequences := make_sequences([30, 1, 8]), policy.logits(sequences), strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(logits, oracle(torch.tensor([sequence])).logits[0], rtol=1e-4, atol=1e-4)
+    generation = oracle.generation_config  # plain sampling from the whole vocabulary, as in training (trap T16)
+    assert (generation.do_sample, generation.temperature, generation.top_p, generation.top_k) == (True, 0.7, 1.0, 0)
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 0)
+
+
+def test_transformers_score_minus_the_shift_is_ours(make_scalar, make_sequences, tokenizer, tmp_path, auto):
+    model = make_scalar(bias=False, score_shift=0.85)
+    save_scalar(model, tmp_path / "final", tokenizer)
+    oracle = auto("AutoModelForSequenceClassification", tmp_path / "final")
+    sequences = make_sequences([12, 5, 1, 9])
+    ids = torch.tensor([s + [tokenizer.pad_id] * (12 - len(s)) for s in sequences])  # padded on the right
+    with torch.no_grad():
+        theirs = oracle(ids, attention_mask=ids.ne(tokenizer.pad_id).long()).logits
+    assert theirs.shape == (4, 1) and oracle.config.score_shift == 0.85
+    torch.testing.assert_close(theirs[:, 0] - oracle.config.score_shift, model.scores(sequences), rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_gives_the_values_of_a_saved_critic(make_scalar, make_sequences, tokenizer, tmp_path, auto):
+    critic = critic_from(make_scalar(bias=False, score_shift=0.85))
+    save_scalar(critic, tmp_path / "final_critic", tokenizer)
+    oracle = auto("AutoModelForTokenClassification", tmp_path / "final_critic")
+    (sequence,) = make_sequences([12])
+    with torch.no_grad():
+        theirs = oracle(torch.tensor([sequence])).logits[0, :, 0]
+    torch.testing.assert_close(critic.values([sequence])[0], theirs, rtol=1e-5, atol=1e-5)
+
+
+# --- config.json ------------------------------------------------------------------------------------------------------
+
+
+def test_transformers_5s_rope_parameters_mean_the_same_as_the_hubs_fields(saved):
+    policy, folder = saved
+    raw = json.loads((folder / "config.json").read_text())
+    assert raw["rope_theta"] == 500000.0 and raw["rope_scaling"]["rope_type"] == "llama3"
+    rope = raw["rope_scaling"] | {"rope_theta": raw["rope_theta"]}
+    edit_config(folder, remove=("rope_theta", "rope_scaling"), rope_parameters=rope)
+    assert read_config(folder) == policy.config
+    edit_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    assert read_config(folder) == replace(policy.config, rope_theta=10000.0, rope_scaling=None)
+
+
+def test_fields_that_old_configs_leave_out_have_their_old_meaning(saved):
+    policy, folder = saved
+    left_out = ("num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "rope_scaling", "pad_token_id")
+    edit_config(folder, remove=(*left_out, "hidden_act"), eos_token_id=[2, 5])
+    expected = replace(policy.config, num_key_value_heads=4, head_dim=8, rope_scaling=None, pad_token_id=None)
+    assert read_config(folder) == expected
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"model_type": "mistral"}, r"model_type is 'mistral', expected 'llama'"),
+        ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
+        ({"attention_bias": True}, r"attention_bias is True, expected false"),
+        ({"mlp_bias": True}, r"mlp_bias is True"),
+        ({"attention_dropout": 0.1}, r"attention_dropout is 0.1"),
+        ({"num_key_value_heads": 3}, r"num_key_value_heads is 3, expected a divisor of num_attention_heads = 4"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_scaling is 'linear'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"rope_scaling is 'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 32.0}}, r"low_freq_factor"),
+        ({"remove": ("rope_theta",)}, r"rope_theta is missing"),
+        ({"remove": ("model_type",)}, r"model_type is None"),
+        ({"remove": ("rms_norm_eps",)}, r"rms_norm_eps is missing"),
+        ({"remove": ("hidden_size",)}, r"hidden_size is missing"),
+    ],
+)
+def test_a_config_that_is_no_llama_is_refused_by_field(saved, changes, named):
+    edit_config(saved[1], **changes)
+    with pytest.raises(UserError, match=named) as caught:
+        load_policy(saved[1])
+    assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content, named", [("{", "not valid JSON"), ("[1]", "expected an object"), (None, "not found")]
+)
+def test_a_config_that_cannot_be_read_is_refused(saved, content, named):
+    path = saved[1] / "config.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(UserError, match=named):
+        load_policy(saved[1])
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+def test_a_missing_tensor_is_named(saved):
+    edit_tensors(saved[1], lambda tensors: tensors.pop(Q_PROJ))
+    with pytest.raises(UserError, match=rf"tensor {Q_PROJ} is missing"):
+        load_policy(saved[1])
+
+
+@pytest.mark.parametrize("name", [Q_PROJ, "model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(saved, name):
+    edit_tensors(saved[1], lambda tensors: tensors.update({name: tensors[name][:-1].clone()}))
+    with pytest.raises(UserError, match=rf"tensor {name} has shape \((\d+).*expected \((\d+)"):
+        load_policy(saved[1])
+
+
+def test_a_tensor_that_no_parameter_takes_is_named(saved):
+    edit_tensors(saved[1], lambda tensors: tensors.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(3)}))
+    with pytest.raises(UserError, match=r"unexpected tensors \['model.layers.2.mlp.up_proj.weight'\]"):
+        load_policy(saved[1])
+
+
+def test_what_older_files_carry_besides_weights_is_passed_over(make_policy, tokenizer, tmp_path):
+    policy = make_policy()
+    save_policy(policy, tmp_path / "final", tokenizer)
+    # Llama 2's files hold the rotary frequencies, and some tied models a copy of the head.
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": torch.zeros(97, 32)}
+    edit_tensors(tmp_path / "final", lambda tensors: tensors.update(extra))
+    assert_same_weights(load_policy(tmp_path / "final"), policy)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 4000, -1])
+def test_a_truncated_file_is_refused_by_name(saved, keep):
+    path = saved[1] / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"model.safetensors: .* copy or download it again"):
+        load_policy(saved[1])
+
+
+def test_a_missing_shard_is_named(make_policy, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 20_000)
+    save_policy(make_policy(), tmp_path / "final", tokenizer)
+    sorted((tmp_path / "final").glob("*.safetensors"))[1].unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-\d+.safetensors: cannot be read"):
+        load_policy(tmp_path / "final")
+
+
+def test_a_folder_without_weights_is_refused(saved):
+    (saved[1] / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no model.safetensors"):
+        load_policy(saved[1])
+
+
+def test_a_policy_is_no_reward_model(saved):
+    with pytest.raises(UserError, match="LlamaForCausalLM, expected a reward model or a critic"):
+        load_scalar(saved[1])
+
+
+# --- complete or absent -----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_whose_writing_fails_does_not_appear(tmp_path):
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "a" / "step_5") as partial:
+        (partial / "state.json").write_text("half")
+        raise RuntimeError("killed")
+    assert not (tmp_path / "a" / "step_5").exists()
+
+
+def test_a_folder_whose_rewriting_fails_is_the_old_one(tmp_path):
+    with atomic_folder(tmp_path / "final") as partial:
+        (partial / "text").write_text("old")
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "final") as partial:
+        (partial / "text").write_text("new")
+        raise RuntimeError("killed")
+    assert (tmp_path / "final" / "text").read_text() == "old"
+
+
+def test_a_rewritten_folder_holds_only_what_is_new(tmp_path):
+    for number in range(2):
+        with atomic_folder(tmp_path / "final") as partial:
+            (partial / f"{number}.txt").write_text("")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert [path.name for path in (tmp_path / "final").iterdir()] == ["1.txt"]
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_saved_one(saved, tokenizer, make_policy):
+    policy, folder = saved
+
+    def full_disk(folder):
+        raise OSError(28, "No space left on device")
+
+    tokenizer.save = full_disk
+    with pytest.raises(OSError):
+        save_policy(make_policy(seed=1, tie_word_embeddings=False), folder, tokenizer)
+    assert_same_weights(load_policy(folder), policy)
+
+
+# --- resume -----------------------------------------------------------------------------------------------------------
+
+
+def test_state_comes_back_exactly(tmp_path):
+    tensors = {"a": torch.randn(3, 4).T, "b": torch.tensor(7.0), "c": torch.arange(3, dtype=torch.bfloat16)}
+    save_state(tmp_path / "step_3", tensors, {"step": 3, "lr": 1e-6})
+    loaded, state = load_state(tmp_path / "step_3")
+    assert state == {"step": 3, "lr": 1e-6} and loaded.keys() == tensors.keys()
+    assert all(
+        loaded[name].dtype == tensors[name].dtype and torch.equal(loaded[name], tensors[name]) for name in tensors
+    )
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    save_state(tmp_path / "step_3", {"a": torch.ones(100)}, {})
+    path = tmp_path / "step_3" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match="step_3: the checkpoint cannot be read"):
+        load_state(tmp_path / "step_3")
+
+
+def test_the_latest_checkpoint_is_the_largest_complete_one(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    for name in ("step_9", "step_100", "step_20", "step_300.partial"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert latest_checkpoint(tmp_path).name == "step_100"

@@ -1,0 +1,285 @@
+"""Metrics against hand counts, brute force and simulations with a known answer."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+
+from nanorlhf.metrics import (
+    RIDGE,
+    _fit_logistic,
+    accuracy_interval,
+    bootstrap_interval,
+    common_subsequence,
+    copied_ngrams,
+    distinct_n,
+    edit_distance,
+    length_controlled_interval,
+    length_controlled_win_rate,
+    mean,
+    mean_pairwise_edit_distance,
+    rouge,
+    title_copy,
+    win_rate,
+    words,
+)
+
+# -- against a text
+
+
+def test_rouge_has_no_stemmer():
+    scores = rouge(["the cats sat"], ["the cat sat"])
+    assert scores["rougeL"] == pytest.approx(2 / 3)  # 1 would mean that "cats" was stemmed
+    assert scores["rouge1"] == pytest.approx(2 / 3)
+    assert scores["rouge2"] == 0.0
+
+
+def test_rouge_is_the_mean_of_the_rows_f_measures():
+    scores = rouge(["a b", "x"], ["a b c d", "y"])
+    assert scores["rouge1"] == pytest.approx(
+        (2 * 1.0 * 0.5 / 1.5 + 0) / 2
+    )  # precision 1, recall 1/2; and nothing in common
+
+
+def test_rouge_of_an_empty_prediction_is_zero():
+    assert rouge(["", "🙂"], ["the cat", "the cat"]) == {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
+
+
+def test_rouge_of_two_thousand_summaries_takes_seconds():
+    text = "my boss broke my laptop and he refuses to pay should i call a lawyer about it now"
+    began = time.monotonic()
+    rouge([text] * 2000, [text + " or not"] * 2000)
+    assert time.monotonic() - began < 8
+
+
+@pytest.mark.parametrize("predictions, references", [([], []), (["a"], ["a", "b"])])
+def test_rouge_refuses_no_texts_and_unequal_lists(predictions, references):
+    with pytest.raises(ValueError, match="predictions, references: got"):
+        rouge(predictions, references)
+
+
+@pytest.mark.parametrize(
+    "summary, title, share",
+    [
+        ("My boss, BROKE my laptop!", "my boss broke my laptop", 1.0),  # case and marks do not count
+        ("my boss never broke a laptop", "my boss broke my laptop", 4 / 5),  # gaps in the summary are fine
+        ("laptop boss", "boss laptop", 1 / 2),  # the order counts
+        ("", "boss laptop", 0.0),
+        ("something else", "boss laptop", 0.0),
+    ],
+)
+def test_title_copy_by_hand(summary, title, share):
+    assert title_copy(summary, title) == pytest.approx(share)
+
+
+def test_title_copy_without_a_title_is_nan():
+    assert math.isnan(title_copy("a summary", " ?! "))
+
+
+def test_common_subsequence_and_edit_distance_by_hand():
+    assert common_subsequence("ABCBDAB", "BDCABA") == 4  # the textbook's
+    assert edit_distance("kitten", "sitting") == 3
+    assert edit_distance([], ["a", "b"]) == 2
+
+
+def test_edit_distance_and_common_subsequence_agree_on_random_words():
+    """Without replacements the distance is len(a) + len(b) - 2 LCS; with them it lies between half and all of that."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        a, b = (list(rng.integers(4, size=rng.integers(0, 9))) for _ in range(2))
+        indel = len(a) + len(b) - 2 * common_subsequence(a, b)
+        assert indel / 2 <= edit_distance(a, b) <= indel
+        assert edit_distance(a, b) == edit_distance(b, a)
+
+
+def test_copied_ngrams_by_hand():
+    post = "yesterday my boss broke my laptop at work"
+    assert copied_ngrams("My boss broke my laptop and left", post) == pytest.approx(2 / 4)
+    assert math.isnan(copied_ngrams("my boss broke", post))
+
+
+# -- of a set of texts
+
+
+def test_distinct_2_by_hand():
+    assert distinct_n(["a b c", "a b d"]) == pytest.approx(3 / 4)  # ab, bc, bd of ab, bc, ab, bd
+    assert math.isnan(distinct_n(["a", ""]))
+    with pytest.raises(ValueError):
+        distinct_n([])
+
+
+def test_mean_pairwise_edit_distance_by_hand():
+    assert mean_pairwise_edit_distance(["a b", "a b", "a c d"]) == pytest.approx((0 + 2 / 3 + 2 / 3) / 3)
+    assert mean_pairwise_edit_distance(["", ""]) == 0.0
+    with pytest.raises(ValueError, match="at least two"):
+        mean_pairwise_edit_distance(["a"])
+
+
+def test_mean_leaves_nan_out():
+    assert mean([1.0, float("nan"), 3.0]) == 2.0
+    assert math.isnan(mean([float("nan")]))
+    with pytest.raises(ValueError):
+        mean([])
+
+
+def test_words_are_lower_cased_letters_and_digits():
+    assert words("I'm 24F – naïve!") == ["i", "m", "24f", "na", "ve"]
+
+
+# -- win rates
+
+
+def test_a_tie_is_half_a_win():
+    assert win_rate(3, 2, 5) == 0.4
+    assert win_rate(0, 7, 0) == 0.5
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 0), (-1, 2, 3)])
+def test_win_rate_refuses_counts_of_nothing(counts):
+    with pytest.raises(ValueError, match="wins, ties, losses"):
+        win_rate(*counts)
+
+
+def test_the_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    truth, trials = 0.6 + 0.1 / 2, 300
+    hits = 0
+    for trial in range(trials):
+        low, high = bootstrap_interval(
+            rng.choice([1.0, 0.5, 0.0], p=[0.6, 0.1, 0.3], size=150), seed=trial, level=0.9, resamples=400
+        )
+        hits += low <= truth <= high
+    assert 0.85 <= hits / trials <= 0.95  # 0.9, standard error 0.017
+
+
+def test_the_bootstrap_interval_is_that_of_the_normal_approximation():
+    outcomes = [1.0] * 300 + [0.0] * 200
+    low, high = bootstrap_interval(outcomes, seed=0)
+    half = 1.96 * math.sqrt(0.6 * 0.4 / 500)
+    assert (low, high) == pytest.approx((0.6 - half, 0.6 + half), abs=0.006)
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_one_another():
+    outcomes = np.random.default_rng(1).random(100)
+    assert (
+        bootstrap_interval(outcomes, seed=1)
+        == bootstrap_interval(outcomes, seed=1)
+        != bootstrap_interval(outcomes, seed=2)
+    )
+
+
+def test_always_tie_is_one_half_with_an_interval_of_no_width():
+    assert bootstrap_interval([0.5] * 40, seed=0) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("values, said", [([], "got none"), ([0.5, float("nan")], "not finite")])
+def test_the_bootstrap_refuses_nothing_and_nan(values, said):
+    with pytest.raises(ValueError, match=said):
+        bootstrap_interval(values, seed=0)
+
+
+def test_a_level_in_percent_is_refused():
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        bootstrap_interval([1.0], seed=0, level=95)
+
+
+def test_the_accuracy_interval_is_wilsons():
+    assert accuracy_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I, method 3
+    assert accuracy_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    low, high = accuracy_interval(20, 20)
+    assert 0.8 < low < 0.9 and high == 1.0
+    with pytest.raises(ValueError):
+        accuracy_interval(3, 2)
+
+
+# -- length control
+
+
+def planted(n: int, intercept: float, slope: float, seed: int):
+    """Outcomes that follow sigmoid(intercept + slope * log ratio) exactly, of summaries that are mostly longer."""
+    rng = np.random.default_rng(seed)
+    lengths, others = rng.integers(10, 60, size=n), rng.integers(8, 30, size=n)
+    p = 1 / (1 + np.exp(-(intercept + slope * np.log(lengths / others))))
+    return (rng.random(n) < p).astype(float), lengths, others
+
+
+def test_length_control_recovers_a_planted_effect():
+    outcomes, lengths, others = planted(40_000, intercept=0.3, slope=1.5, seed=0)
+    assert outcomes.mean() > 0.7  # the raw win rate is mostly length
+    assert length_controlled_win_rate(outcomes, lengths, others) == pytest.approx(1 / (1 + math.exp(-0.3)), abs=0.01)
+
+
+def test_length_control_solves_the_likelihood_equations():
+    """The best fit, found by a search that knows no derivative."""
+    outcomes, lengths, others = planted(60, intercept=-0.4, slope=0.8, seed=3)
+    outcomes[:5] = 0.5
+    x = np.log(lengths / others)
+
+    def loss(a, b):
+        z = a + b * x
+        return np.sum(np.logaddexp(0, z) - outcomes * z)
+
+    grid = np.linspace(-2, 2, 401)
+    a = grid[np.argmin([min(loss(a, b) for b in np.linspace(-1, 3, 201)) for a in grid])]
+    assert length_controlled_win_rate(outcomes, lengths, others) == pytest.approx(1 / (1 + math.exp(-a)), abs=0.006)
+
+
+def test_length_control_of_always_tie_is_one_half():
+    assert length_controlled_win_rate([0.5] * 30, range(30), [7] * 30) == pytest.approx(0.5, abs=1e-12)
+
+
+def test_a_tie_weighs_half_to_both_sides():
+    """One row of 0.5, twice, is one win and one loss."""
+    ties = length_controlled_win_rate([0.5, 0.5, 1, 0, 1], [9, 9, 20, 8, 5], [12, 12, 10, 16, 5])
+    split = length_controlled_win_rate([1, 0, 1, 0, 1], [9, 9, 20, 8, 5], [12, 12, 10, 16, 5])
+    assert ties == pytest.approx(split, abs=1e-12)
+
+
+@pytest.mark.parametrize("slope_sign", [1, -1])
+def test_lengths_that_separate_wins_from_losses_have_a_finite_answer(slope_sign):
+    lengths = np.array([4, 5, 6, 20, 30, 40])
+    outcomes = (slope_sign * np.log(lengths / 10) > 0).astype(float)
+    assert 0.05 < length_controlled_win_rate(outcomes, lengths, [10] * 6) < 0.95
+
+
+def test_newtons_method_does_not_overshoot():
+    """81 wins and a tie: full steps leap from side to side here and never arrive."""
+    rows = [(1.0, 12, 10)] * 3 + [(1.0, 10, 12)] * 42 + [(1.0, 330, 10)] * 36 + [(0.5, 58, 100)]
+    outcomes, lengths, others = map(np.array, zip(*rows, strict=True))
+    x = np.log(lengths / others)
+    a, b = _fit_logistic(x[None], outcomes[None])[0]
+    residuals = outcomes - 1 / (1 + np.exp(-(a + b * x)))
+    assert residuals.sum() == pytest.approx(RIDGE * a, abs=1e-9) and (residuals * x).sum() == pytest.approx(
+        RIDGE * b, abs=1e-9
+    )
+
+
+def test_only_wins_is_nearly_one_and_only_losses_nearly_zero():
+    assert 0.999 < length_controlled_win_rate([1.0] * 100, [10, 20] * 50, [15] * 100) < 1
+    assert 0 < length_controlled_win_rate([0.0] * 100, [10, 20] * 50, [15] * 100) < 0.001
+
+
+def test_at_equal_lengths_length_control_changes_nothing():
+    assert length_controlled_win_rate([1, 1, 1, 0], [5] * 4, [5] * 4) == pytest.approx(0.75, abs=1e-3)
+
+
+def test_an_empty_summary_counts_as_one_word():
+    a = length_controlled_win_rate([1, 0, 1, 0], [0, 5, 9, 7], [5, 5, 5, 5])
+    assert a == length_controlled_win_rate([1, 0, 1, 0], [1, 5, 9, 7], [5, 5, 5, 5])
+
+
+def test_the_length_controlled_interval_covers_the_planted_value():
+    truth = 1 / (1 + math.exp(-0.3))
+    hits = 0
+    for trial in range(60):
+        outcomes, lengths, others = planted(200, intercept=0.3, slope=1.5, seed=100 + trial)
+        low, high = length_controlled_interval(outcomes, lengths, others, seed=trial, resamples=200)
+        hits += low <= truth <= high
+    assert hits >= 52  # 95 % of 60 is 57, standard error 1.7
+
+
+@pytest.mark.parametrize("outcomes, lengths", [([1.0], [1, 2]), ([], []), ([2.0, 0.0], [1, 2]), ([1.0, 0.0], [-1, 2])])
+def test_length_control_refuses_what_makes_no_sense(outcomes, lengths):
+    with pytest.raises(ValueError):
+        length_controlled_win_rate(outcomes, lengths, lengths)
