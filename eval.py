@@ -8,7 +8,7 @@ Reads the base, SFT and PPO policies, the reward model and TL;DR data; writes ru
 (every summary with its scores), report.html and report.md. The steps, numbered as in the code:
 
     1. read held-out posts
-    2. generate one summary a post by each policy, with the same random numbers
+    2. generate one summary a post by each policy, each with random numbers of its own
     3. describe them: ROUGE against the references, length, share that stop, copying, diversity, score, gold score
     4. reward model: accuracy on held-out comparisons, beside length alone and the ceiling of the label noise
     5. win rates, PPO against SFT and each against the references: interval by bootstrap over posts, and at equal length
@@ -86,6 +86,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 
+POLICIES = ("base", "sft", "ppo")
 OPPONENTS = (("ppo", "sft"), ("ppo", "reference"), ("sft", "reference"))
 SHOWN = ("eval/rm/validation/accuracy", "eval/ppo/gold", "eval/ppo_vs_sft/win_rate", "perf/tokens_per_s")
 
@@ -125,7 +126,7 @@ def main(cfg: Config) -> None:
         "rm": find_if_there("rm", cfg.reward_model, "reward_model", cfg.preset),
     }
     models = {stage: model for stage, model in found.items() if model}
-    policies = [stage for stage in ("base", "sft", "ppo") if stage in models]
+    policies = [stage for stage in POLICIES if stage in models]
     if not policies:
         raise UserError(
             "no policy found, expected base, SFT or PPO: run `python train_sft.py`, or pass --sft_model DIR"
@@ -158,7 +159,9 @@ def main(cfg: Config) -> None:
         for stage in policies:
             policy = load_policy(models[stage][0], run.device, run.dtype)
             check_matches(tokenizer, policy.config.vocab_size)
-            sampling = cfg.response_length, cfg.temperature, cfg.seed
+            # Shared random numbers would make similar policies write the same text, and count their agreement as ties.
+            noise = len(POLICIES) * cfg.seed + POLICIES.index(stage)
+            sampling = cfg.response_length, cfg.temperature, noise
             summaries = summarise(policy, tokenizer, queries, *sampling, progress=run.progress)
             texts[stage] = [summary.text for summary in summaries]
             tokens[stage] = [summary.tokens for summary in summaries]

@@ -73,8 +73,9 @@ def tables(results: dict) -> list[Table]:
         if any(row.get(key) is not None for row in policies.values())
     ]
     note = f"split {about['split']}, temperature {about['temperature']:g}, {about['response_length']} tokens at most"
+    note += "; ROUGE without a stemmer; RM score: as if every summary had stopped"
     header = ["", *(NAMES[name] for name in policies)]
-    found = [Table(f"Summaries of {about['posts']:,} held-out posts", header, rows, f"{note}; ROUGE without a stemmer")]
+    found = [Table(f"Summaries of {about['posts']:,} held-out posts", header, rows, note)]
     if results["win_rates"]:
         rows = []
         for row in results["win_rates"]:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -389,6 +390,14 @@ def test_the_same_seed_writes_the_same_summaries_and_numbers_and_another_seed_ot
     assert read("a") == read("b")
     evaluate("--run_name", "b", "--num_posts", "6", "--seed", "2", "--overwrite")
     assert read("a")[1] != read("b")[1]
+
+
+def test_each_policy_samples_with_random_numbers_of_its_own(evaluate, workplace):
+    """The same model twice: with shared numbers every pair would be a tie."""
+    shutil.copytree(workplace / "sft", workplace / "ppo_is_sft")
+    evaluate("--run_name", "twins", "--num_posts", "6", "--ppo_model", "ppo_is_sft", models=("sft",))
+    for row in read_jsonl(workplace / "runs" / "twins" / "samples.jsonl"):
+        assert row["sft"] != row["ppo"]
 
 
 def test_a_policy_that_is_not_there_is_left_out_and_named(evaluate, workplace, monkeypatch, capsys):
