@@ -22,7 +22,7 @@ world; the reward model as a judge (--judge rm) knows only what PPO was trained 
 import os
 
 # Before torch is imported: on a shared CPU, threads that spin while waiting cost 5x.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
 
 import json
 import time
@@ -222,10 +222,8 @@ def main(cfg: Config) -> None:
             win_rates.append(row)
 
         # 6. tables, files, report
-        about = {"posts": len(posts), "data": str(data)}
-        about |= {
-            name: getattr(cfg, name) for name in ("preset", "split", "temperature", "response_length", "judge", "seed")
-        }
+        told = ("preset", "split", "temperature", "response_length", "judge", "seed")
+        about = {"posts": len(posts), "data": str(data)} | {name: getattr(cfg, name) for name in told}
         results = {
             "about": about,
             "models": {stage: {"folder": str(folder), "from": origin} for stage, (folder, origin) in models.items()},

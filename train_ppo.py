@@ -1,11 +1,12 @@
-"""Stage 3 of 3: PPO. The SFT model learns to write summaries that the reward model scores higher, without leaving itself too far.
+"""Stage 3 of 3: PPO. The SFT model learns to write summaries that the reward model scores higher, without leaving
+itself too far.
 
-    python train_ppo.py                                    the embedded tiny world on a laptop, Llama-3.2-1B on a large GPU
-    python train_ppo.py --batch_size 128 --lr 1.5e-6       the recipe of the llama-1b preset, spelled out
-    python train_ppo.py --help                             every flag, with the paper's values
+    python train_ppo.py                                 the embedded tiny world on a laptop, Llama-3.2-1B on a large GPU
+    python train_ppo.py --batch_size 128 --lr 1.5e-6    the recipe of the llama-1b preset, spelled out
+    python train_ppo.py --help                          every flag, with the paper's values
 
-Reads the SFT model, the reward model and TL;DR posts; writes runs/ppo/final (the policy) and runs/ppo/final_critic. The steps,
-numbered as in the code:
+Reads the SFT model, the reward model and TL;DR posts; writes runs/ppo/final (the policy) and runs/ppo/final_critic. The
+steps, numbered as in the code:
 
     1. read posts: queries only, the policy writes the responses
     2. load four models: policy and reference (both the SFT model), critic and reward model (both the reward model)
@@ -16,14 +17,13 @@ numbered as in the code:
     6. learn: several epochs over the batch with clipped policy and value losses, one AdamW over policy and critic
     7. log
 
-N+ details 20 to 25; the arithmetic is in nanorlhf/ppo.py. Left out: adaptive KL, entropy bonus, several GPUs. Next: eval.py.
+N+ details 20 to 25; the arithmetic is in nanorlhf/ppo.py. Left out: adaptive KL, entropy
+bonus, several GPUs. Next: eval.py.
 """
 
 import os
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # before torch: on a shared CPU, threads that spin while waiting cost 5x
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
 
 import time
 from collections import defaultdict
@@ -46,9 +46,10 @@ from nanorlhf.checkpoint import (
 from nanorlhf.config import check, cli
 from nanorlhf.device import peak_gib
 from nanorlhf.inputs import find_data, find_model
-from nanorlhf.models import critic_from, parameter_count
+from nanorlhf.models import Policy, ScalarModel, critic_from, parameter_count
 from nanorlhf.optim import SCHEDULES, AdamW
 from nanorlhf.packing import in_microbatches, pack, split_by_tokens
+from nanorlhf.ppo import Experience
 from nanorlhf.preflight import preflight
 from nanorlhf.rollout import generate, read_responses
 from nanorlhf.run import Run
@@ -65,7 +66,10 @@ class Config:
     resume: bool = False  # continue this run from its last checkpoint
     seed: int = 1  # order of the data, sampling, order of minibatches
     device: str = "auto"  # auto, cpu, cuda or cuda:<number>
-    dtype: str = "auto"  # of weights and activations: bfloat16 on CUDA, float32 on CPU; masters and all of PPO's arithmetic are float32
+    # fmt: off
+    dtype: str = "auto"  # of weights and activations: bfloat16 on CUDA, float32 on CPU; masters and all of PPO's
+                         # arithmetic are float32
+    # fmt: on
     track: bool = False  # mirror the metrics to Weights & Biases
     # -- inputs
     sft_model: str | None = None  # Hugging Face folder of the SFT model: policy and reference
@@ -104,11 +108,49 @@ class Config:
 PRESETS = {
     "llama-1b": {},
     "paper": dict(batch_size=512, lr=3e-6, total_episodes=1_000_000),
-    # Sizes of the tiny world, and three departures: a learning rate for a model a thousand times smaller; kl_coef 0.2, because its
-    # reward model is easier to fool (at 0.02 the true quality peaks early and falls); gradient clipping, against single large steps.
-    "tiny": dict(lr=2e-4, kl_coef=0.2, max_grad_norm=1.0, total_episodes=3072, max_query_length=104, response_length=32, microbatch_tokens=4096,
-                 sample_every=8, save_every=8),
+    # Sizes of the tiny world, and three departures: a learning rate for a model a thousand times smaller; kl_coef 0.2,
+    # because its reward model is easier to fool (at 0.02 the true quality peaks early and falls); gradient clipping,
+    # against single large steps.
+    "tiny": dict(lr=2e-4, kl_coef=0.2, max_grad_norm=1.0, total_episodes=3072, max_query_length=104, response_length=32,
+                 microbatch_tokens=4096, sample_every=8, save_every=8),
 }  # fmt: skip
+
+
+def learn(
+    policy: Policy, critic: ScalarModel, episode: Experience, minibatch: np.ndarray, rows: np.ndarray, cfg: Config
+) -> dict[str, torch.Tensor]:
+    """Forward and backward pass over the microbatch `rows` of a minibatch.
+
+    Both losses are means over the tokens of the whole minibatch, so gradients and metrics of its microbatches add up.
+    """
+    e, R = episode, cfg.response_length
+    actions, states = e.action_mask[minibatch].sum(), e.value_mask[minibatch].sum()  # how many there are of each
+    packed = pack([e.sequences[i] for i in rows], e.responses.device)
+    mask = e.action_mask[rows]
+
+    new_logprobs, entropy = policy.response_logprobs(packed, e.responses[rows], cfg.temperature)  # (b, R) each
+    policy_loss, policy_stats = ppo.policy_loss(
+        new_logprobs, e.logprobs[rows], e.advantages[rows], mask, cfg.cliprange, denominator=actions
+    )
+    policy_loss.backward()
+    new_values = critic.response_values(packed, R)  # (b, R)
+    value_loss, value_stats = ppo.value_loss(
+        new_values, e.values[rows], e.returns[rows], e.value_mask[rows], cfg.cliprange_value, denominator=states
+    )
+    (cfg.vf_coef * value_loss).backward()
+
+    entropy = entropy.detach()
+    return {
+        "loss/policy_avg": policy_loss.detach(),
+        "loss/value_avg": value_loss.detach(),
+        "policy/approxkl_avg": policy_stats["approxkl"],
+        "policy/clipfrac_avg": policy_stats["clipfrac"],
+        "policy/entropy_avg": torch.where(mask, entropy, 0.0).sum() / actions,
+        "policy/entropy_avg_paper": entropy.sum() / (len(minibatch) * R),
+        "val/ratio": policy_stats["ratio"],
+        "val/ratio_squared": policy_stats["ratio_squared"],
+        "val/clipfrac_avg": value_stats["clipfrac"],
+    }
 
 
 def main(cfg: Config) -> None:
@@ -143,16 +185,14 @@ def main(cfg: Config) -> None:
         check_matches(tokenizer, policy.config.vocab_size)
         check_matches(tokenizer, reward_model.config.vocab_size)
         optimizer = AdamW([policy, critic], lr=cfg.lr)
-        run.say(
-            f"models  policy and reference {sft_folder} ({sft_from}); critic and reward model {rm_folder} ({rm_from})"
-        )
+        origins = f"{sft_folder} ({sft_from}); critic and reward model {rm_folder} ({rm_from})"
+        run.say(f"models  policy and reference {origins}")
         run.say(f"        2 x {parameter_count(policy):,} + 2 x {parameter_count(critic):,} parameters")
         steps = cfg.num_ppo_epochs * cfg.num_minibatches  # optimizer steps an update
         run.say(f"plan    {total_updates} updates of {cfg.batch_size} episodes and {steps} optimizer steps each")
-        if cfg.preset == "tiny" and cfg.lr < 0.1 * PRESETS["tiny"]["lr"]:
-            run.say(
-                f"note    lr {cfg.lr:g} suits a large model; the tiny one hardly moves below {PRESETS['tiny']['lr']:g}"
-            )
+        tiny_lr = PRESETS["tiny"]["lr"]
+        if cfg.preset == "tiny" and cfg.lr < 0.1 * tiny_lr:
+            run.say(f"note    lr {cfg.lr:g} suits a large model; the tiny one hardly moves below {tiny_lr:g}")
         start = 0
         if cfg.resume:
             if checkpoint := latest_checkpoint(run.folder):
@@ -172,26 +212,20 @@ def main(cfg: Config) -> None:
             episodes = range(update * cfg.batch_size, (update + 1) * cfg.batch_size)  # they name the sampling noise
             responses, _ = generate(policy, batch_queries, R, cfg.temperature, cfg.seed, episodes)  # (B, R)
             summaries = read_responses(tokenizer, responses)
-            time_rollout = time.monotonic() - began
+            rolled_out = time.monotonic()
 
             # 4. score: policy, reference and critic read all R tokens, the reward model only what people see
-            tokens = responses.tolist()
-            sequences = [query + response for query, response in zip(batch_queries, tokens, strict=True)]
-            finished = [
-                sequence[: len(sequence) - R + s.tokens] for sequence, s in zip(sequences, summaries, strict=True)
-            ]
+            sequences = [query + response for query, response in zip(batch_queries, responses.tolist(), strict=True)]
+            finished = [s[: len(s) - R + summary.tokens] for s, summary in zip(sequences, summaries, strict=True)]
             forward = partial(in_microbatches, max_tokens=cfg.microbatch_tokens, device=run.device)
-            logprobs, _ = forward(
-                lambda p, rows: policy.response_logprobs(p, responses[rows], cfg.temperature), sequences
-            )
-            ref_logprobs, _ = forward(
-                lambda p, rows: reference.response_logprobs(p, responses[rows], cfg.temperature), sequences
-            )
-            (values,) = forward(lambda p, rows: (critic.response_values(p, R),), sequences)  # (B, R), as the two above
-            (raw_scores,) = forward(lambda p, rows: (reward_model.last_scores(p),), finished)  # (B,)
+            T = cfg.temperature
+            logprobs, _ = forward(lambda packed, i: policy.response_logprobs(packed, responses[i], T), sequences)
+            ref_logprobs, _ = forward(lambda packed, i: reference.response_logprobs(packed, responses[i], T), sequences)
+            (values,) = forward(lambda packed, i: [critic.response_values(packed, R)], sequences)  # (B, R), like these
+            (raw_scores,) = forward(lambda packed, i: [reward_model.last_scores(packed)], finished)  # (B,)
             action_mask = ppo.action_mask(responses, eos_id)  # (B, R)
             value_mask = ppo.value_mask(responses, eos_id)  # (B, R)
-            time_score = time.monotonic() - began - time_rollout
+            scored = time.monotonic()
 
             # 5. rewards and advantages
             scores = ppo.apply_missing_eos(raw_scores, responses, eos_id, cfg.missing_eos_score)  # (B,)
@@ -202,11 +236,9 @@ def main(cfg: Config) -> None:
                 rewards = ppo.masked_whiten(rewards, value_mask, shift_mean=False)
             raw_advantages, returns = ppo.gae(rewards, values, cfg.gamma, cfg.lam)  # (B, R) each
             advantages = ppo.masked_whiten(raw_advantages, action_mask)
-            checked = {}
-            if cfg.preflight and update == 0:
-                checked = preflight(
-                    policy, sequences, responses, logprobs, ref_logprobs, values, raw_scores, action_mask, cfg
-                )
+            episode = Experience(sequences, responses, action_mask, value_mask, logprobs, values, advantages, returns)
+            checked = preflight(policy, episode, ref_logprobs, raw_scores, cfg) if cfg.preflight and update == 0 else {}
+            if checked:
                 run.say(", ".join(f"{name} {value:.6f}" for name, value in checked.items()))
 
             # 6. learn
@@ -214,45 +246,14 @@ def main(cfg: Config) -> None:
             for epoch in range(cfg.num_ppo_epochs):
                 order = np.random.default_rng([cfg.seed, update, epoch]).permutation(cfg.batch_size)
                 for minibatch in np.split(order, cfg.num_minibatches):
-                    actions, states = action_mask[minibatch].sum(), value_mask[minibatch].sum()  # denominators
                     for group in split_by_tokens([len(sequences[i]) for i in minibatch], cfg.microbatch_tokens):
-                        rows = minibatch[group]
-                        mask = action_mask[rows]
-                        packed = pack([sequences[i] for i in rows], run.device)
-                        new_logprobs, entropy = policy.response_logprobs(
-                            packed, responses[rows], cfg.temperature
-                        )  # (b, R) each
-                        policy_loss, policy_stats = ppo.policy_loss(
-                            new_logprobs, logprobs[rows], advantages[rows], mask, cfg.cliprange, denominator=actions
-                        )
-                        policy_loss.backward()
-                        new_values = critic.response_values(packed, R)  # (b, R)
-                        value_loss, value_stats = ppo.value_loss(
-                            new_values,
-                            values[rows],
-                            returns[rows],
-                            value_mask[rows],
-                            cfg.cliprange_value,
-                            denominator=states,
-                        )
-                        (cfg.vf_coef * value_loss).backward()
-                        entropy = entropy.detach()
-                        for name, value in {
-                            "loss/policy_avg": policy_loss.detach(),
-                            "loss/value_avg": value_loss.detach(),
-                            "policy/approxkl_avg": policy_stats["approxkl"],
-                            "policy/clipfrac_avg": policy_stats["clipfrac"],
-                            "policy/entropy_avg": torch.where(mask, entropy, 0.0).sum() / actions,
-                            "policy/entropy_avg_paper": entropy.sum() / (len(minibatch) * R),
-                            "val/ratio": policy_stats["ratio"],
-                            "val/ratio_squared": policy_stats["ratio_squared"],
-                            "val/clipfrac_avg": value_stats["clipfrac"],
-                        }.items():
+                        for name, value in learn(policy, critic, episode, minibatch, minibatch[group], cfg).items():
                             totals[name] += value
                     totals["grad_norm"] += optimizer.step(lr, cfg.max_grad_norm)
-            seconds = time.monotonic() - began
+            learned = time.monotonic()
 
             # 7. log
+            tokens = sum(len(s) for s in sequences)
             run.log(
                 update + 1,
                 monitor.objective(scores, logprobs, kl, action_mask, cfg.kl_coef)
@@ -260,19 +261,15 @@ def main(cfg: Config) -> None:
                 | monitor.critic(values, returns, raw_advantages, value_mask)
                 | monitor.texts(summaries, batch_posts)
                 | {"lr": lr, "episode": (update + 1) * cfg.batch_size}
-                | {
-                    "time/rollout": time_rollout,
-                    "time/score": time_score,
-                    "time/learn": seconds - time_rollout - time_score,
-                }
-                | {"perf/tokens_per_s": sum(len(s) for s in sequences) / seconds, "perf/peak_gib": peak_gib(run.device)}
+                | {"time/rollout": rolled_out - began, "time/score": scored - rolled_out}
+                | {"time/learn": learned - scored, "perf/tokens_per_s": tokens / (learned - began)}
+                | {"perf/peak_gib": peak_gib(run.device)}
                 | checked,
             )
             if cfg.sample_every and (update + 1) % cfg.sample_every == 0:
-                shown = zip(batch_posts, summaries, scores.tolist(), kl.sum(1).tolist(), strict=True)
                 rows = [
-                    {"title": p.title, "post": p.post, "response": s.text, "score": score, "kl": nats}
-                    for p, s, score, nats in shown
+                    {"title": p.title, "post": p.post, "response": s.text, "score": x, "kl": k}
+                    for p, s, x, k in zip(batch_posts, summaries, scores.tolist(), kl.sum(1).tolist(), strict=True)
                 ]
                 run.samples(update + 1, rows)
             if cfg.save_every and (update + 1) % cfg.save_every == 0 and update + 1 < total_updates:

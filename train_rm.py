@@ -3,7 +3,8 @@
     python train_rm.py                     the embedded tiny world on a laptop, Llama-3.2-1B on a large GPU
     python train_rm.py --help              every flag
 
-Reads the SFT model, comparisons and TL;DR posts; writes runs/rm/final, a Hugging Face folder. The steps, numbered as in the code:
+Reads the SFT model, comparisons and TL;DR posts; writes runs/rm/final, a Hugging Face
+folder. The steps, numbered as in the code:
 
     1. read comparisons: a post, the summary a person chose, the one they rejected
     2. start from the SFT model's trunk with a new linear head, drawn from N(0, 1/sqrt(D+1))
@@ -12,15 +13,14 @@ Reads the SFT model, comparisons and TL;DR posts; writes runs/rm/final, a Huggin
     5. measure accuracy on held-out comparisons, by batch, split and confidence
     6. save
 
-Bradley-Terry sees differences only, so the level of the scores is arbitrary until step 4, which PPO depends on: a response
-without EOS is given -1, and the critic starts as this model (N+ details 10 to 16). Left out: margins, ensembles. Next: train_ppo.py.
+Bradley-Terry sees differences only, so the level of the scores is arbitrary until step 4,
+which PPO depends on: a response without EOS is given -1, and the critic starts as this
+model (N+ details 10 to 16). Left out: margins, ensembles. Next: train_ppo.py.
 """
 
 import os
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # before torch: on a shared CPU, threads that spin while waiting cost 5x
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
 
 import time
 from collections import defaultdict
@@ -80,8 +80,10 @@ class Config:
 PRESETS = {
     "llama-1b": {},
     "paper": {},
-    # The tiny model is a thousand times smaller, so its learning rate is several hundred times larger; the rest is the sizes of its world.
-    "tiny": dict(lr=1.5e-3, max_grad_norm=1.0, max_query_length=104, microbatch_tokens=4096, shift_posts=1024, eval_pairs=1024, save_every=80),
+    # The tiny model is a thousand times smaller, so its learning rate is several hundred times larger; the rest is the
+    # sizes of its world.
+    "tiny": dict(lr=1.5e-3, max_grad_norm=1.0, max_query_length=104, microbatch_tokens=4096, shift_posts=1024,
+                 eval_pairs=1024, save_every=80),
 }  # fmt: skip
 
 
@@ -96,12 +98,8 @@ def accuracy_by(comparisons: list[Comparison], correct: list[bool]) -> dict[str,
     """Accuracy overall and by split, batch and confidence (N+ detail 16), under the published runs' names."""
     groups = defaultdict(list)
     for comparison, hit in zip(comparisons, correct, strict=True):
-        for key in (
-            "",
-            f"/split/{comparison.split}",
-            f"/batch/{comparison.batch}",
-            f"/confidence/{comparison.confidence}",
-        ):
+        own = f"/split/{comparison.split}", f"/batch/{comparison.batch}", f"/confidence/{comparison.confidence}"
+        for key in ("", *own):
             groups[f"eval/rm/validation/accuracy{key}"].append(hit)
     return {name: sum(hits) / len(hits) for name, hits in groups.items()}
 
@@ -125,9 +123,8 @@ def main(cfg: Config) -> None:
     show = ["train/rm/loss", "train/rm/accuracy", "train/rm/margin", "lr", "perf/tokens_per_s"]
     with Run("rm", cfg, total_steps=total_steps, show=show, kernels="torch") as run:
         run.say(f"data    {data} ({data_from}): {stats}; {len(valid):,} held out")
-        queries, chosen, rejected = encode_comparisons(
-            run.progress(train, what="encoding comparisons"), tokenizer, cfg.max_query_length
-        )
+        encoding = run.progress(train, what="encoding comparisons")
+        queries, chosen, rejected = encode_comparisons(encoding, tokenizer, cfg.max_query_length)
 
         # 2. model and optimizer
         policy = load_policy(folder, run.device)
@@ -194,19 +191,11 @@ def main(cfg: Config) -> None:
         run.show = ["eval/rm/validation/accuracy", "eval/rm/validation/accuracy_longer_wins", "eval/rm/reference_std"]
         run.log(total_steps, metrics)
         scored = zip(valid, chosen_scores.tolist(), rejected_scores.tolist(), strict=True)
-        run.samples(
-            total_steps,
-            [
-                {
-                    "post": c.post.post,
-                    "chosen": c.chosen,
-                    "chosen_score": a,
-                    "rejected": c.rejected,
-                    "rejected_score": b,
-                }
-                for c, a, b in scored
-            ],
-        )
+        rows = [
+            {"post": c.post.post, "chosen": c.chosen, "chosen_score": a, "rejected": c.rejected, "rejected_score": b}
+            for c, a, b in scored
+        ]
+        run.samples(total_steps, rows)
 
         # 6. save
         save_scalar(model, run.folder / "final", tokenizer)

@@ -11,15 +11,14 @@ Reads a base model and TL;DR posts; writes runs/sft/final, a Hugging Face folder
     4. measure on held-out posts: loss, ROUGE of generated summaries, share that stop
     5. save
 
-The loss counts the query's tokens too, as in the paper (N+ detail 9); there is no dropout, no warm-up and no gradient clipping
-in the paper's recipe. Left out: LoRA, several GPUs, sequence packing across the attention mask. Next: train_rm.py.
+The loss counts the query's tokens too, as in the paper (N+ detail 9); there is no
+dropout, no warm-up and no gradient clipping in the paper's recipe. Left out: LoRA,
+several GPUs, sequence packing across the attention mask. Next: train_rm.py.
 """
 
 import os
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # before torch: on a shared CPU, threads that spin while waiting cost 5x
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
 
 import time
 from dataclasses import dataclass
@@ -74,10 +73,10 @@ class Config:
 PRESETS = {
     "llama-1b": {},
     "paper": {},
-    # The tiny model is a thousand times smaller, so its learning rate is several hundred times larger. batch_size keeps the number
-    # of steps near 100; the rest is the sizes of its world.
-    "tiny": dict(lr=2e-3, batch_size=64, max_updates=96, max_grad_norm=1.0, max_query_length=104, response_length=32, microbatch_tokens=4096,
-                 eval_posts=256, save_every=48),
+    # The tiny model is a thousand times smaller, so its learning rate is several hundred times larger. batch_size keeps
+    # the number of steps near 100; the rest is the sizes of its world.
+    "tiny": dict(lr=2e-3, batch_size=64, max_updates=96, max_grad_norm=1.0, max_query_length=104, response_length=32,
+                 microbatch_tokens=4096, eval_posts=256, save_every=48),
 }  # fmt: skip
 
 
@@ -95,15 +94,13 @@ def main(cfg: Config) -> None:
     total_steps = min(total_steps, cfg.max_updates or total_steps)
     check(total_steps > 0, "batch_size", cfg.batch_size, f"at most the {len(train)} posts of {data}")
 
-    with Run(
-        "sft", cfg, total_steps=total_steps, show=["train/sft/loss", "lr", "perf/tokens_per_s"], kernels="torch"
-    ) as run:
+    show = ["train/sft/loss", "lr", "perf/tokens_per_s"]
+    with Run("sft", cfg, total_steps=total_steps, show=show, kernels="torch") as run:
         run.say(f"data    {data} ({data_from}): {len(train):,} posts, {len(valid):,} held out")
         queries, responses = encode_posts(run.progress(train, what="encoding posts"), tokenizer, cfg.max_query_length)
+        query_mean = describe([len(query) for query in queries])["mean"]
         lengths = describe([len(response) for response in responses], cfg.response_length)
-        run.say(
-            f"tokens  query mean {describe([len(q) for q in queries])['mean']:.0f}, response mean {lengths['mean']:.0f} max {lengths['max']:.0f}"
-        )
+        run.say(f"tokens  query mean {query_mean:.0f}, response mean {lengths['mean']:.0f} max {lengths['max']:.0f}")
 
         # 2. model and optimizer
         policy = load_policy(folder, run.device, run.dtype)
@@ -144,12 +141,11 @@ def main(cfg: Config) -> None:
 
         # 4. measure on held-out posts
         queries, references = encode_posts(valid, tokenizer, cfg.max_query_length)
+        sequences = [query + reference for query, reference in zip(queries, references, strict=True)]
         valid_loss = 0.0
         with torch.no_grad():
-            for group in split_by_tokens(
-                [len(q) + len(r) for q, r in zip(queries, references, strict=True)], cfg.microbatch_tokens
-            ):
-                packed = pack([queries[i] + references[i] for i in group], run.device)
+            for group in split_by_tokens([len(s) for s in sequences], cfg.microbatch_tokens):
+                packed = pack([sequences[i] for i in group], run.device)
                 labels, counts = next_token_labels(packed)
                 weights = sequence_mean_weights(packed, counts, sequences=len(valid))
                 valid_loss += linear_cross_entropy(policy.hidden(packed), policy.head_weight, labels, weights).item()
@@ -157,15 +153,12 @@ def main(cfg: Config) -> None:
             policy, tokenizer, queries, cfg.response_length, cfg.eval_temperature, seed=cfg.seed, progress=run.progress
         )
         scores = rouge([s.text for s in summaries], [post.summary for post in valid])
-        metrics = {"validation/sft/loss": valid_loss} | {
-            f"validation/sft/rouge/{name}": value for name, value in scores.items()
-        }
+        metrics = {"validation/sft/loss": valid_loss}
+        metrics |= {f"validation/sft/rouge/{name}": value for name, value in scores.items()}
         metrics["validation/sft/eos_rate"] = sum(s.has_eos for s in summaries) / len(summaries)
         run.log(total_steps, metrics)
-        run.samples(
-            total_steps,
-            [{"post": p.post, "reference": p.summary, "sft": s.text} for p, s in zip(valid, summaries, strict=True)],
-        )
+        pairs = zip(valid, summaries, strict=True)
+        run.samples(total_steps, [{"post": p.post, "reference": p.summary, "sft": s.text} for p, s in pairs])
 
         # 5. save
         save_policy(policy, run.folder / "final", tokenizer)

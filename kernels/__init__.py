@@ -1,4 +1,6 @@
-"""One fused operation a file, each beside the plain PyTorch that specifies it. Imports torch (and triton where it exists) only.
+"""One fused operation a file, each beside the plain PyTorch that specifies it.
+
+Imports torch only, and triton where it exists.
 
     linear                x W^T: cuBLAS on a GPU, oneDNN on a CPU in fp32         (every matrix of the model)
     linear_logprob        hidden, head weight, labels -> log-prob, entropy        (PPO: policy and reference)

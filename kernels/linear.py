@@ -1,7 +1,8 @@
 """x W^T, the operation a language model spends its time in.
 
-On a GPU this is cuBLAS. On a CPU in fp32, torch sends it to MKL, which on AMD processors does not use AVX-512: 92 GFLOP/s on one
-Zen 5 core at (4096, 128) x (704, 128), where oneDNN, which torch also ships, reaches 220 (`python -m bench.linear`). So there it goes
+On a GPU this is cuBLAS. On a CPU in fp32, torch sends it to MKL, which on AMD processors
+does not use AVX-512: 92 GFLOP/s on one Zen 5 core at (4096, 128) x (704, 128), where
+oneDNN, which torch also ships, reaches 220 (`python -m bench.linear`). So there it goes
 to oneDNN, forward and backward; the result differs from MKL's by fp32 rounding only.
 """
 

@@ -2,9 +2,10 @@
 
     loss = sum_m  w_m * -log softmax(h_m W^T)[y_m]          h (M, D), W (V, D), w (M,)
 
-The weights carry the whole normalisation: the SFT loss of the paper, a mean over sequences of each sequence's token mean, is
-w = 1 / (B n_i). So a batch can be cut into microbatches anywhere and the gradient stays the same. Logits are made one chunk
-of rows at a time and again for the gradient: on all tokens of an SFT batch at V = 128,256 they would take 23 GB in fp32.
+The weights carry the whole normalisation: the SFT loss of the paper, a mean over sequences of
+each sequence's token mean, is w = 1 / (B n_i). So a batch can be cut into microbatches
+anywhere and the gradient stays the same. Logits are made one chunk of rows at a time and again
+for the gradient: on all tokens of an SFT batch at V = 128,256 they would take 23 GB in fp32.
 """
 
 import torch

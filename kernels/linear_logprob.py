@@ -4,9 +4,10 @@
     logprob = z[y] - logsumexp(z)
     entropy = logsumexp(z) - sum_v softmax(z)_v z_v
 
-The logits (M, V) are what runs out of memory at V = 128,256: 3.5 GB in fp32 for the 6,784 response positions of one PPO batch,
-and half a dozen copies of it in naive code. So they are made one chunk of rows at a time, and for the gradient made again.
-Everything after the matmul is fp32: logits in bf16 give log-probs that are off by 0.03, against a PPO clip of 0.2.
+The logits (M, V) are what runs out of memory at V = 128,256: 3.5 GB in fp32 for the 6,784
+response positions of one PPO batch, and half a dozen copies of it in naive code. So they are
+made one chunk of rows at a time, and for the gradient made again. Everything after the matmul
+is fp32: logits in bf16 give log-probs that are off by 0.03, against a PPO clip of 0.2.
 """
 
 import torch

@@ -1,11 +1,13 @@
 """Causal attention inside each sequence of a packed batch.
 
-On a GPU in bf16 or fp16 this is torch's variable-length flash attention, which reads `cu_seqlens` and never forms a padded
-tensor. Elsewhere the sequences are padded on the right inside this file only: behind a causal mask a real token never sees
-the padding after it, so no mask tensor is needed, and the padded rows are dropped again.
+On a GPU in bf16 this is torch's variable-length flash attention, which reads `cu_seqlens` and
+never forms a padded tensor. Elsewhere sequences of similar length are padded on the right to
+the longest of them, inside this file only: behind a causal mask a real token never sees the
+padding after it, so no mask tensor is needed, and the padded rows are dropped again.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +17,18 @@ from nanorlhf.packing import Packed
 
 # What a transformer block calls: (layer index, q (N, H, Dh), k (N, Hkv, Dh), v (N, Hkv, Dh)) -> (N, H, Dh).
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+BUCKET = 32  # tokens: sequences whose lengths round up to the same multiple share a rectangle
 
 
 def causal(packed: Packed) -> Attend:
     """Returns the `attend` of a packed batch: each token sees itself and what came before it in its own sequence."""
-    if packed.tokens.is_cuda:
-        return lambda layer, q, k, v: _varlen(q, k, v, packed) if q.dtype != torch.float32 else _padded(q, k, v, packed)
-    return lambda layer, q, k, v: _padded(q, k, v, packed)
+    rectangles = cache(lambda: _Rectangles(packed))  # made by the first layer that needs them
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        flash = q.is_cuda and q.dtype != torch.float32
+        return _varlen(q, k, v, packed) if flash else _padded(q, k, v, rectangles())
+
+    return attend
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
@@ -29,49 +36,59 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
 
     group = q.shape[1] // k.shape[1]  # query heads for each key/value head
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # (N, H, Dh)
-    cu, longest = packed.cu_seqlens, packed.max_length
-    return varlen_attn(
-        q, k, v, cu, cu, longest, longest, window_size=(-1, 0)
-    )  # everything to the left, nothing to the right
+    cu = F.pad(packed.cu_seqlens, (0, 1), value=q.shape[0])  # (B+2,): the filling is a sequence of its own
+    longest = max(packed.max_length, packed.filling)
+    return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))  # all to the left, nothing to the right
 
 
-def _padded(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
-    B, T = len(packed.lengths), packed.max_length
-    starts = packed.cu_seqlens[:-1].long()
-    lengths = packed.cu_seqlens[1:].long() - starts
-    sequence = torch.repeat_interleave(torch.arange(B, device=q.device), lengths, output_size=q.shape[0])
-    slots = sequence * T + packed.positions  # (N,) where token n stands in the (B, T) rectangle
-    q, k, v = (
-        _Pad.apply(x, slots, B * T).view(B, T, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)
-    )  # (B, heads, T, Dh)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])  # (B, H, T, Dh)
-    return _Unpad.apply(out.transpose(1, 2).reshape(B * T, *out.shape[1::2]), slots)  # (N, H, Dh)
+class _Rectangles:
+    """Where each packed token stands in a few (b, T) rectangles of sequences of similar length, one after another."""
+
+    def __init__(self, packed: Packed):
+        buckets: dict[int, list[int]] = {}
+        for index, length in enumerate(packed.lengths):
+            buckets.setdefault(-(-length // BUCKET), []).append(index)
+        starts = [0]
+        for length in packed.lengths:
+            starts.append(starts[-1] + length)
+        rows, slots = [], []
+        self.shapes: list[tuple[int, int]] = []  # (b, T) of each rectangle
+        self.size = 0  # slots in all rectangles
+        for members in buckets.values():
+            T = max(packed.lengths[index] for index in members)
+            for index in members:
+                rows.append(torch.arange(starts[index], starts[index + 1]))
+                slots.append(torch.arange(self.size, self.size + packed.lengths[index]))
+                self.size += T
+            self.shapes.append((len(members), T))
+        device = packed.tokens.device
+        self.rows = torch.cat(rows).to(device)  # (n,) packed row of each token: all but the filling
+        self.slots = torch.cat(slots).to(device)  # (n,) its slot in the rectangles
+        self.N = packed.tokens.shape[0]
 
 
-class _Pad(torch.autograd.Function):
-    """Rows x (N, ...) to their slots in zeros (size, ...). No slot is taken twice, so the backward is a plain gather."""
+def _padded(q: Tensor, k: Tensor, v: Tensor, rectangles: _Rectangles) -> Tensor:
+    r = rectangles
+    padded = [_Move.apply(x, r.rows, r.slots, r.size).split([b * T for b, T in r.shapes]) for x in (q, k, v)]
+    outs = []
+    for (b, T), *qkv in zip(r.shapes, *padded, strict=True):
+        q, k, v = (x.view(b, T, *x.shape[1:]).transpose(1, 2) for x in qkv)  # (b, H or Hkv, T, Dh)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        outs.append(out.transpose(1, 2).reshape(b * T, *out.shape[1::2]))  # (b*T, H, Dh)
+    return _Move.apply(torch.cat(outs), r.slots, r.rows, r.N)  # (N, H, Dh), 0 in the rows of the filling
+
+
+class _Move(torch.autograd.Function):
+    """out[target] = x[source] in zeros (size, ...). No row is taken twice, so its backward is the move back."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, slots: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(slots)
-        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, slots, x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (slots,) = ctx.saved_tensors
-        return grad.index_select(0, slots), None, None
-
-
-class _Unpad(torch.autograd.Function):
-    """The inverse of _Pad: the rows at `slots`. Backward puts them back into zeros (no atomics, no accumulation)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, slots: Tensor) -> Tensor:
-        ctx.save_for_backward(slots)
+    def forward(ctx, x: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(source, target)
         ctx.size = x.shape[0]
-        return x.index_select(0, slots)
+        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, target, x.index_select(0, source))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (slots,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, slots, grad), None
+        source, target = ctx.saved_tensors
+        moved = grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, source, grad.index_select(0, target))
+        return moved, None, None, None

@@ -1,6 +1,7 @@
-"""Models in and out of Hugging Face folders, and the state that a run resumes from. safetensors only: nothing is unpickled.
+"""Models in and out of Hugging Face folders, and the state that a run resumes from.
 
-A folder holds config.json, model.safetensors (or shards and their index) and the tokenizer's files. What we save loads as
+Everything is safetensors and JSON: nothing is unpickled. A folder holds config.json, model.safetensors (or shards and
+their index) and the tokenizer's files. What we save loads as
 
     policy        AutoModelForCausalLM                  same logits
     reward model  AutoModelForSequenceClassification    our score + score_shift, which is kept in config.json
@@ -77,9 +78,8 @@ def read_config(folder: str | Path) -> LlamaConfig:
             raise UserError(f"{path}: {field} is missing, expected every field of a Llama config.json")
 
     heads = raw["num_attention_heads"]
-    kv_heads = (
-        raw.get("num_key_value_heads") or heads
-    )  # Llama 1 and 2 (7B, 13B) leave it out: one key head a query head
+    # Llama 1 and 2 (7B, 13B) leave it out: one key head a query head.
+    kv_heads = raw.get("num_key_value_heads") or heads
     if heads % kv_heads:
         refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
     theta, scaling = _read_rope(raw, path)
@@ -104,7 +104,8 @@ def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
     theta = rope.pop("rope_theta", raw.get("rope_theta"))
     if theta is None:
         raise UserError(
-            f"{path}: rope_theta is missing (and rope_parameters too): without it positions would be wrong, so it is not guessed"
+            f"{path}: rope_theta is missing (and rope_parameters too): without it positions would be wrong, "
+            "so it is not guessed"
         )
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     if kind == "default":
@@ -112,7 +113,8 @@ def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
     fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     if kind != "llama3" or any(field not in rope for field in fields):
         raise UserError(
-            f"{path}: rope_scaling is {kind!r} with {sorted(rope)}, expected 'default', or 'llama3' with {sorted(fields)}"
+            f"{path}: rope_scaling is {kind!r} with {sorted(rope)}, "
+            f"expected 'default', or 'llama3' with {sorted(fields)}"
         )
     return float(theta), {"rope_type": "llama3", **{field: rope[field] for field in fields}}
 
@@ -148,7 +150,10 @@ def config_json(
 
 
 def file_tensors(name: str, config: LlamaConfig) -> list[tuple[str, int | None]]:
-    """Where a parameter of ours lives in a Hugging Face file: [(tensor name, rows)], in order; rows None: the whole parameter."""
+    """Where a parameter of ours lives in a Hugging Face file: [(tensor name, rows)], in order.
+
+    rows is None for the whole parameter.
+    """
     for merged, parts, sizes in (
         ("qkv_proj", ("q_proj", "k_proj", "v_proj"), config.qkv_sizes),
         ("gate_up_proj", ("gate_proj", "up_proj"), (config.intermediate_size,) * 2),
@@ -165,7 +170,10 @@ def _open_tensors(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, for one model.safetensors or for shards with an index."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        return {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index}: weight_map is missing, expected a file for each tensor, copy the file again")
+        return {name: folder / file for name, file in weight_map.items()}
     if not single.exists():
         raise UserError(
             f"{folder}: no model.safetensors and no model.safetensors.index.json, expected a Hugging Face model folder"
@@ -180,8 +188,8 @@ def _open_tensors(folder: Path) -> dict[str, Path]:
 def load_weights(model: nn.Module, folder: str | Path, ignore: tuple[str, ...] = ()) -> None:
     """Fill a model's parameters from a folder, one tensor at a time, cast to the parameter's dtype.
 
-    Raises UserError that names the tensor when one is missing, misshapen, or in the file but in no parameter (unless it starts
-    with a prefix in `ignore`).
+    Raises UserError that names the tensor when one is missing, misshapen, or in the file but in no parameter (unless it
+    starts with a prefix in `ignore`).
     """
     folder = Path(folder)
     where = _open_tensors(folder)
@@ -203,7 +211,8 @@ def load_weights(model: nn.Module, folder: str | Path, ignore: tuple[str, ...] =
                 target = parameter if rows is None else parameter[begin : begin + rows]
                 if tensor.shape != target.shape:
                     raise UserError(
-                        f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(target.shape)} for the config.json beside it"
+                        f"{path}: tensor {name} has shape {tuple(tensor.shape)}, "
+                        f"expected {tuple(target.shape)} for the config.json beside it"
                     )
                 target.copy_(tensor)
                 unused.discard(name)
@@ -247,18 +256,26 @@ def load_scalar(folder: str | Path, device: str = "cpu", dtype: torch.dtype = to
 
 @contextlib.contextmanager
 def atomic_folder(folder: str | Path):
-    """A folder that is complete or absent: what is written into the yielded one appears under its name only at the end."""
+    """A folder that is complete or absent: what is written into the yielded one takes its name only at the end.
+
+    An earlier folder of that name stands aside as <name>.old between the two renames, so a kill never loses both.
+    """
     folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
+    if old.exists() and not folder.exists():  # a save was killed between its renames: the earlier folder is the best
+        os.replace(old, folder)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
     for path in [*partial.rglob("*"), partial]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
     os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _file_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -321,10 +338,8 @@ def save_scalar(model: ScalarModel, folder: str | Path, tokenizer, dtype: torch.
 def save_state(folder: str | Path, tensors: dict[str, Tensor], state: dict) -> None:
     """A checkpoint of a run: named tensors and a small JSON object; complete or absent."""
     with atomic_folder(folder) as partial:
-        save_file(
-            {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()},
-            partial / "state.safetensors",
-        )
+        on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(on_cpu, partial / "state.safetensors")
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
 
@@ -342,6 +357,6 @@ def load_state(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint under a run folder's checkpoints/, or None. Partial ones are passed over."""
-    found = [path for path in Path(folder, "checkpoints").glob("step_*") if path.suffix != ".partial"]
+    """The newest complete checkpoint under a run folder's checkpoints/, or None. Not one that is .partial or .old."""
+    found = [path for path in Path(folder, "checkpoints").glob("step_*") if not path.suffix]
     return max(found, key=lambda path: int(path.name.removeprefix("step_")), default=None)

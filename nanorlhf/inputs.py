@@ -28,7 +28,8 @@ def find_data(flag: str | None, preset: str) -> tuple[Path, str]:
         folder = Path("data/tiny")
         return ensure_world(folder), "the embedded tiny world"
     raise UserError(
-        "data: no folder given, expected one with tldr/ and comparisons/ in OpenAI's format: pass --data DIR, or --preset tiny"
+        "data: no folder given, expected one with tldr/ and comparisons/ in OpenAI's format: "
+        "pass --data DIR, or --preset tiny"
     )
 
 
@@ -48,7 +49,8 @@ def find_model(
         return EMBEDDED / stage, "embedded"
     command = f"run `python train_{stage}.py` first, or " if stage in UPSTREAM else ""
     raise UserError(
-        f"{flag_name}: no {stage} model found, expected a Hugging Face folder: {command}pass --{flag_name} DIR, or --preset tiny"
+        f"{flag_name}: no {stage} model found, expected a Hugging Face folder: "
+        f"{command}pass --{flag_name} DIR, or --preset tiny"
     )
 
 

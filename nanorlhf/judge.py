@@ -53,10 +53,8 @@ class ScoreJudge:
 
     def compare(self, pairs: Sequence[Pair]) -> list[str]:
         posts = [pair.post for pair in pairs]
-        ours, theirs = (
-            self.scores(posts, [pair.ours for pair in pairs]),
-            self.scores(posts, [pair.theirs for pair in pairs]),
-        )
+        ours = self.scores(posts, [pair.ours for pair in pairs])
+        theirs = self.scores(posts, [pair.theirs for pair in pairs])
         return [verdict(a, b) for a, b in zip(ours, theirs, strict=True)]
 
 

@@ -8,10 +8,11 @@ A block is two lines of algebra on the residual stream x (N, D):
 N packed tokens go in (nanorlhf/packing.py) and (N, D) comes out, never (N, V): the language-model head is 27% of a
 forward pass at a vocabulary of 128,256, and PPO reads it at the response tokens only, so the head lives in models.py.
 
-Parameter names are Hugging Face's, except that q, k, v and gate, up are one matrix each (one matmul instead of three and of
-two); nanorlhf/checkpoint.py merges and splits them on the way in and out.
+Parameter names are Hugging Face's, except that q, k, v and gate, up are one matrix each (one matmul instead of three
+and of two); nanorlhf/checkpoint.py merges and splits them on the way in and out.
 
-Dimensions: N packed tokens, D model, H query heads, Hkv key/value heads, Dh head, F feed-forward, V vocabulary, L layers.
+Dimensions: N packed tokens, D model, H query heads, Hkv key/value heads, Dh head, F
+feed-forward, V vocabulary, L layers.
 """
 
 import math
@@ -78,8 +79,9 @@ class RMSNorm(nn.Module):
 def rope_frequencies(config: LlamaConfig) -> Tensor:
     """Angle per position of each pair of coordinates: theta^(-2i/Dh), (Dh/2,) fp32, with Llama 3's scaling where asked.
 
-    Llama 3.1 stretched an 8k context by slowing down the slow rotations: wavelengths longer than the old context / low_freq_factor
-    are divided by `factor`, those shorter than old context / high_freq_factor are kept, and between the two it interpolates.
+    Llama 3.1 stretched an 8k context by slowing down the slow rotations: wavelengths
+    longer than the old context / low_freq_factor are divided by `factor`, those shorter
+    than old context / high_freq_factor are kept, and between the two it interpolates.
     """
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**half
@@ -95,7 +97,10 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn coordinate pair (i, i + Dh/2) of each head by its angle. x (N, heads, Dh); cos, sin (N, 1, Dh/2) -> like x."""
+    """Turn coordinate pair (i, i + Dh/2) of each head by its angle.
+
+    args: x (N, heads, Dh); cos, sin (N, 1, Dh/2) -> like x
+    """
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -155,10 +160,7 @@ class Llama(nn.Module):
         -> (N, D) in the dtype of the weights
         """
         angles = positions[:, None].float() * rope_frequencies(self.config).to(positions.device)  # (N, Dh/2)
-        cos, sin = (
-            angles.cos()[:, None],
-            angles.sin()[:, None],
-        )  # (N, 1, Dh/2), fp32: bf16 cannot hold position 300 exactly
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (N, 1, Dh/2), fp32: bf16 cannot hold position 300
         x = self.embed_tokens(tokens)  # (N, D)
         for layer in self.layers:
             x = layer(x, cos, sin, attend)
@@ -169,7 +171,7 @@ class Llama(nn.Module):
 def initialise(model: nn.Module, std: float = 0.02, seed: int = 0) -> None:
     """Random weights for pretraining from nothing: N(0, std), and the norms' weights 1 (as GPT-2 and Llama do)."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.fill_(1.0)
         else:

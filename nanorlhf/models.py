@@ -40,8 +40,8 @@ class Policy(nn.Module):
     def response_logprobs(self, packed: Packed, responses: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-prob of each response token and entropy before it, both at the sampling temperature.
 
-        The one function behind behaviour, reference and new log-probs: when the temperature is missing in only one of them, the
-        ratio is not 1 and the KL not 0 before the first update (trap T15).
+        The one function behind behaviour, reference and new log-probs: when the temperature is missing in only one of
+        them, the ratio is not 1 and the KL not 0 before the first update (trap T15).
 
         args: packed: sequences that end in the R response tokens; responses (B, R) int64
         -> logprobs (B, R) fp32, entropy (B, R) fp32
@@ -53,17 +53,17 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def logits(self, sequences: list[list[int]]) -> list[Tensor]:
-        """Logits of every token of each sequence: a list of (T_i, V) fp32. For inspection and tests; training never forms them."""
+        """Logits of every token of each sequence: a list of (T_i, V) fp32. Training never forms them."""
         packed = pack(sequences, device=self.head_weight.device)
         logits = (self.hidden(packed) @ self.head_weight.T).float()
-        return list(logits.split(list(packed.lengths)))
+        return packed.unpack(logits)
 
 
 class ScalarModel(nn.Module):
     """A trunk with one linear output: reward model (`score_shift`, no bias) or critic (bias, shift 0).
 
-    Bradley-Terry gives a bias no gradient, so the reward model has none; its scores are shifted after training so that the
-    references of the SFT set have mean 0 (N+ detail 15). The critic takes the shift over as a trainable bias.
+    Bradley-Terry gives a bias no gradient, so the reward model has none; its scores are shifted after training so that
+    the references of the SFT set have mean 0 (N+ detail 15). The critic takes the shift over as a trainable bias.
     """
 
     def __init__(self, config: LlamaConfig, bias: bool, score_shift: float = 0.0):
@@ -100,11 +100,11 @@ class ScalarModel(nn.Module):
     def values(self, sequences: list[list[int]]) -> list[Tensor]:
         """Value of every state of each sequence: a list of (T_i,) fp32; element t has read tokens 0..t."""
         packed = pack(sequences, device=self.score.weight.device)
-        return list(self.token_scores(packed).split(list(packed.lengths)))
+        return packed.unpack(self.token_scores(packed))
 
 
 def reward_model_from(policy: Policy, seed: int) -> ScalarModel:
-    """A new reward model: a copy of the SFT model's trunk and a head drawn from N(0, 1/sqrt(D+1)) (N+ details 11 and 13)."""
+    """A new reward model: a copy of the SFT model's trunk, a head drawn from N(0, 1/sqrt(D+1)) (N+ details 11, 13)."""
     model = ScalarModel(policy.config, bias=False)
     model.model = copy.deepcopy(policy.model)
     D = policy.config.hidden_size

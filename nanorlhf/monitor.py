@@ -1,8 +1,8 @@
 """What PPO logs about an update, under the names of the published runs so that curves overlay.
 
-Averages count the tokens that count. Where the paper's code averages over padding too, its version stands beside ours with the
-suffix `_paper`: there a padded slot adds 0 to approxkl and clipfrac, 1 to the ratio, and -1 to the entropy of a response (traps
-T51 and T53).
+Averages count the tokens that count. Where the paper's code averages over padding too, its
+version stands beside ours with the suffix `_paper`: there a padded slot adds 0 to approxkl
+and clipfrac, 1 to the ratio, and -1 to the entropy of a response (traps T51 and T53).
 """
 
 import numpy as np
@@ -16,7 +16,10 @@ from nanorlhf.tldr import Post
 
 
 def objective(scores: Tensor, logprobs: Tensor, kl: Tensor, action_mask: Tensor, kl_coef: float) -> dict[str, float]:
-    """What PPO maximises: means over responses of sums over tokens. scores (B,); logprobs, kl, action_mask (B, R). Nats."""
+    """What PPO maximises: means over responses of sums over tokens, in nats.
+
+    args: scores (B,); logprobs, kl, action_mask (B, R)
+    """
     non_score_reward = -kl_coef * kl.sum(1).mean()
     surprise = torch.where(action_mask, -logprobs, 0.0).sum(1).mean()  # -log p of what was said estimates the entropy
     return {
@@ -42,7 +45,10 @@ def learning(totals: dict[str, Tensor], optimizer_steps: int, action_mask: Tenso
 
 
 def critic(values: Tensor, returns: Tensor, advantages: Tensor, value_mask: Tensor) -> dict[str, float]:
-    """How well the critic predicts: 1 is perfectly, 0 as well as a constant. All (B, R); advantages before whitening."""
+    """How well the critic predicts: 1 is perfectly, 0 as well as a constant.
+
+    args: all (B, R); advantages before whitening
+    """
     errors, targets = (returns - values)[value_mask], returns[value_mask]
     return {
         "returns_mean": targets.mean().item(),
@@ -53,18 +59,18 @@ def critic(values: Tensor, returns: Tensor, advantages: Tensor, value_mask: Tens
 
 
 def texts(summaries: list[Summary], posts: list[Post]) -> dict[str, float]:
-    """What can be seen in the text itself: whether it stops, its length, how much of the title it copies, and in the tiny world,
-    where the truth is known, its gold score."""
+    """What can be seen in the text itself: whether it stops, its length, how much of the title it copies.
+
+    In the tiny world, where the truth is known, also its gold score.
+    """
+    copied = [title_copy(s.text, p.title) for s, p in zip(summaries, posts, strict=True)]
     metrics = {
         "val/num_eos_tokens": sum(s.has_eos for s in summaries),
         "val/eos_rate": sum(s.has_eos for s in summaries) / len(summaries),
         "hack/length": float(np.mean([len(s.text.split()) for s in summaries])),
-        "hack/title_copy": float(
-            np.nanmean([title_copy(s.text, p.title) for s, p in zip(summaries, posts, strict=True)])
-        ),
+        "hack/title_copy": float(np.nanmean(copied)),
     }
     if posts[0].id.startswith("tiny-"):
-        metrics["objective/gold"] = float(
-            np.mean([gold.judge(p.id, s.text) for s, p in zip(summaries, posts, strict=True)])
-        )
+        true_scores = [gold.judge(p.id, s.text) for s, p in zip(summaries, posts, strict=True)]
+        metrics["objective/gold"] = float(np.mean(true_scores))
     return metrics

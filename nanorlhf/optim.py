@@ -1,14 +1,18 @@
 """AdamW with fp32 masters, and the two learning-rate schedules of the paper.
 
 At lr 3e-6 a bf16 weight of 0.02 would not move: half its spacing is 6e-5. So a model that trains in bf16 keeps an fp32
-master of each weight here: gradients accumulate in fp32, Adam steps on the masters, and the bf16 copy that the forward pass
-reads is rewritten in place. A model in fp32 is its own master.
+master of each weight here: gradients accumulate in fp32, Adam steps on the masters, and the bf16 copy that the forward
+pass reads is rewritten in place. A model in fp32 is its own master.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
+
+from nanorlhf.errors import UserError
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of a parameter, from its first step on
 
 
 def cosine_lr(step: int, total: int, peak: float) -> float:
@@ -17,7 +21,7 @@ def cosine_lr(step: int, total: int, peak: float) -> float:
 
 
 def linear_lr(step: int, total: int, peak: float) -> float:
-    """Linear from peak to 0 for 0-based update `step` of `total` (N+ detail 20; one value for all epochs of an update)."""
+    """Linear from peak to 0 for 0-based update `step` of `total`, all epochs of an update alike (N+ detail 20)."""
     return peak * (1 - step / total)
 
 
@@ -30,7 +34,9 @@ SCHEDULES = {"cosine": cosine_lr, "linear": linear_lr, "constant": constant_lr}
 
 
 class AdamW:
-    """torch's AdamW (betas 0.9 and 0.999, weight decay 0.01: torch's defaults, which the paper never sets; eps 1e-5, which it does).
+    """torch's AdamW over fp32 masters.
+
+    Betas 0.9 and 0.999 and weight decay 0.01 are torch's defaults, which the paper never sets; eps 1e-5 it does.
 
     args: models: their parameters are trained together; a parameter that two models share is an error.
     """
@@ -49,7 +55,7 @@ class AdamW:
         self.adam = torch.optim.AdamW(self.masters, lr=lr, eps=eps, betas=(0.9, beta2), fused=True)
 
     def step(self, lr: float, max_grad_norm: float | None = None) -> Tensor:
-        """One optimizer step on the accumulated gradients, which are cleared. Returns their norm before clipping, ()."""
+        """One optimizer step on the accumulated gradients, which it clears. Returns their norm before clipping, ()."""
         self.adam.param_groups[0]["lr"] = lr
         gradients = [master.grad for master in self.masters if master.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -73,14 +79,18 @@ class AdamW:
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`, into models of the same shapes."""
+        """The inverse of `state`, into models of the same shapes. Raises UserError when a tensor is missing."""
         with torch.no_grad():
             for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
+                keys = MOMENTS if any(f"{name}.{key}" in tensors for key in MOMENTS) else ()
+                for key in ("master", *keys):
+                    if f"{name}.{key}" not in tensors:
+                        raise UserError(
+                            f"checkpoint: tensor {name}.{key} is missing, expected the whole state of these models: "
+                            "remove its folder to resume from an earlier one"
+                        )
                 master.copy_(tensors[f"{name}.master"])
                 parameter.copy_(master)
-                keys = [
-                    key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors
-                ]  # none before the first step
                 self.adam.state[master] = {key: tensors[f"{name}.{key}"].to(master.device).clone() for key in keys}
 
 

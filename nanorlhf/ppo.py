@@ -1,6 +1,7 @@
 """PPO's arithmetic: masks, scores, rewards, advantages, losses. Pure functions on (B, R) tensors, in fp32.
 
-A response is R tokens, sampled without stopping (N+ detail 23.1). L is the index of its first EOS, or R-1 where there is none.
+A response is R tokens, sampled without stopping (N+ detail 23.1). L is the index of its
+first EOS, or R-1 where there is none.
 
     index          0     1     2     3     4
     response       the   end   EOS   xyz   abc      L = 2: what comes after EOS was sampled but does not count
@@ -8,12 +9,28 @@ A response is R tokens, sampled without stopping (N+ detail 23.1). L is the inde
     value_mask     1     1     1     1     0        states whose value is trained                 t <= L+1
     rewards        -k0   -k1   -k2   s     0        k: KL penalty; s: the score, one step after EOS
 
-Value t belongs to the state *before* token t, so value L+1 is that of the finished response, and it is trained towards s.
-Masks are bool and True where something counts. They come from the first EOS, never from PAD.
+Value t belongs to the state *before* token t, so value L+1 is that of the finished response, and it is trained
+towards s. Masks are bool and True where something counts. They come from the first EOS, never from PAD.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Experience(NamedTuple):
+    """A batch of B episodes as the rollout and the scores leave it: fixed while PPO's epochs go over it (trap T47)."""
+
+    sequences: list[list[int]]  # B queries with their responses, token ids
+    responses: Tensor  # (B, R) int64, as sampled
+    action_mask: Tensor  # (B, R) bool
+    value_mask: Tensor  # (B, R) bool
+    logprobs: Tensor  # (B, R) fp32, of the policy that sampled
+    values: Tensor  # (B, R) fp32, 0 outside value_mask
+    advantages: Tensor  # (B, R) fp32, whitened, 0 outside action_mask
+    returns: Tensor  # (B, R) fp32
+
 
 # --- masks -----------------------------------------------------------------------------------------------------------
 
@@ -40,7 +57,7 @@ def value_mask(responses: Tensor, eos_id: int) -> Tensor:
 
 
 def truncate(responses: Tensor, eos_id: int, pad_id: int) -> Tensor:
-    """Everything after the first EOS becomes PAD: what the reward model and people see (N+ detail 23.2). (B, R) -> (B, R)."""
+    """Everything after the first EOS becomes PAD: what the reward model and people see (N+ detail 23.2). (B, R)."""
     return responses.masked_fill(~action_mask(responses, eos_id), pad_id)
 
 
@@ -59,7 +76,8 @@ def apply_missing_eos(scores: Tensor, responses: Tensor, eos_id: int, penalty: f
 def token_rewards(scores: Tensor, kl: Tensor, responses: Tensor, eos_id: int, kl_coef: float) -> Tensor:
     """r_t = -kl_coef * kl_t for t <= L, plus the score at L+1, or at L where the response fills all R slots.
 
-    The score sits one step after EOS on purpose: its state, the finished response, has a value of its own (N+ ppo.py:679-685).
+    The score sits one step after EOS on purpose: its state, the finished response, has a
+    value of its own (N+ ppo.py:679-685).
 
     args: scores (B,) fp32; kl (B, R) fp32, any value after EOS; responses (B, R) int64 -> rewards (B, R) fp32
     """
@@ -113,8 +131,8 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 # --- losses ----------------------------------------------------------------------------------------------------------
 #
-# Both are masked means over the whole minibatch. A microbatch passes the minibatch's `denominator`, and then the losses (and the
-# stats) of its microbatches add up to the minibatch's, wherever the cuts fall.
+# Both are masked means over the whole minibatch. A microbatch passes the minibatch's `denominator`, and then the losses
+# (and the stats) of its microbatches add up to the minibatch's, wherever the cuts fall.
 
 
 def policy_loss(
@@ -131,8 +149,8 @@ def policy_loss(
         loss  = mean_mask max(-A ratio, -A clip(ratio, 1-eps, 1+eps))       max, because both are negated
 
     args: new_logprobs, logprobs, advantages (B, R) fp32; mask (B, R) bool = action_mask
-    -> loss (), stats: clipfrac (share where the clipped branch is the larger), approxkl (half the mean squared log-ratio),
-    ratio and ratio_squared (means)
+    -> loss (), stats: clipfrac (share where the clipped branch is the larger), approxkl (half the mean squared
+    log-ratio), ratio and ratio_squared (means)
     """
     denominator = mask.sum() if denominator is None else denominator
     log_ratio = torch.where(mask, new_logprobs - logprobs, 0.0)  # before exp: what is masked must not overflow
@@ -168,9 +186,8 @@ def value_loss(
     args: new_values, values, returns (B, R) fp32; mask (B, R) bool = value_mask -> loss (), stats: clipfrac
     """
     denominator = mask.sum() if denominator is None else denominator
-    new_values = torch.where(
-        mask, new_values, 0.0
-    )  # before the square: 0 * inf would make the gradient of what is masked nan
+    # Before the square: 0 * inf would make the gradient of what is masked nan.
+    new_values = torch.where(mask, new_values, 0.0)
     clipped = torch.clamp(new_values, values - cliprange_value, values + cliprange_value)
     error = (new_values - returns) ** 2
     clipped_error = (clipped - returns) ** 2

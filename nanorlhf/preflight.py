@@ -1,7 +1,8 @@
 """Pre-flight: what must hold before the first update of PPO, measured on the first real batch.
 
-PPO fails silently. A temperature missing in one of three places, a shifted index or a critic that is not the reward model does
-not crash; it shows as a slow, odd run. These checks cost one forward pass and stop such a run before it starts.
+PPO fails silently. A temperature missing in one of three places, a shifted index or a
+critic that is not the reward model does not crash; it shows as a slow, odd run. These
+checks cost one forward pass and stop such a run before it starts.
 """
 
 import torch
@@ -10,25 +11,25 @@ from torch import Tensor
 from nanorlhf.errors import UserError
 from nanorlhf.models import Policy
 from nanorlhf.packing import in_microbatches
+from nanorlhf.ppo import Experience
 
 RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the mean; other microbatches round differently
 VALUE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 
-def preflight(
-    policy: Policy, sequences: list[list[int]], responses: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor,
-    scores: Tensor, mask: Tensor, cfg,
-) -> dict[str, float]:  # fmt: skip
+def preflight(policy: Policy, episode: Experience, ref_logprobs: Tensor, scores: Tensor, cfg) -> dict[str, float]:
     """Check the identities that hold while the policy is still the SFT model and the critic still the reward model.
 
         KL(policy || SFT) = 0       the same weights, the same temperature, the same code
         ratio = 1                   a second forward pass, cut into other microbatches, gives the same log-probs
         V(after EOS) = score        the critic starts as the reward model (N+ detail 22)
 
-    args: sequences: B queries with their responses; responses, logprobs, ref_logprobs, values (B, R); scores (B,) before the
-    missing-EOS rule; mask (B, R) = action_mask; cfg: temperature and microbatch_tokens
+    args: ref_logprobs (B, R); scores (B,) before the missing-EOS rule; cfg: temperature and microbatch_tokens
     -> {"preflight/kl", "preflight/ratio", "preflight/value_error"}. Raises UserError naming the likely cause.
     """
+    sequences, responses, mask, logprobs, values = (
+        episode.sequences, episode.responses, episode.action_mask, episode.logprobs, episode.values,
+    )  # fmt: skip
     kl = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1).abs().max().item()
     if kl > 1e-3:
         raise UserError(
@@ -39,15 +40,15 @@ def preflight(
     def second_pass(packed, rows):
         return policy.response_logprobs(packed, responses[rows], cfg.temperature)
 
-    new_logprobs, _ = in_microbatches(
-        second_pass, sequences, max(1, cfg.microbatch_tokens // 2), responses.device
-    )  # (B, R)
+    smaller = max(1, cfg.microbatch_tokens // 2)
+    new_logprobs, _ = in_microbatches(second_pass, sequences, smaller, responses.device)  # (B, R)
     ratio = (torch.where(mask, (new_logprobs - logprobs).exp(), 0.0).sum() / mask.sum()).item()
     dtype = policy.head_weight.dtype
     if abs(ratio - 1) > RATIO_TOLERANCE[dtype]:
         raise UserError(
-            f"pre-flight: the ratio is {ratio:.6f} before the first update, expected 1 within {RATIO_TOLERANCE[dtype]}: "
-            "log-probs depend on how the batch is cut, so padding or another sequence leaks in"
+            f"pre-flight: the ratio is {ratio:.6f} before the first update, expected 1 within "
+            f"{RATIO_TOLERANCE[dtype]}: log-probs depend on how the batch is cut, so padding or another sequence "
+            "leaks in"
         )
 
     after_eos = mask.sum(1).clamp(max=mask.shape[1] - 1)  # (B,) L+1, the index of the state after EOS

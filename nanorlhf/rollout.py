@@ -1,10 +1,12 @@
 """Sampling: queries in, R tokens each out, with their log-probs.
 
-The packed queries go through the model once and leave their keys and values in a cache; then one token a sequence is decoded,
-R times. Sampling never stops at EOS (N+ detail 23.1): every response has R tokens, and ppo.py decides what counts.
+The packed queries go through the model once and leave their keys and values in a cache;
+then one token a sequence is decoded, R times. Sampling never stops at EOS (N+ detail
+23.1): every response has R tokens, and ppo.py decides what counts.
 
-The random numbers are a table computed before the first token: u[b, t] depends on (seed, episode, t) only. So the same
-episode gets the same noise in any batch order, in any split of the batch, and after a resume, and nothing has to be saved.
+The random numbers are a table computed before the first token: u[b, t] depends on (seed,
+episode, t) only. So the same episode gets the same noise in any batch order, in any split
+of the batch, and after a resume, and nothing has to be saved.
 """
 
 from dataclasses import dataclass
@@ -34,17 +36,18 @@ class KVCache:
         """The `attend` of the packed queries: ordinary causal attention that also leaves k and v in the cache."""
         attend = causal(packed)
         lengths = torch.tensor(packed.lengths, device=packed.tokens.device)
-        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)  # (N,)
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)  # (n,)
+        n = sequence.shape[0]  # without the filling
 
         def store_and_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.k[layer, sequence, packed.positions] = k
-            self.v[layer, sequence, packed.positions] = v
+            self.k[layer, sequence, packed.positions[:n]] = k[:n]
+            self.v[layer, sequence, packed.positions[:n]] = v[:n]
             return attend(layer, q, k, v)
 
         return store_and_attend
 
     def decode(self, positions: Tensor):
-        """The `attend` of one new token a sequence at `positions` (B,): it sees its own sequence up to and with itself."""
+        """The `attend` of one new token a sequence at `positions` (B,): it sees its own sequence, itself included."""
         batch = torch.arange(positions.shape[0], device=positions.device)
         slots = torch.arange(self.k.shape[2], device=positions.device)
         visible = (slots <= positions[:, None])[:, None, None, :]  # (B, 1, 1, S)
@@ -53,7 +56,7 @@ class KVCache:
             self.k[layer, batch, positions] = k
             self.v[layer, batch, positions] = v
             keys, values = self.k[layer].transpose(1, 2), self.v[layer].transpose(1, 2)  # (B, Hkv, S, Dh)
-            # The H/Hkv query heads that share a key head stand in the place of a query length: no copy of the cache is made.
+            # The H/Hkv query heads that share a key head stand in the place of a query length: no copy of the cache.
             grouped = q.unflatten(1, (keys.shape[1], -1))  # (B, Hkv, H/Hkv, Dh)
             return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible).flatten(1, 2)  # (B, H, Dh)
 
@@ -61,7 +64,7 @@ class KVCache:
 
 
 def uniforms(seed: int, episodes: list[int], response_length: int) -> Tensor:
-    """u[b, t] in [0, 1), (B, R) float64: row b is a counter-based random stream of (seed, episodes[b]) and nothing else."""
+    """u[b, t] in [0, 1), (B, R) float64: row b is a counter-based random stream of (seed, episodes[b]) alone."""
     rows = [np.random.Generator(np.random.Philox(key=[seed, episode])).random(response_length) for episode in episodes]
     return torch.from_numpy(np.stack(rows))
 
@@ -72,9 +75,8 @@ def sample(probabilities: Tensor, u: Tensor) -> Tensor:
     In float64, so that the tail of a 128k vocabulary is neither cut off nor inflated by rounding in the cumulative sum.
     """
     cumulative = probabilities.double().cumsum(dim=-1)
-    threshold = (
-        u[:, None] * cumulative[:, -1:]
-    )  # the sum is 1 up to rounding; scaling by it keeps the last token reachable
+    # The sum is 1 up to rounding; scaling by it keeps the last token reachable.
+    threshold = u[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=probabilities.shape[-1] - 1)
 
 
@@ -87,7 +89,9 @@ def generate(
     seed: int = 0,
     episodes: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample `response_length` tokens for each query from the whole vocabulary: no top-k, no top-p, no stop at EOS (trap T16).
+    """Sample `response_length` tokens for each query from the whole vocabulary.
+
+    No top-k, no top-p, no stop at EOS (trap T16).
 
     args: queries: B token lists; temperature: 0 is greedy; episodes: B numbers that name the noise (default 0..B-1)
     -> responses (B, R) int64, logprobs (B, R) fp32 at the sampling temperature (at 1 when greedy)
@@ -131,10 +135,19 @@ def read_responses(tokenizer: Tokenizer, responses: Tensor) -> list[Summary]:
 
 
 def summarise(
-    policy: Policy, tokenizer: Tokenizer, queries: list[list[int]], response_length: int, temperature: float, seed: int = 0,
-    batch_size: int = 128, progress=lambda batches, what: batches,
-) -> list[Summary]:  # fmt: skip
-    """Generate a summary of each query, `batch_size` at a time. Batches are cut by length; the noise goes by position in `queries`."""
+    policy: Policy,
+    tokenizer: Tokenizer,
+    queries: list[list[int]],
+    response_length: int,
+    temperature: float,
+    seed: int = 0,
+    batch_size: int = 128,
+    progress=lambda batches, what: batches,
+) -> list[Summary]:
+    """Generate a summary of each query, `batch_size` at a time.
+
+    Batches are cut by length; the noise goes by position in `queries`.
+    """
     order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     summaries: dict[int, Summary] = {}

@@ -84,7 +84,7 @@ class Run:
         one_name = cfg.run_name == Path(cfg.run_name).name and cfg.run_name not in ("", "..")
         check(one_name, "run_name", repr(cfg.run_name), "the name of one folder", "leave out slashes")
         self.folder = Path(root) / cfg.run_name
-        before = _claim(self.folder, stage, cfg.overwrite, self.resuming)
+        before = _claim(self.folder, stage, cfg.overwrite, getattr(cfg, "resume", None))
         self._began = time.monotonic()
         self._marks = [(0, self._began)]  # (step, when it was logged); the first one is the start
         self._purge_step = None
@@ -247,16 +247,20 @@ def read_metrics(folder: str | Path) -> list[dict]:
     return read_jsonl(Path(folder) / "metrics.jsonl")
 
 
-def _claim(folder: Path, stage: str, overwrite: bool, resume: bool) -> dict:
-    """Makes the folder this run's own, or raises UserError. Returns the config.json to be continued ({} if none)."""
+def _claim(folder: Path, stage: str, overwrite: bool, resume: bool | None) -> dict:
+    """Makes the folder this run's own, or raises UserError. Returns the config.json to be continued ({} if none).
+
+    resume is None where the script has no such flag.
+    """
     if overwrite and resume:
         raise UserError("--overwrite and --resume exclude each other: leave one out")
     used = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
     if resume and not used:
         raise UserError(f"{folder} holds no run to resume: leave out --resume, or check --run_name")
     if used and not (overwrite or resume):
-        choices = "--resume continues it, --overwrite deletes it, --run_name chooses another folder"
-        raise UserError(f"{folder} holds a run already: {choices}")
+        resumed = "" if resume is None else "--resume continues it, "
+        choices = "--overwrite deletes it, --run_name chooses another folder"
+        raise UserError(f"{folder} holds a run already: {resumed}{choices}")
     before = {}
     if used:
         try:

@@ -239,7 +239,9 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
             try:
                 row = json.loads(line)
             except ValueError as error:  # no JSON or no UTF-8
-                raise UserError(f"{where}: malformed JSON ({error}): the file is damaged or cut; fetch it again") from error
+                raise UserError(
+                    f"{where}: malformed JSON ({error}): the file is damaged or cut; fetch it again"
+                ) from error
             if not isinstance(row, dict):
                 raise UserError(f"{where}: got a {type(row).__name__}, expected a JSON object a line")
             yield where, row
@@ -260,7 +262,9 @@ def _post(where: str, row: dict, summary: str) -> Post:
 def _comparison(where: str, row: dict) -> Comparison:
     summaries, choice, split = row.get("summaries"), row.get("choice"), row.get("split")
     if not (isinstance(summaries, list) and len(summaries) == 2 and all(isinstance(s, dict) for s in summaries)):
-        raise UserError(f"{where}: summaries is {str(summaries)[:60]}, expected exactly two objects with text and policy")
+        raise UserError(
+            f"{where}: summaries is {str(summaries)[:60]}, expected exactly two objects with text and policy"
+        )
     if type(choice) is not int or choice not in (0, 1):
         raise UserError(f"{where}: choice is {choice!r}, expected 0 or 1, the index of the preferred summary")
     if split not in ("train", "valid", "valid1", "valid2"):

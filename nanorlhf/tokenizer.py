@@ -4,8 +4,8 @@
     ids = tokenizer.encode(" a summary") + [tokenizer.eos_id]
     text = tokenizer.decode(ids)
 
-Llama 3 is byte-level BPE run by tiktoken; Llama 2, TinyLlama and our tiny model are sentencepiece models. `encode` never
-adds a special token and never produces one: "</s>" in a Reddit post is four ordinary characters. Left out: chat
+Llama 3 is byte-level BPE run by tiktoken; Llama 2, TinyLlama and our tiny model are sentencepiece models. `encode`
+never adds a special token and never produces one: "</s>" in a Reddit post is four ordinary characters. Left out: chat
 templates, training a tokenizer, offsets.
 """
 
@@ -128,8 +128,9 @@ def check_matches(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 # ---------------------------------------------------------------------------------------------- sentencepiece (Llama 2)
 
-# A NormalizerSpec (field 3 of the model file) that says add_dummy_prefix = remove_extra_whitespaces = false. Joining two
-# serialised protobuf messages merges them and the later value wins, so appending it edits the model without parsing it.
+# A NormalizerSpec (field 3 of the model file) that says add_dummy_prefix =
+# remove_extra_whitespaces = false. Joining two serialised protobuf messages merges them
+# and the later value wins, so appending it edits the model without parsing it.
 KEEP_SPACES = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
 
 
@@ -151,7 +152,9 @@ def _sentencepiece(path: Path, content: bytes, files: dict[str, bytes]) -> Token
 
     bos_id, eos_id, unk_id = processor.bos_id(), processor.eos_id(), processor.unk_id()
     if bos_id < 0 or eos_id < 0:
-        raise UserError(f"{path}: BOS is {bos_id} and EOS is {eos_id}, expected both to be defined: not a Llama tokenizer")
+        raise UserError(
+            f"{path}: BOS is {bos_id} and EOS is {eos_id}, expected both to be defined: not a Llama tokenizer"
+        )
     return Tokenizer(
         encode=processor.encode,
         tokens=[token_bytes(i) for i in range(processor.get_piece_size())],
@@ -184,7 +187,9 @@ def llama3_specials(first_id: int) -> dict[str, int]:
 def _tiktoken(path: Path, ranks: dict[bytes, int], specials: dict[str, int], files: dict[str, bytes]) -> Tokenizer:
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing:
-        raise UserError(f"{path}: {len(missing)} of the 256 single bytes have no token: the file is cut or not Llama 3's")
+        raise UserError(
+            f"{path}: {len(missing)} of the 256 single bytes have no token: the file is cut or not Llama 3's"
+        )
     pads = ["<|finetune_right_pad_id|>", *(f"<|reserved_special_token_{n}|>" for n in range(256))]
     pad = next((name for name in pads if name in specials), None)
     if pad is None or "<|begin_of_text|>" not in specials or "<|end_of_text|>" not in specials:
@@ -266,5 +271,7 @@ def _read_json(path: Path, content: bytes) -> tuple[dict[bytes, int], dict[str, 
     try:
         ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token not in added}
     except KeyError as error:
-        raise UserError(f"{path}: a token contains {error}, expected byte-level tokens: fetch the file again") from error
+        raise UserError(
+            f"{path}: a token contains {error}, expected byte-level tokens: fetch the file again"
+        ) from error
     return ranks, added

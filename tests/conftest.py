@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: waiting threads that spin starve the other core
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracle is built from random weights; nothing may be downloaded
 
 from types import SimpleNamespace

@@ -1,6 +1,7 @@
 """Folders in and out: what we save comes back bit for bit, means the same in transformers, and damage is named."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from nanorlhf.checkpoint import (
 )
 from nanorlhf.errors import UserError
 from nanorlhf.models import critic_from
+from nanorlhf.optim import AdamW
 
 
 def assert_same_weights(ours, theirs):
@@ -274,6 +276,13 @@ def test_a_missing_shard_is_named(make_policy, tokenizer, tmp_path, monkeypatch)
         load_policy(tmp_path / "final")
 
 
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": ["model-00001-of-00002.safetensors"]}'])
+def test_an_index_without_a_map_is_refused_by_name(saved, content):
+    (saved[1] / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match=r"model.safetensors.index.json: weight_map is missing"):
+        load_policy(saved[1])
+
+
 def test_a_folder_without_weights_is_refused(saved):
     (saved[1] / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no model.safetensors"):
@@ -312,6 +321,32 @@ def test_a_rewritten_folder_holds_only_what_is_new(tmp_path):
     assert [path.name for path in (tmp_path / "final").iterdir()] == ["1.txt"]
 
 
+def test_a_kill_between_the_renames_leaves_the_old_folder_aside_and_the_next_save_puts_it_back(tmp_path, monkeypatch):
+    def save(text):
+        with atomic_folder(tmp_path / "final") as partial:
+            (partial / "text").write_text(text)
+
+    def kill_at_the_second(source, target):
+        if source.suffix == ".partial":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    save("first")
+    rename = os.replace
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", kill_at_the_second)
+        save("second")
+    assert (tmp_path / "final.old" / "text").read_text() == "first"
+    assert (tmp_path / "final.partial" / "text").read_text() == "second"
+
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "final"):
+        raise RuntimeError("killed again")
+    assert (tmp_path / "final" / "text").read_text() == "first"
+    save("third")
+    assert (tmp_path / "final" / "text").read_text() == "third"
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
 def test_a_model_that_cannot_be_saved_leaves_the_saved_one(saved, tokenizer, make_policy):
     policy, folder = saved
 
@@ -345,8 +380,19 @@ def test_a_damaged_state_is_named(tmp_path):
         load_state(tmp_path / "step_3")
 
 
+@pytest.mark.parametrize("name", ["0.weight.master", "0.weight.step", "0.weight.exp_avg_sq"])
+def test_a_state_without_one_of_its_tensors_is_refused_by_name(tmp_path, name):
+    layer = torch.nn.Linear(2, 2, bias=False)
+    optimizer = AdamW([layer], lr=1e-3)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step(1e-3)
+    save_state(tmp_path / "step_1", {key: tensor for key, tensor in optimizer.state().items() if key != name}, {})
+    with pytest.raises(UserError, match=f"checkpoint: tensor {name} is missing"):
+        AdamW([layer], lr=1e-3).load_state(load_state(tmp_path / "step_1")[0])
+
+
 def test_the_latest_checkpoint_is_the_largest_complete_one(tmp_path):
     assert latest_checkpoint(tmp_path) is None
-    for name in ("step_9", "step_100", "step_20", "step_300.partial"):
+    for name in ("step_9", "step_100", "step_20", "step_300.partial", "step_200.old"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert latest_checkpoint(tmp_path).name == "step_100"

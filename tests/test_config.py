@@ -33,8 +33,10 @@ class Config:
     batch_size: int = 128  # episodes an update [paper: 512]
     num_minibatches: int = 1  # optimizer steps a PPO epoch
     microbatch_tokens: int = 4096  # tokens in one forward
+    # fmt: off
     max_updates: int | None = None  # stop early after this many updates,
                                     # for a trial run
+    # fmt: on
     # An aside about the next field, which is no help text.
     kl_coef: float = 0.05  # weight of the KL penalty (detail 23.2)
     lam: float = 0.95  # GAE lambda

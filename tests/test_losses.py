@@ -20,13 +20,13 @@ def sft_loss(policy, sequences, of=None):
 
 
 def test_each_token_is_labelled_with_the_next_one_of_its_own_sequence():
-    labels, counts = next_token_labels(pack([[5, 6, 7], [8, 9]]))
+    labels, counts = next_token_labels(pack([[5, 6, 7], [8, 9]], round_to=1))
     assert counts.tolist() == [True, True, False, True, False]
     assert labels[counts].tolist() == [6, 7, 9]
 
 
 def test_weights_by_hand():
-    packed = pack([[5, 6, 7], [8, 9], [1, 2, 3, 4, 5]])
+    packed = pack([[5, 6, 7], [8, 9], [1, 2, 3, 4, 5]], round_to=1)
     weights = sequence_mean_weights(packed, next_token_labels(packed)[1], sequences=3)
     torch.testing.assert_close(weights, torch.tensor([1 / 6, 1 / 6, 0, 1 / 3, 0, 1 / 12, 1 / 12, 1 / 12, 1 / 12, 0]))
     assert weights.dtype == torch.float32
@@ -122,7 +122,7 @@ def test_the_sft_gradient_reaches_query_tokens_too(make_policy, make_sequences):
     # Query tokens are trained on (N+ detail 9): a change of the first label changes the loss.
     policy = make_policy()
     (sequence,) = make_sequences([10])
-    packed = pack([sequence])
+    packed = pack([sequence], round_to=1)
     labels, counts = next_token_labels(packed)
     hidden = policy.hidden(packed).detach().requires_grad_()
     linear_cross_entropy(hidden, policy.head_weight, labels, sequence_mean_weights(packed, counts, 1)).backward()

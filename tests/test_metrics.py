@@ -37,9 +37,8 @@ def test_rouge_has_no_stemmer():
 
 def test_rouge_is_the_mean_of_the_rows_f_measures():
     scores = rouge(["a b", "x"], ["a b c d", "y"])
-    assert scores["rouge1"] == pytest.approx(
-        (2 * 1.0 * 0.5 / 1.5 + 0) / 2
-    )  # precision 1, recall 1/2; and nothing in common
+    first = 2 * 1.0 * 0.5 / 1.5  # precision 1, recall 1/2
+    assert scores["rouge1"] == pytest.approx((first + 0) / 2)  # the second row has nothing in common
 
 
 def test_rouge_of_an_empty_prediction_is_zero():
@@ -250,9 +249,8 @@ def test_newtons_method_does_not_overshoot():
     x = np.log(lengths / others)
     a, b = _fit_logistic(x[None], outcomes[None])[0]
     residuals = outcomes - 1 / (1 + np.exp(-(a + b * x)))
-    assert residuals.sum() == pytest.approx(RIDGE * a, abs=1e-9) and (residuals * x).sum() == pytest.approx(
-        RIDGE * b, abs=1e-9
-    )
+    assert residuals.sum() == pytest.approx(RIDGE * a, abs=1e-9)
+    assert (residuals * x).sum() == pytest.approx(RIDGE * b, abs=1e-9)
 
 
 def test_only_wins_is_nearly_one_and_only_losses_nearly_zero():

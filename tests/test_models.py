@@ -65,7 +65,7 @@ def test_a_score_is_the_head_at_the_last_token_minus_the_shift(make_scalar, make
     sequences = make_sequences([9, 1, 14])
     expected = []
     for sequence in sequences:
-        packed = pack([sequence])
+        packed = pack([sequence], round_to=1)
         with torch.no_grad():
             hidden = model.model(packed.tokens, packed.positions, lambda layer, q, k, v: _attend_slowly(q, k, v))
         expected.append(hidden[-1] @ model.score.weight[0] - 0.75)
@@ -103,9 +103,7 @@ def test_before_the_first_update_the_value_after_eos_is_the_score_of_the_respons
     queries, responses = batch
     with torch.no_grad():
         values = critic.response_values(join(queries, responses), R)
-    for row, last in enumerate(
-        [0, 2, R - 2]
-    ):  # L: where EOS would stand, one slot further is still inside the response
+    for row, last in enumerate([0, 2, R - 2]):  # L, where EOS would stand: one slot further is inside the response
         score = reward_model.scores([queries[row] + responses[row, : last + 1].tolist()])[0]
         torch.testing.assert_close(values[row, last + 1], score, rtol=1e-5, atol=1e-5)
 
@@ -168,8 +166,7 @@ def test_a_reward_model_from_a_bf16_policy_keeps_its_trunk_in_bf16_and_its_head_
 
 
 def test_parameters_are_counted_once():
-    trunk = (
-        97 * 32 + 2 * (32 * 64 + 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
-    )  # embedding, blocks (qkv, o, mlp, norms), last norm
+    block = 32 * 64 + 32 * 32 + 3 * 32 * 48 + 2 * 32  # qkv, o, mlp, norms
+    trunk = 97 * 32 + 2 * block + 32  # embedding, blocks, last norm
     assert parameter_count(Policy(TINY)) == trunk  # the tied head is the embedding
     assert parameter_count(ScalarModel(TINY, bias=True)) == trunk + 32 + 1

@@ -70,14 +70,9 @@ def test_five_steps_equal_those_of_torchs_adamw(max_grad_norm):
 
 
 def test_defaults_are_the_papers():
-    group = AdamW([make_model()], lr=3e-6).adam.param_groups
-    assert len(group) == 1
-    assert (group[0]["eps"], tuple(group[0]["betas"]), group[0]["weight_decay"], group[0]["lr"]) == (
-        1e-5,
-        (0.9, 0.999),
-        0.01,
-        3e-6,
-    )
+    (group,) = AdamW([make_model()], lr=3e-6).adam.param_groups
+    assert group["eps"] == 1e-5 and tuple(group["betas"]) == (0.9, 0.999)
+    assert group["weight_decay"] == 0.01 and group["lr"] == 3e-6
 
 
 def test_several_models_are_one_optimizer_with_all_their_parameters():
@@ -118,10 +113,8 @@ def test_the_bf16_copy_is_rewritten_in_place():
 
 def test_an_fp32_model_is_its_own_master():
     model = make_model()
-    assert all(
-        master is parameter
-        for master, parameter in zip(AdamW([model], lr=1.0).masters, model.parameters(), strict=True)
-    )
+    masters = AdamW([model], lr=1.0).masters
+    assert all(master is parameter for master, parameter in zip(masters, model.parameters(), strict=True))
 
 
 def test_gradients_of_microbatches_add_up_in_fp32():
@@ -173,9 +166,8 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, dtype, ste
     for mine, other in zip(resumed.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, other)
 
-    assert train(model, optimizer, range(steps, steps + 4)) == train(
-        resumed, resumed_optimizer, range(steps, steps + 4)
-    )
+    more = range(steps, steps + 4)
+    assert train(model, optimizer, more) == train(resumed, resumed_optimizer, more)
     first, second = optimizer.state(), resumed_optimizer.state()
     assert first.keys() == second.keys() and len(first) == 4 * 6
     assert all(torch.equal(first[name], second[name]) for name in first)

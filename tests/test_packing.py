@@ -7,17 +7,14 @@ from nanorlhf.packing import in_microbatches, pack, split_by_tokens
 
 
 def test_a_packed_batch_by_hand():
-    packed = pack([[5, 6, 7], [8], [9, 10]])
+    packed = pack([[5, 6, 7], [8], [9, 10]], round_to=1)
     assert packed.tokens.tolist() == [5, 6, 7, 8, 9, 10]
     assert packed.positions.tolist() == [0, 1, 2, 0, 0, 1]
     assert packed.cu_seqlens.tolist() == [0, 3, 4, 6]
     assert packed.lengths == (3, 1, 2) and packed.max_length == 3
     assert packed.last_rows().tolist() == [2, 3, 5]
-    assert (packed.tokens.dtype, packed.positions.dtype, packed.cu_seqlens.dtype) == (
-        torch.int64,
-        torch.int64,
-        torch.int32,
-    )
+    assert packed.tokens.dtype == packed.positions.dtype == torch.int64
+    assert packed.cu_seqlens.dtype == torch.int32
 
 
 def test_response_rows_begin_at_the_last_query_token_and_stop_before_the_last_response_token():
@@ -86,9 +83,7 @@ def test_no_sequences_are_no_groups():
 
 
 @pytest.mark.parametrize("max_tokens", [1, 12, 1000])
-def test_microbatches_without_gradient_give_the_results_of_the_batch_in_its_order(
-    make_scalar, make_sequences, max_tokens
-):
+def test_microbatches_without_gradient_give_the_results_of_the_batch(make_scalar, make_sequences, max_tokens):
     critic, sequences = make_scalar(bias=True), make_sequences([9, 3, 17, 4])
     indices = []
 
@@ -99,3 +94,26 @@ def test_microbatches_without_gradient_give_the_results_of_the_batch_in_its_orde
     scores, firsts = in_microbatches(forward, sequences, max_tokens, "cpu")
     torch.testing.assert_close(scores, critic.scores(sequences), rtol=1e-5, atol=1e-5)
     assert not scores.requires_grad and indices == [0, 1, 2, 3] and firsts.shape == (4,)
+
+
+def test_the_row_is_rounded_up_with_tokens_that_nobody_reads():
+    packed = pack([[5, 6, 7], [8]], round_to=16)
+    assert packed.tokens.tolist() == [5, 6, 7, 8] + [0] * 12
+    assert packed.filling == 12 and packed.lengths == (3, 1) and packed.cu_seqlens.tolist() == [0, 3, 4]
+    assert packed.last_rows().tolist() == [2, 3]
+    assert [rows.tolist() for rows in packed.unpack(packed.tokens)] == [[5, 6, 7], [8]]
+    assert pack([[5, 6, 7], [8]], round_to=4).filling == 0
+
+
+def test_the_filling_changes_no_result_and_no_gradient(make_policy, make_sequences):
+    sequences = make_sequences([5, 9, 3])
+    results = []
+    for round_to in (1, 64, 256):
+        policy = make_policy()
+        packed = pack(sequences, round_to=round_to)
+        hidden = torch.cat(packed.unpack(policy.hidden(packed)))  # (17, D)
+        (hidden**2).sum().backward()
+        results.append([hidden.detach(), *(p.grad for p in policy.parameters() if p.grad is not None)])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -160,9 +160,8 @@ def test_the_figure_command_draws_a_ppo_run(tmp_path, capsys):
     report.main(["figure", str(tmp_path / "ppo"), str(tmp_path / "docs" / "ppo.png")])
     assert (tmp_path / "docs" / "ppo.png").read_bytes().startswith(b"\x89PNG")
     assert len(figures.ppo_figure(rows).axes) == 3
-    assert (
-        len(figures.ppo_figure([{"step": 1, "objective/scores": 0.1, "objective/kl": None}]).axes) == 2
-    )  # real data has no gold
+    without_gold = [{"step": 1, "objective/scores": 0.1, "objective/kl": None}]  # as on real data
+    assert len(figures.ppo_figure(without_gold).axes) == 2
     with pytest.raises(SystemExit) as stop:
         report.main(["figure", str(tmp_path / "nothing"), str(tmp_path / "x.png")])
     assert stop.value.code == 2 and "nothing/metrics.jsonl" in capsys.readouterr().err
@@ -404,11 +403,8 @@ def test_a_policy_that_is_not_there_is_left_out_and_named(evaluate, workplace, m
     monkeypatch.setattr("nanorlhf.inputs.EMBEDDED", workplace / "no_checkpoints")
     evaluate("--run_name", "part", "--split", "test", "--judge", "rm", models=("sft",))
     found = json.loads((workplace / "runs" / "part" / "metrics.json").read_text())
-    assert (
-        list(found["policies"]) == ["reference", "sft"]
-        and len(found["win_rates"]) == 1
-        and found["about"]["posts"] == 8
-    )
+    assert list(found["policies"]) == ["reference", "sft"]
+    assert len(found["win_rates"]) == 1 and found["about"]["posts"] == 8
     printed = capsys.readouterr().out
     assert "ppo: not found, left out" in printed and "base: not found, left out" in printed
     assert "the judge is the reward model that PPO optimised" in " ".join(printed.split())
@@ -426,9 +422,8 @@ def test_a_policy_that_is_not_there_is_left_out_and_named(evaluate, workplace, m
 )
 def test_bad_flags_end_in_a_sentence_before_any_folder_is_made(evaluate, workplace, flags, said):
     with pytest.raises(UserError, match=re.escape(said)):
-        evaluate(
-            "--run_name", "bad", *flags, models=("base", "sft") if "--ppo_model" in flags else ("base", "sft", "ppo")
-        )
+        models = ("base", "sft") if "--ppo_model" in flags else ("base", "sft", "ppo")
+        evaluate("--run_name", "bad", *flags, models=models)
     assert not (workplace / "runs" / "bad").exists()
 
 

@@ -130,9 +130,8 @@ def test_sampling_by_hand():
 
 def test_u_at_the_ends_never_gives_a_token_of_probability_zero():
     generator = torch.Generator().manual_seed(0)
-    probabilities = torch.softmax(
-        8 * torch.randn(2000, 300, generator=generator), -1
-    )  # fp32: sums are 1 up to rounding
+    logits = 8 * torch.randn(2000, 300, generator=generator)
+    probabilities = torch.softmax(logits, -1)  # fp32: sums are 1 up to rounding
     dead = torch.rand(2000, 300, generator=generator) < 0.5
     dead[:, -50:] = True
     dead[:, :50] = True

@@ -84,6 +84,13 @@ def test_an_existing_run_is_refused_with_both_ways_out(start):
     assert len(read_metrics(start(RESUME).folder)) == 1
 
 
+def test_a_script_without_resume_does_not_offer_it(start):
+    start()
+    without_resume = {name: value for name, value in vars(CONFIG).items() if name != "resume"}
+    with pytest.raises(UserError, match="holds a run already: --overwrite deletes it, --run_name chooses"):
+        start(types.SimpleNamespace(**without_resume))
+
+
 def test_overwrite_deletes_the_earlier_run(start):
     earlier = start()
     earlier.log(1, {"loss": 2.0})

@@ -143,10 +143,8 @@ def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_one(name, world, m
 
 def test_every_flag_is_read():
     for script in (*SCRIPTS.values(), eval_script):
-        assert (
-            unread_fields(script.Config, script.__file__, ROOT / "nanorlhf/run.py", ROOT / "nanorlhf/preflight.py")
-            == []
-        )
+        readers = script.__file__, ROOT / "nanorlhf/run.py", ROOT / "nanorlhf/preflight.py"
+        assert unread_fields(script.Config, *readers) == []
 
 
 def test_the_numbers_in_a_docstring_are_the_numbers_in_the_code():
@@ -154,9 +152,8 @@ def test_the_numbers_in_a_docstring_are_the_numbers_in_the_code():
         source = Path(script.__file__).read_text()
         doc, code = source.split('"""', 2)[1:]
         announced = [line.split(".")[0].strip() for line in doc.splitlines() if line.strip()[:2].rstrip(".").isdigit()]
-        in_code = [
-            line.split("#")[1].split(".")[0].strip() for line in code.splitlines() if line.strip()[:3] in NUMBERS
-        ]
+        headings = [line for line in code.splitlines() if line.strip()[:3] in NUMBERS]
+        in_code = [line.split("#")[1].split(".")[0].strip() for line in headings]
         assert announced == in_code, script.__file__
 
 

@@ -19,8 +19,9 @@ from nanorlhf.tiny import annotator, build_tokenizer, corpus, data, gold, gramma
 TINY = Path(world.__file__).parent
 
 FACTS = grammar.Facts(
-    subreddit="work", who="boss", pronoun="he", act="broke", act_form="broke", obj="laptop", rea="apologize", rea_form=0,
-    q="forgive", feel=None, who2="aunt", obj2="ring", asides=("My {who2} has a nice {obj2}.",), age=26, sex="M", years=4,
+    subreddit="work", who="boss", pronoun="he", act="broke", act_form="broke", obj="laptop",
+    rea="apologize", rea_form=0, q="forgive", feel=None, who2="aunt", obj2="ring",
+    asides=("My {who2} has a nice {obj2}.",), age=26, sex="M", years=4,
 )  # fmt: skip
 PERFECT = "My boss broke my laptop and he refuses to apologize, should I forgive him?"  # 14 words
 
@@ -52,7 +53,7 @@ def test_the_world_is_the_one_that_its_version_names():
             digest.update(repr(posts.make_post(split, index)).encode())
         digest.update(json.dumps(world.make_comparison("train", index)).encode())
         digest.update(corpus.document(index).encode())
-    assert digest.hexdigest()[:16] == "84d1714cf11b30c2"
+    assert digest.hexdigest()[:16] == "9c637e82de08b139"
 
 
 def test_an_id_gives_the_facts_back():
@@ -194,7 +195,8 @@ def test_the_shipped_bigrams_hold_those_of_a_rebuild():
 
 @pytest.mark.parametrize(
     ("policy", "mean"),
-    [("ref", 4.93), ("sftref", 3.55), ("verbose", 3.63), ("drop", 3.43), ("halluc", 2.14), ("title", 1.58), ("offtopic", -3.97)],
+    [("ref", 4.93), ("sftref", 3.55), ("verbose", 3.63), ("drop", 3.43), ("halluc", 2.14), ("title", 1.58),
+     ("offtopic", -3.97)],
 )  # fmt: skip
 def test_mean_gold_by_kind_of_text(policy, mean):
     scores = [
@@ -345,7 +347,10 @@ def test_any_text_comes_back_from_the_tokenizer(text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", " ", "  two  spaces  ", "\n", "\n\n\n", "\t\r\n", " naïve 😀👩‍👩‍👧 ", "<s></s><unk>", "<0x41>", "\x00"])  # fmt: skip
+AWKWARD = ["", " ", "  two  spaces  ", "\n", "\n\n\n", "\t\r\n", " naïve 😀👩‍👩‍👧 ", "<s></s><unk>", "<0x41>", "\x00"]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
 def test_awkward_text_comes_back_from_the_tokenizer(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text

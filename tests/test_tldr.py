@@ -91,7 +91,8 @@ def test_the_query_format_is_exact_and_fields_are_raw():
     assert format_query("cats", "My cat", "It hates\nme.") == (
         "SUBREDDIT: r/cats\n\nTITLE: My cat\n\nPOST: It hates\nme.\n\nTL;DR:"
     )
-    assert format_query(" a ", "\tb\n", " ﬁ\u00a0\n ") == "SUBREDDIT: r/ a \n\nTITLE: \tb\n\n\nPOST:  ﬁ\u00a0\n \n\nTL;DR:"
+    raw = "SUBREDDIT: r/ a \n\nTITLE: \tb\n\n\nPOST:  ﬁ\u00a0\n \n\nTL;DR:"
+    assert format_query(" a ", "\tb\n", " ﬁ\u00a0\n ") == raw
 
 
 FRAME = len(format_query("s", "t", "")) + 1  # characters around the post, and BOS
@@ -387,17 +388,22 @@ def test_missing_or_empty_files_say_what_was_expected_and_how_to_get_it(tmp_path
 def test_the_chosen_text_is_the_one_that_choice_points_at(tmp_path):
     write_comparisons(tmp_path, [comparison(), comparison(choice=1, extra={"confidence": 9})])
     first, second = load_comparisons(tmp_path, "train")
-    assert (first.chosen, first.rejected, first.chosen_policy, first.rejected_policy) == (" zero", " one", "ref", "sup4")
-    assert (second.chosen, second.rejected, second.chosen_policy, second.rejected_policy) == (" one", " zero", "sup4", "ref")
+    assert (first.chosen, first.rejected) == (" zero", " one")
+    assert (first.chosen_policy, first.rejected_policy) == ("ref", "sup4")
+    assert (second.chosen, second.rejected) == (" one", " zero")
+    assert (second.chosen_policy, second.rejected_policy) == ("sup4", "ref")
     assert first.post == Post("t3_1", "cats", "My cat", "It hates me.", "")
-    assert (first.batch, first.split, first.worker, first.confidence, second.confidence) == ("batch3", "train", "w", 2, 9)
+    assert (first.batch, first.split, first.worker) == ("batch3", "train", "w")
+    assert (first.confidence, second.confidence) == (2, 9)
 
 
 def test_splits_cnndm_rows_and_equal_summaries_are_told_apart_and_counted(tmp_path):
     article = {"id": "x", "site": "cnn", "title": "t", "article": "text", "post": None, "subreddit": None}
     equal = [{"text": " same", "policy": "a"}, {"text": " same", "policy": "b"}]
-    write_comparisons(tmp_path, [comparison(worker="a"), comparison(split="valid1"), comparison(summaries=equal)], "batch10")
-    write_comparisons(tmp_path, [comparison(worker="b"), comparison(split="valid2"), comparison(split="valid")], "batch3")
+    tenth = [comparison(worker="a"), comparison(split="valid1"), comparison(summaries=equal)]
+    third = [comparison(worker="b"), comparison(split="valid2"), comparison(split="valid")]
+    write_comparisons(tmp_path, tenth, "batch10")
+    write_comparisons(tmp_path, third, "batch3")
     write_comparisons(tmp_path, [comparison(info=article, split="valid1"), comparison(batch="cnndm2")], "cnndm0")
 
     stats = ComparisonStats()

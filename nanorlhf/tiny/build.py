@@ -3,9 +3,9 @@
     python -m nanorlhf.tiny.build                   pretrain the base, then SFT, reward model, PPO
     python -m nanorlhf.tiny.build --start sft       keep the embedded base
 
-Reads nothing; writes nanorlhf/tiny/checkpoints/{base,sft,rm,ppo}: Hugging Face folders in bf16, each with the metrics.jsonl of
-the run that made it. Change the grammar and everything has to be rebuilt: first the bigrams (`python -m nanorlhf.tiny.gold`) and
-the tokenizer (`python -m nanorlhf.tiny.build_tokenizer`), then this.
+Reads nothing; writes nanorlhf/tiny/checkpoints/{base,sft,rm,ppo}: Hugging Face folders in bf16, each with the
+metrics.jsonl of the run that made it. Change the grammar and everything has to be rebuilt: first the bigrams
+(`python -m nanorlhf.tiny.gold`) and the tokenizer (`python -m nanorlhf.tiny.build_tokenizer`), then this.
 """
 
 import shutil

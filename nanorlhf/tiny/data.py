@@ -1,4 +1,6 @@
-"""The tiny world as files, in exactly OpenAI's raw formats, so that the scripts read it as they read the real data.
+"""The tiny world as files.
+
+They are in exactly OpenAI's raw formats, so that the scripts read them as they read the real data:
 
     {folder}/VERSION                            which world, and how much of it
     {folder}/tldr/{train,valid,test}.jsonl      id, subreddit, title, post, summary

@@ -96,7 +96,7 @@ def split_words(text: str) -> list[str]:
 
 def bigrams_of(tokens: list[str]) -> list[str]:
     """Neighbours as "first second", with <s> before the text and </s> after it."""
-    return [f"{first} {second}" for first, second in zip(["<s>", *tokens], [*tokens, "</s>"])]
+    return [f"{first} {second}" for first, second in zip(["<s>", *tokens], [*tokens, "</s>"], strict=True)]
 
 
 @lru_cache(maxsize=1)

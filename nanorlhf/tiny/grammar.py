@@ -168,6 +168,7 @@ def fill(template: str, facts: Facts, **more: str) -> str:
         Who=facts.who.capitalize(),
         he=facts.pronoun,
         He=facts.pronoun.capitalize(),
+        him=HIM[facts.pronoun],
         **{"act": facts.act_form, **more},
         obj=facts.obj,
         post_rea=post_rea,

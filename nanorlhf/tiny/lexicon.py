@@ -74,7 +74,10 @@ REACTIONS = {
     "cries": (("cries all day", "cries all day"), ("cries when I bring it up", "cries about it")),
     "excuses": (("keeps making excuses", "keeps making excuses"), ("only makes excuses", "makes excuses")),
     "calm": (("tells me to calm down", "tells me to calm down"), ("wants me to calm down", "wants me to calm down")),
-    "accident": (("says it was an accident", "says it was an accident"), ("claims it was an accident", "claims it was an accident")),
+    "accident": (
+        ("says it was an accident", "says it was an accident"),
+        ("claims it was an accident", "claims it was an accident"),
+    ),
     "again": (("would do it again", "would do it again"), ("wants to do it again", "wants to do it again")),
 }  # fmt: skip
 

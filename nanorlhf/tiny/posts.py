@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from nanorlhf.tiny.grammar import (
-    CLICKBAIT, Facts, count_pieces, draw_facts, write_incomplete, write_post, write_summary, write_title, write_verbose,
+    CLICKBAIT, Facts, count_pieces, draw_facts, write_post, write_summary, write_title, write_verbose,
 )  # fmt: skip
 from nanorlhf.tiny.lexicon import WORLD_VERSION
 

@@ -2,16 +2,14 @@
 
     python -m nanorlhf.tiny.pretrain
 
-Reads nothing (the documents are made as they are needed); writes runs/base/final. A 0.9 M-parameter Llama reads 13 M tokens
-of posts, comments and copy drills (corpus.py). Watch `probe/...`: the share of facts of an unseen post that the model copies
-into a comment. Copying appears within a few hundred steps, all at once, and the loss hardly shows it.
+Reads nothing (the documents are made as they are needed); writes runs/base/final. A 0.9 M-parameter Llama reads 13 M
+tokens of posts, comments and copy drills (corpus.py). Watch `probe/...`: the share of facts of an unseen post that the
+model copies into a comment. Copying appears within a few hundred steps, all at once, and the loss hardly shows it.
 """
 
 import os
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # before torch: spinning threads fight each other on shared machines
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
 
 import math
 import time
@@ -24,6 +22,7 @@ from kernels import linear_cross_entropy
 from nanorlhf.checkpoint import save_policy
 from nanorlhf.config import cli
 from nanorlhf.llama import LlamaConfig, initialise
+from nanorlhf.losses import next_token_labels
 from nanorlhf.models import Policy, parameter_count
 from nanorlhf.optim import AdamW
 from nanorlhf.packing import pack
@@ -60,9 +59,12 @@ class Config:
 
 
 PRESETS = {"tiny": {}, "llama-1b": {}}
-# What each fact's slot follows in the probe's comment: "So your boss broke your laptop and he refuses to pay? You should ..."
-PROBE = (("So your", None), ("{who}", "who"), ("{act}", "act"), ("your", None), ("{obj}", "obj"), ("and {he}", None), ("{rea}", "rea"),
-         ("? You should", None), ("{ask}", "q"))  # fmt: skip
+# What each fact's slot follows in the probe's comment:
+# "So your boss broke your laptop and he refuses to pay? You should ..."
+PROBE = (
+    ("So your", None), ("{who}", "who"), ("{act}", "act"), ("your", None), ("{obj}", "obj"), ("and", None),
+    ("{he}", "he"), ("{rea}", "rea"), ("? You should", None), ("{ask}", "q"),
+)  # fmt: skip
 
 
 def copy_probe(policy: Policy, tokenizer: Tokenizer, posts: int = 64) -> dict[str, float]:
@@ -87,15 +89,12 @@ def copy_probe(policy: Policy, tokenizer: Tokenizer, posts: int = 64) -> dict[st
 
 def main(cfg: Config) -> None:
     tokenizer = load_tokenizer(Path(__file__).parent)
-    run = Run(
-        "base",
-        cfg,
-        total_steps=cfg.steps,
-        show=["train/loss", "probe/who", "probe/act", "probe/obj", "probe/rea", "probe/q"],
-    )
+    show = ["train/loss", "probe/who", "probe/act", "probe/obj", "probe/rea", "probe/q", "probe/he"]
+    run = Run("base", cfg, total_steps=cfg.steps, show=show)
     config = LlamaConfig(
-        vocab_size=tokenizer.vocab_size, **MODEL, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None, max_position_embeddings=2048,
-        tie_word_embeddings=True, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
+        vocab_size=tokenizer.vocab_size, **MODEL, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None,
+        max_position_embeddings=2048, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
     )  # fmt: skip
     policy = Policy(config).to(run.device, run.dtype)
     initialise(policy, seed=cfg.seed)
@@ -112,10 +111,8 @@ def main(cfg: Config) -> None:
                 tokens += len(sequences[-1])
                 index += 1
             packed = pack(sequences, device=run.device)
-            is_label = torch.ones_like(packed.tokens, dtype=torch.bool)
-            is_label[packed.cu_seqlens[:-1].long()] = False  # BOS is not predicted
-            labels = packed.tokens.roll(-1)  # the next token; the last one of a sequence gets weight 0
-            weights = is_label.roll(-1).float() / is_label.sum()
+            labels, counts = next_token_labels(packed)  # (N,) each
+            weights = counts.float() / counts.sum()  # the plain mean over tokens
             loss = linear_cross_entropy(policy.hidden(packed), policy.head_weight, labels, weights)
             loss.backward()
             warmup = min(1.0, (step + 1) / cfg.warmup_steps)

@@ -44,7 +44,9 @@ def make_comparison(split: str, index: int) -> dict:
     choice = 0 if rng.random() < p_first else 1
     return {
         "info": {"id": post.id, "post": post.post, "title": post.title, "subreddit": post.subreddit},
-        "summaries": [{"text": " " + text, "policy": policy, "note": None} for text, policy in zip(texts, policies)],
+        "summaries": [
+            {"text": " " + text, "policy": policy, "note": None} for text, policy in zip(texts, policies, strict=True)
+        ],
         "choice": choice,
         "worker": f"worker{rng.randrange(WORKERS):02d}",
         "batch": f"batch{1 + index % TRAIN_BATCHES}" if split == "train" else VALID_BATCH,
