@@ -29,6 +29,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import kernels
 from nanorlhf.checkpoint import load_policy, load_scalar
 from nanorlhf.config import check, cli
 from nanorlhf.errors import UserError
@@ -46,7 +47,7 @@ from nanorlhf.rollout import summarise
 from nanorlhf.run import Run
 from nanorlhf.tiny.annotator import ceilings
 from nanorlhf.tldr import Comparison, batch_indices, encode_posts, load_comparisons, load_posts
-from nanorlhf.tokenizer import check_matches, load_tokenizer
+from nanorlhf.tokenizer import check_matches, check_same, load_tokenizer
 
 
 @dataclass
@@ -109,11 +110,8 @@ def as_raw(comparison: Comparison) -> dict:
 
 
 def main(cfg: Config) -> None:
-    check(cfg.temperature >= 0, "temperature", cfg.temperature, "0 or more", "choose 0.7 or 0.01")
     check(cfg.split in ("valid", "test"), "split", repr(cfg.split), "valid or test")
     check(cfg.judge in JUDGES, "judge", repr(cfg.judge), f"one of {', '.join(JUDGES)}")
-    check(cfg.num_posts > 0, "num_posts", cfg.num_posts, "at least 1")
-    check(cfg.num_comparisons > 0, "num_comparisons", cfg.num_comparisons, "at least 1")
     began = time.monotonic()
 
     # 1. posts, and which models there are
@@ -138,7 +136,7 @@ def main(cfg: Config) -> None:
         check_gold(posts)
     tokenizer = load_tokenizer(models[policies[0]][0])
 
-    with Run("eval", cfg, show=SHOWN, kernels="torch") as run:
+    with Run("eval", cfg, show=SHOWN, kernels=kernels.chosen()) as run:
         run.say(f"data    {data} ({data_from}): {len(posts):,} posts of split {cfg.split}")
         for stage in found:
             where = f"{models[stage][0]} ({models[stage][1]})" if stage in models else "not found, left out"
@@ -147,7 +145,8 @@ def main(cfg: Config) -> None:
         reward_model = None
         if "rm" in models:
             scalar = load_scalar(models["rm"][0], run.device, run.dtype)
-            check_matches(tokenizer, scalar.config.vocab_size)
+            check_matches(tokenizer, scalar.config.vocab_size, scalar.config.eos_token_id)
+            check_same(tokenizer, load_tokenizer(models["rm"][0]), "the reward model")
             limits = cfg.max_query_length, cfg.microbatch_tokens
             reward_model = reward_model_judge(scalar, tokenizer, *limits, run.progress)
 
@@ -158,7 +157,8 @@ def main(cfg: Config) -> None:
         generated, generation_began = 0, time.monotonic()
         for stage in policies:
             policy = load_policy(models[stage][0], run.device, run.dtype)
-            check_matches(tokenizer, policy.config.vocab_size)
+            check_matches(tokenizer, policy.config.vocab_size, policy.config.eos_token_id)
+            check_same(tokenizer, load_tokenizer(models[stage][0]), f"the {stage} policy")
             # Shared random numbers would make similar policies write the same text, and count their agreement as ties.
             noise = len(POLICIES) * cfg.seed + POLICIES.index(stage)
             sampling = cfg.response_length, cfg.temperature, noise

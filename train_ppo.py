@@ -25,7 +25,6 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
 
-import time
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -33,18 +32,19 @@ from functools import partial
 import numpy as np
 import torch
 
+import kernels
 from nanorlhf import monitor, ppo
 from nanorlhf.checkpoint import (
     latest_checkpoint,
     load_policy,
     load_scalar,
     load_state,
+    save_checkpoint,
     save_policy,
     save_scalar,
-    save_state,
 )
 from nanorlhf.config import check, cli
-from nanorlhf.device import peak_gib
+from nanorlhf.device import now, peak_gib
 from nanorlhf.inputs import find_data, find_model
 from nanorlhf.models import Policy, ScalarModel, critic_from, parameter_count
 from nanorlhf.optim import SCHEDULES, AdamW
@@ -54,7 +54,7 @@ from nanorlhf.preflight import preflight
 from nanorlhf.rollout import generate, read_responses
 from nanorlhf.run import Run
 from nanorlhf.tldr import batch_indices, encode_posts, load_posts
-from nanorlhf.tokenizer import check_matches, load_tokenizer
+from nanorlhf.tokenizer import check_matches, check_same, load_tokenizer
 
 
 @dataclass
@@ -154,12 +154,14 @@ def learn(
 
 
 def main(cfg: Config) -> None:
-    check(cfg.lr > 0, "lr", cfg.lr, "greater than 0")
     check(cfg.temperature > 0, "temperature", cfg.temperature, "greater than 0", "choose 0.7")
     check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
-    check(cfg.response_length > 1, "response_length", cfg.response_length, "at least 2")
-    divides = cfg.num_minibatches > 0 and cfg.batch_size % cfg.num_minibatches == 0
-    check(divides, "batch_size", cfg.batch_size, f"a multiple of num_minibatches {cfg.num_minibatches}")
+    check(
+        cfg.batch_size % cfg.num_minibatches == 0,
+        "batch_size",
+        cfg.batch_size,
+        f"a multiple of num_minibatches {cfg.num_minibatches}",
+    )
     total_updates = cfg.total_episodes // cfg.batch_size
     total_updates = min(total_updates, cfg.max_updates or total_updates)
     check(total_updates > 0, "batch_size", cfg.batch_size, f"at most total_episodes {cfg.total_episodes}")
@@ -168,12 +170,14 @@ def main(cfg: Config) -> None:
     data, data_from = find_data(cfg.data, cfg.preset)
     sft_folder, sft_from = find_model("sft", cfg.sft_model, "sft_model", cfg.preset)
     rm_folder, rm_from = find_model("rm", cfg.reward_model, "reward_model", cfg.preset)
+    cfg.data, cfg.sft_model, cfg.reward_model = str(data), str(sft_folder), str(rm_folder)  # what --resume goes on with
     tokenizer = load_tokenizer(sft_folder)
+    check_same(tokenizer, load_tokenizer(rm_folder), "the reward model")
     posts = load_posts(data, "train")
     eos_id, R = tokenizer.eos_id, cfg.response_length
 
     show = ["objective/scores", "objective/kl", "objective/gold", "val/eos_rate", "policy/clipfrac_avg"]
-    with Run("ppo", cfg, total_steps=total_updates, unit="update", show=show, kernels="torch") as run:
+    with Run("ppo", cfg, total_steps=total_updates, unit="update", show=show, kernels=kernels.chosen()) as run:
         run.say(f"data    {data} ({data_from}): {len(posts):,} posts")
         queries, _ = encode_posts(run.progress(posts, what="encoding posts"), tokenizer, cfg.max_query_length)
 
@@ -182,8 +186,8 @@ def main(cfg: Config) -> None:
         reference = load_policy(sft_folder, run.device, run.dtype).requires_grad_(False)
         reward_model = load_scalar(rm_folder, run.device, run.dtype).requires_grad_(False)
         critic = critic_from(reward_model).requires_grad_(True)
-        check_matches(tokenizer, policy.config.vocab_size)
-        check_matches(tokenizer, reward_model.config.vocab_size)
+        for model in (policy, reward_model):
+            check_matches(tokenizer, model.config.vocab_size, model.config.eos_token_id)
         optimizer = AdamW([policy, critic], lr=cfg.lr)
         origins = f"{sft_folder} ({sft_from}); critic and reward model {rm_folder} ({rm_from})"
         run.say(f"models  policy and reference {origins}")
@@ -198,13 +202,13 @@ def main(cfg: Config) -> None:
             if checkpoint := latest_checkpoint(run.folder):
                 tensors, state = load_state(checkpoint)
                 optimizer.load_state(tensors)
-                start = state["update"]
+                start = state["step"]
             run.truncate_metrics(start)
             run.say(f"resumed from {checkpoint or 'the beginning: no checkpoint yet'}")
 
         for update in range(start, total_updates):
             lr = SCHEDULES[cfg.lr_schedule](update, total_updates, cfg.lr)
-            began = time.monotonic()
+            began = now(run.device)
 
             # 3. rollout
             batch = batch_indices(len(queries), cfg.batch_size, cfg.seed, update)  # (B,)
@@ -212,7 +216,7 @@ def main(cfg: Config) -> None:
             episodes = range(update * cfg.batch_size, (update + 1) * cfg.batch_size)  # they name the sampling noise
             responses, _ = generate(policy, batch_queries, R, cfg.temperature, cfg.seed, episodes)  # (B, R)
             summaries = read_responses(tokenizer, responses)
-            rolled_out = time.monotonic()
+            rolled_out = now(run.device)
 
             # 4. score: policy, reference and critic read all R tokens, the reward model only what people see
             sequences = [query + response for query, response in zip(batch_queries, responses.tolist(), strict=True)]
@@ -225,7 +229,7 @@ def main(cfg: Config) -> None:
             (raw_scores,) = forward(lambda packed, i: [reward_model.last_scores(packed)], finished)  # (B,)
             action_mask = ppo.action_mask(responses, eos_id)  # (B, R)
             value_mask = ppo.value_mask(responses, eos_id)  # (B, R)
-            scored = time.monotonic()
+            scored = now(run.device)
 
             # 5. rewards and advantages
             scores = ppo.apply_missing_eos(raw_scores, responses, eos_id, cfg.missing_eos_score)  # (B,)
@@ -250,7 +254,7 @@ def main(cfg: Config) -> None:
                         for name, value in learn(policy, critic, episode, minibatch, minibatch[group], cfg).items():
                             totals[name] += value
                     totals["grad_norm"] += optimizer.step(lr, cfg.max_grad_norm)
-            learned = time.monotonic()
+            learned = now(run.device)
 
             # 7. log
             tokens = sum(len(s) for s in sequences)
@@ -258,8 +262,8 @@ def main(cfg: Config) -> None:
                 update + 1,
                 monitor.objective(scores, logprobs, kl, action_mask, cfg.kl_coef)
                 | monitor.learning(totals, steps, action_mask)
-                | monitor.critic(values, returns, raw_advantages, value_mask)
-                | monitor.texts(summaries, batch_posts)
+                | monitor.critic(values, returns, raw_advantages, action_mask, value_mask)
+                | monitor.texts(summaries, batch_posts, scores)
                 | {"lr": lr, "episode": (update + 1) * cfg.batch_size}
                 | {"time/rollout": rolled_out - began, "time/score": scored - rolled_out}
                 | {"time/learn": learned - scored, "perf/tokens_per_s": tokens / (learned - began)}
@@ -273,7 +277,7 @@ def main(cfg: Config) -> None:
                 ]
                 run.samples(update + 1, rows)
             if cfg.save_every and (update + 1) % cfg.save_every == 0 and update + 1 < total_updates:
-                save_state(run.folder / "checkpoints" / f"step_{update + 1}", optimizer.state(), {"update": update + 1})
+                save_checkpoint(run.folder, update + 1, optimizer.state())
 
         save_policy(policy, run.folder / "final", tokenizer)
         save_scalar(critic, run.folder / "final_critic", tokenizer)

@@ -10,8 +10,8 @@ folder. The steps, numbered as in the code:
     2. start from the SFT model's trunk with a new linear head, drawn from N(0, 1/sqrt(D+1))
     3. for each batch: score both summaries at their EOS in one forward pass, Bradley-Terry loss, one AdamW step
     4. shift the scores so that the authors' own summaries of the SFT set have mean 0
-    5. measure accuracy on held-out comparisons, by batch, split and confidence
-    6. save
+    5. save
+    6. measure accuracy on held-out comparisons, by batch, split and confidence
 
 Bradley-Terry sees differences only, so the level of the scores is arbitrary until step 4,
 which PPO depends on: a response without EOS is given -1, and the critic starts as this
@@ -22,14 +22,15 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
 
-import time
 from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 
-from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_state, save_scalar, save_state
+import kernels
+from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_state, save_checkpoint, save_scalar
 from nanorlhf.config import check, cli
+from nanorlhf.device import now
 from nanorlhf.inputs import find_data, find_model
 from nanorlhf.losses import bradley_terry_loss, pair_accuracy
 from nanorlhf.models import ScalarModel, parameter_count, reward_model_from
@@ -105,31 +106,31 @@ def accuracy_by(comparisons: list[Comparison], correct: list[bool]) -> dict[str,
 
 
 def main(cfg: Config) -> None:
-    check(cfg.lr > 0, "lr", cfg.lr, "greater than 0")
-    check(cfg.batch_size > 0, "batch_size", cfg.batch_size, "at least 1")
-    check(cfg.shift_posts > 0, "shift_posts", cfg.shift_posts, "at least 1")
     check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
 
     # 1. comparisons
     data, data_from = find_data(cfg.data, cfg.preset)
     folder, sft_from = find_model("sft", cfg.sft_model, "sft_model", cfg.preset)
+    cfg.data, cfg.sft_model = str(data), str(folder)  # what --resume goes on with
     tokenizer = load_tokenizer(folder)
     stats = ComparisonStats()
-    train, valid = load_comparisons(data, "train", stats), load_comparisons(data, "valid")[: cfg.eval_pairs]
+    train, valid = load_comparisons(data, "train", stats), load_comparisons(data, "valid")
+    if len(valid) > cfg.eval_pairs:
+        valid = [valid[i] for i in batch_indices(len(valid), cfg.eval_pairs, seed=0, step=0)]  # not by batch: at random
     total_steps = cfg.num_epochs * (len(train) // cfg.batch_size)
     total_steps = min(total_steps, cfg.max_updates or total_steps)
     check(total_steps > 0, "batch_size", cfg.batch_size, f"at most the {len(train)} comparisons of {data}")
 
     show = ["train/rm/loss", "train/rm/accuracy", "train/rm/margin", "lr", "perf/tokens_per_s"]
-    with Run("rm", cfg, total_steps=total_steps, show=show, kernels="torch") as run:
+    with Run("rm", cfg, total_steps=total_steps, show=show, kernels=kernels.chosen()) as run:
         run.say(f"data    {data} ({data_from}): {stats}; {len(valid):,} held out")
         encoding = run.progress(train, what="encoding comparisons")
         queries, chosen, rejected = encode_comparisons(encoding, tokenizer, cfg.max_query_length)
 
         # 2. model and optimizer
-        policy = load_policy(folder, run.device)
-        check_matches(tokenizer, policy.config.vocab_size)
-        model = reward_model_from(policy, cfg.seed).to(run.dtype)
+        policy = load_policy(folder, run.device, run.dtype)
+        check_matches(tokenizer, policy.config.vocab_size, policy.config.eos_token_id)
+        model = reward_model_from(policy, cfg.seed)
         del policy
         optimizer = AdamW([model], lr=cfg.lr)
         run.say(f"model   {folder} ({sft_from}): {parameter_count(model):,} parameters")
@@ -145,7 +146,7 @@ def main(cfg: Config) -> None:
 
         # 3. train
         while step < total_steps:
-            began = time.monotonic()
+            began = now(run.device)
             lr = SCHEDULES[cfg.lr_schedule](step, total_steps, cfg.lr)
             batch = batch_indices(len(train), cfg.batch_size, cfg.seed, step)
             pairs = [(queries[i] + chosen[i], queries[i] + rejected[i]) for i in batch]
@@ -164,11 +165,11 @@ def main(cfg: Config) -> None:
             step += 1
             margin = totals["train/rm/chosen_scores"] - totals["train/rm/rejected_scores"]
             tokens = sum(len(a) + len(b) for a, b in pairs)
-            speed = {"perf/tokens_per_s": tokens / (time.monotonic() - began)}
+            speed = {"perf/tokens_per_s": tokens / (now(run.device) - began)}
             more = {"train/rm/margin": margin, "lr": lr, "grad_norm": grad_norm, "episode": step * cfg.batch_size}
             run.log(step, totals | more | speed)
             if cfg.save_every and step % cfg.save_every == 0 and step < total_steps:
-                save_state(run.folder / "checkpoints" / f"step_{step}", optimizer.state(), {"step": step})
+                save_checkpoint(run.folder, step, optimizer.state())
 
         # 4. shift: the authors' summaries get mean 0
         posts = load_posts(data, "train")[: cfg.shift_posts]
@@ -176,7 +177,11 @@ def main(cfg: Config) -> None:
         reference_scores = score(model, references, cfg.microbatch_tokens, run.progress)
         model.score_shift = reference_scores.mean().item()
 
-        # 5. accuracy on held-out comparisons
+        # 5. save
+        save_scalar(model, run.folder / "final", tokenizer)
+        run.say(f"model   saved to {run.folder / 'final'}")
+
+        # 6. accuracy on held-out comparisons
         queries, chosen, rejected = encode_comparisons(valid, tokenizer, cfg.max_query_length)
         chosen_scores, rejected_scores = (
             score(model, [q + r for q, r in zip(queries, side, strict=True)], cfg.microbatch_tokens, run.progress)
@@ -190,16 +195,13 @@ def main(cfg: Config) -> None:
         }
         run.show = ["eval/rm/validation/accuracy", "eval/rm/validation/accuracy_longer_wins", "eval/rm/reference_std"]
         run.log(total_steps, metrics)
-        scored = zip(valid, chosen_scores.tolist(), rejected_scores.tolist(), strict=True)
+        scored = list(zip(valid, chosen_scores.tolist(), rejected_scores.tolist(), strict=True))[:256]
         rows = [
             {"post": c.post.post, "chosen": c.chosen, "chosen_score": a, "rejected": c.rejected, "rejected_score": b}
             for c, a, b in scored
         ]
         run.samples(total_steps, rows)
-
-        # 6. save
-        save_scalar(model, run.folder / "final", tokenizer)
-        run.say(f"model   saved to {run.folder / 'final'}; next: python train_ppo.py")
+        run.say("next    python train_ppo.py")
 
 
 if __name__ == "__main__":

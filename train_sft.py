@@ -8,8 +8,8 @@ Reads a base model and TL;DR posts; writes runs/sft/final, a Hugging Face folder
     1. read posts: query "SUBREDDIT: r/... TITLE: ... POST: ... TL;DR:" and response " summary<EOS>", as token ids
     2. load the base model
     3. for each batch: pack queries with their responses, next-token cross-entropy on all tokens, one AdamW step
-    4. measure on held-out posts: loss, ROUGE of generated summaries, share that stop
-    5. save
+    4. save
+    5. measure on held-out posts: loss, ROUGE of generated summaries, share that stop
 
 The loss counts the query's tokens too, as in the paper (N+ detail 9); there is no
 dropout, no warm-up and no gradient clipping in the paper's recipe. Left out: LoRA,
@@ -20,14 +20,15 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
 
-import time
 from dataclasses import dataclass
 
 import torch
 
+import kernels
 from kernels import linear_cross_entropy
-from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_state, save_policy, save_state
+from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_state, save_checkpoint, save_policy
 from nanorlhf.config import check, cli
+from nanorlhf.device import now
 from nanorlhf.inputs import find_data, find_model
 from nanorlhf.losses import next_token_labels, sequence_mean_weights
 from nanorlhf.metrics import rouge
@@ -81,13 +82,12 @@ PRESETS = {
 
 
 def main(cfg: Config) -> None:
-    check(cfg.lr > 0, "lr", cfg.lr, "greater than 0")
-    check(cfg.batch_size > 0, "batch_size", cfg.batch_size, "at least 1")
     check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
 
     # 1. posts
     data, data_from = find_data(cfg.data, cfg.preset)
     folder, model_from = find_model("base", cfg.model, "model", cfg.preset)
+    cfg.data, cfg.model = str(data), str(folder)  # what --resume goes on with
     tokenizer = load_tokenizer(folder)
     train, valid = load_posts(data, "train"), load_posts(data, "valid")[: cfg.eval_posts]
     total_steps = cfg.num_epochs * (len(train) // cfg.batch_size)
@@ -95,16 +95,21 @@ def main(cfg: Config) -> None:
     check(total_steps > 0, "batch_size", cfg.batch_size, f"at most the {len(train)} posts of {data}")
 
     show = ["train/sft/loss", "lr", "perf/tokens_per_s"]
-    with Run("sft", cfg, total_steps=total_steps, show=show, kernels="torch") as run:
+    with Run("sft", cfg, total_steps=total_steps, show=show, kernels=kernels.chosen()) as run:
         run.say(f"data    {data} ({data_from}): {len(train):,} posts, {len(valid):,} held out")
         queries, responses = encode_posts(run.progress(train, what="encoding posts"), tokenizer, cfg.max_query_length)
         query_mean = describe([len(query) for query in queries])["mean"]
         lengths = describe([len(response) for response in responses], cfg.response_length)
         run.say(f"tokens  query mean {query_mean:.0f}, response mean {lengths['mean']:.0f} max {lengths['max']:.0f}")
+        if lengths["share_over_limit"]:
+            share = lengths["share_over_limit"]
+            run.say(
+                f"note    {share:.1%} of the references are longer than response_length {cfg.response_length} (trap T9)"
+            )
 
         # 2. model and optimizer
         policy = load_policy(folder, run.device, run.dtype)
-        check_matches(tokenizer, policy.config.vocab_size)
+        check_matches(tokenizer, policy.config.vocab_size, policy.config.eos_token_id)
         optimizer = AdamW([policy], lr=cfg.lr)
         run.say(f"model   {folder} ({model_from}): {parameter_count(policy):,} parameters")
         run.say(f"plan    {total_steps} steps of {cfg.batch_size} posts")
@@ -119,7 +124,7 @@ def main(cfg: Config) -> None:
 
         # 3. train
         while step < total_steps:
-            began = time.monotonic()
+            began = now(run.device)
             lr = SCHEDULES[cfg.lr_schedule](step, total_steps, cfg.lr)
             batch = batch_indices(len(train), cfg.batch_size, cfg.seed, step)
             sequences = [queries[i] + responses[i] for i in batch]  # ids are joined as they are, never encoded again
@@ -135,11 +140,15 @@ def main(cfg: Config) -> None:
             step += 1
             metrics = {"train/sft/loss": loss, "lr": lr, "grad_norm": grad_norm, "episode": step * cfg.batch_size}
             tokens = sum(len(s) for s in sequences)
-            run.log(step, metrics | {"perf/tokens_per_s": tokens / (time.monotonic() - began)})
+            run.log(step, metrics | {"perf/tokens_per_s": tokens / (now(run.device) - began)})
             if cfg.save_every and step % cfg.save_every == 0 and step < total_steps:
-                save_state(run.folder / "checkpoints" / f"step_{step}", optimizer.state(), {"step": step})
+                save_checkpoint(run.folder, step, optimizer.state())
 
-        # 4. measure on held-out posts
+        # 4. save
+        save_policy(policy, run.folder / "final", tokenizer)
+        run.say(f"model   saved to {run.folder / 'final'}")
+
+        # 5. measure on held-out posts
         queries, references = encode_posts(valid, tokenizer, cfg.max_query_length)
         sequences = [query + reference for query, reference in zip(queries, references, strict=True)]
         valid_loss = 0.0
@@ -159,10 +168,7 @@ def main(cfg: Config) -> None:
         run.log(total_steps, metrics)
         pairs = zip(valid, summaries, strict=True)
         run.samples(total_steps, [{"post": p.post, "reference": p.summary, "sft": s.text} for p, s in pairs])
-
-        # 5. save
-        save_policy(policy, run.folder / "final", tokenizer)
-        run.say(f"model   saved to {run.folder / 'final'}; next: python train_rm.py")
+        run.say("next    python train_rm.py")
 
 
 if __name__ == "__main__":

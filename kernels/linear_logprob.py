@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.linear import linear
+from kernels.linear import linear_fp32
 
 CHUNK_ELEMENTS = 2**28  # logits at a time: 1 GB in fp32, 2,093 rows of Llama 3's vocabulary
 
@@ -23,7 +23,7 @@ def linear_logprob_reference(
     hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """The specification: the formula above, with all logits at once."""
-    logits = linear(hidden, weight).float() / temperature  # (M, V)
+    logits = linear_fp32(hidden, weight) / temperature  # (M, V)
     logprobs = torch.log_softmax(logits, dim=-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)  # finite logits only: exp(-inf) * -inf would be nan
     return logprobs.gather(-1, labels[:, None])[:, 0], entropy

@@ -11,6 +11,7 @@ Our q, k, v and gate, up are one matrix each; in the files they are Hugging Face
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from nanorlhf.llama import LlamaConfig
 from nanorlhf.models import Policy, ScalarModel
 
 MAX_SHARD_BYTES = 5 * 10**9
+KEEP = 2  # checkpoints of a run: the newest, and the one before in case the newest is damaged
 ARCHITECTURES = {
     "policy": "LlamaForCausalLM",
     "reward_model": "LlamaForSequenceClassification",
@@ -246,6 +248,7 @@ def load_scalar(folder: str | Path, device: str = "cpu", dtype: torch.dtype = to
             f"{folder}: architectures is {kind}, expected a reward model or a critic; `python train_rm.py` makes one"
         )
     model = _empty(lambda: ScalarModel(config, bias=kind == ARCHITECTURES["critic"]), device, dtype)
+    model.score.float()  # the head stays fp32, see models.py
     model.score_shift = float(raw.get("score_shift", 0.0))
     load_weights(model, folder)
     return model
@@ -278,13 +281,23 @@ def atomic_folder(folder: str | Path):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors' save_file, with a full disk as the OSError that it is."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if "No space left" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from None
+        raise
+
+
 def _file_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {}
     for ours, parameter in model.named_parameters():
         begin = 0
         for name, rows in file_tensors(ours, model.config):
             part = parameter if rows is None else parameter[begin : begin + rows]
-            tensors[name] = part.detach().to("cpu", dtype).contiguous()
+            tensors[name] = part.detach().to("cpu", torch.float32 if ours.startswith("score.") else dtype).contiguous()
             begin += rows or 0
     return tensors
 
@@ -301,12 +314,12 @@ def _save_model(folder: Path, model: nn.Module, raw_config: dict, dtype: torch.d
             shards[-1][name] = tensor
             size += tensor.nbytes
         if len(shards) == 1:
-            save_file(shards[0], partial / "model.safetensors", metadata={"format": "pt"})
+            _write(shards[0], partial / "model.safetensors")
         else:
             weight_map = {}
             for number, shard in enumerate(shards, start=1):
                 file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-                save_file(shard, partial / file, metadata={"format": "pt"})
+                _write(shard, partial / file)
                 weight_map |= dict.fromkeys(shard, file)
             total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -327,7 +340,7 @@ def save_policy(policy: Policy, folder: str | Path, tokenizer, dtype: torch.dtyp
 def save_scalar(model: ScalarModel, folder: str | Path, tokenizer, dtype: torch.dtype | None = None) -> None:
     """Write a reward model (no bias) or a critic (bias) as a Hugging Face folder, whole or not at all."""
     kind = "reward_model" if model.score.bias is None else "critic"
-    dtype = dtype or model.score.weight.dtype
+    dtype = dtype or model.model.embed_tokens.weight.dtype
     raw = config_json(model.config, kind, dtype, tokenizer.pad_id, model.score_shift)
     _save_model(Path(folder), model, raw, dtype, tokenizer)
 
@@ -339,8 +352,15 @@ def save_state(folder: str | Path, tensors: dict[str, Tensor], state: dict) -> N
     """A checkpoint of a run: named tensors and a small JSON object; complete or absent."""
     with atomic_folder(folder) as partial:
         on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(on_cpu, partial / "state.safetensors")
+        _write(on_cpu, partial / "state.safetensors")
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+
+def save_checkpoint(run_folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
+    """Save checkpoints/step_<step> of a run, then delete all but the newest KEEP: one of a 1B PPO run is 30 GB."""
+    save_state(run_folder / "checkpoints" / f"step_{step}", tensors, {"step": step})
+    for old in _checkpoints(run_folder)[:-KEEP]:
+        shutil.rmtree(old)
 
 
 def load_state(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -358,5 +378,9 @@ def load_state(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """The newest complete checkpoint under a run folder's checkpoints/, or None. Not one that is .partial or .old."""
+    return next(reversed(_checkpoints(folder)), None)
+
+
+def _checkpoints(folder: str | Path) -> list[Path]:
     found = [path for path in Path(folder, "checkpoints").glob("step_*") if not path.suffix]
-    return max(found, key=lambda path: int(path.name.removeprefix("step_")), default=None)
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))

@@ -24,6 +24,8 @@ import difflib
 import errno
 import inspect
 import io
+import json
+import math
 import re
 import sys
 import textwrap
@@ -69,6 +71,25 @@ SPELLINGS = {
     "dtype": "torch_dtype bf16 fp16",
 }
 OTHER_SPELLINGS = {theirs: ours for ours, many in SPELLINGS.items() for theirs in many.split()}
+
+
+# What a flag may be, by name, in whichever script it occurs.
+RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "at least 1",
+        lambda x: x >= 1,
+        "batch_size num_epochs max_updates num_ppo_epochs num_minibatches microbatch_tokens max_query_length "
+        "total_episodes eval_posts eval_pairs shift_posts num_posts num_comparisons steps batch_tokens",
+    ),
+    ("at least 2", lambda x: x >= 2, "response_length"),
+    ("0 or more", lambda x: x >= 0, "seed save_every sample_every"),
+    ("0 or more, and finite", lambda x: 0 <= x < math.inf, "kl_coef vf_coef temperature eval_temperature warmup_steps"),
+    ("greater than 0, and finite", lambda x: 0 < x < math.inf, "lr max_grad_norm cliprange cliprange_value"),
+    ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam"),
+    ("a finite number", math.isfinite, "missing_eos_score"),
+)
+# What may differ from the first start when a run is resumed: nothing that changes its numbers.
+FREE_ON_RESUME = ("resume", "overwrite", "track", "device", "save_every", "sample_every", "preflight")
 
 
 def check(ok: bool, name: str, got: Any, expected: str, fix: str = "") -> None:
@@ -136,7 +157,32 @@ def parse(Config: type, presets: dict[str, dict], doc: str, argv: list[str] | No
     values = {name: value for group in asdict(nested).values() for name, value in group.items()}
     cfg = Config(**(values | {"preset": preset}))
     cfg.preset_reason, cfg.argv = reason, argv
+    if getattr(cfg, "resume", False):
+        _restore(cfg, explicit={flag.removeprefix("--").removeprefix("no_") for flag, _ in flags})
+    for expected, holds, names in RULES:
+        for name in names.split():
+            value = getattr(cfg, name, None)
+            check(value is None or holds(value), name, value, expected)
     return cfg
+
+
+def _restore(cfg: Any, explicit: set[str]) -> None:
+    """Take the settings of the resumed run, models and data included; an explicit flag may not contradict them."""
+    path = Path("runs") / cfg.run_name / "config.json"
+    try:
+        began_with = json.loads(path.read_text())["config"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return  # there is no such run: Run says so
+    for name in _names(type(cfg)) & set(began_with):
+        if name in FREE_ON_RESUME:
+            continue
+        now, then = getattr(cfg, name), began_with[name]
+        check(
+            name not in explicit or now == then, f"--{name}", now, f"{then!r}, as when {path.parent} began",
+            "leave the flag out to resume, or start a new run with --run_name",
+        )  # fmt: skip
+        setattr(cfg, name, then)
+    cfg.preset_reason = "that of the run"
 
 
 def describe(Config: type) -> tuple[dict[str, str], dict[str, list[str]]]:

@@ -3,6 +3,7 @@
 import random
 import resource
 import sys
+import time
 
 import numpy as np
 import torch
@@ -26,7 +27,12 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """auto | float32 | bfloat16 -> dtype; auto is bfloat16 on CUDA and float32 on CPU."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        # bf16 needs an Ampere card or newer (as does flash attention)
+        return (
+            torch.bfloat16
+            if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+            else torch.float32
+        )
     known = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
     check(name in known, "dtype", name, "auto, float32 or bfloat16", "float16 overflows in PPO")
     return known[name]
@@ -53,3 +59,10 @@ def peak_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a monotonic clock, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()

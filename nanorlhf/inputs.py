@@ -1,7 +1,7 @@
 """Where a script finds its data and its models, in this order:
 
     1. the flag                       --data, --model, --sft_model, --reward_model
-    2. the run of the stage before    runs/sft/final, runs/rm/final            (of the same preset)
+    2. the run of the stage before    runs/sft/final, runs/rm/final            (of the tiny world, or not, as this one)
     3. the embedded tiny world        nanorlhf/tiny/checkpoints, data/tiny     (preset tiny only)
     4. an error that says what to type
 
@@ -43,7 +43,7 @@ def find_model(
         return Path(flag), f"--{flag_name}"
     if stage in UPSTREAM:
         run = Path(runs) / UPSTREAM[stage]
-        if (run / "final").is_dir() and _preset_of(run) == preset:
+        if (run / "final").is_dir() and (_preset_of(run) == "tiny") == (preset == "tiny"):
             return run / "final", f"the {stage} run"
     if preset == "tiny":
         return EMBEDDED / stage, "embedded"

@@ -153,13 +153,21 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+        self._frequencies: dict[torch.device, Tensor] = {}  # no buffer: a cast to bf16 would spoil it
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """rope_frequencies, (Dh/2,) fp32, made once a device."""
+        if device not in self._frequencies:
+            self._frequencies[device] = rope_frequencies(self.config).to(device)
+        return self._frequencies[device]
+
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states after the final norm.
 
         args: tokens (N,) int64; positions (N,) int64; attend: how a token sees others (attention.causal, or a KV cache)
         -> (N, D) in the dtype of the weights
         """
-        angles = positions[:, None].float() * rope_frequencies(self.config).to(positions.device)  # (N, Dh/2)
+        angles = positions[:, None].float() * self.frequencies(positions.device)  # (N, Dh/2)
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (N, 1, Dh/2), fp32: bf16 cannot hold position 300
         x = self.embed_tokens(tokens)  # (N, D)
         for layer in self.layers:

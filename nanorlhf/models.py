@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kernels import linear_logprob
+from kernels import linear_fp32, linear_logprob
 from nanorlhf.attention import causal
 from nanorlhf.llama import Llama, LlamaConfig
 from nanorlhf.packing import Packed, pack
@@ -55,7 +55,7 @@ class Policy(nn.Module):
     def logits(self, sequences: list[list[int]]) -> list[Tensor]:
         """Logits of every token of each sequence: a list of (T_i, V) fp32. Training never forms them."""
         packed = pack(sequences, device=self.head_weight.device)
-        logits = (self.hidden(packed) @ self.head_weight.T).float()
+        logits = linear_fp32(self.hidden(packed), self.head_weight)
         return packed.unpack(logits)
 
 
@@ -88,8 +88,7 @@ class ScalarModel(nn.Module):
         return self._head(hidden[packed.response_rows(response_length)])
 
     def _head(self, hidden: Tensor) -> Tensor:  # (..., D) -> (...), in fp32: a bf16 score moves in steps of 1/32
-        bias = None if self.score.bias is None else self.score.bias.float()
-        return nn.functional.linear(hidden.float(), self.score.weight.float(), bias)[..., 0] - self.score_shift
+        return self.score(hidden.float())[..., 0] - self.score_shift
 
     @torch.no_grad()
     def scores(self, sequences: list[list[int]]) -> Tensor:
@@ -104,14 +103,10 @@ class ScalarModel(nn.Module):
 
 
 def reward_model_from(policy: Policy, seed: int) -> ScalarModel:
-    """A new reward model: a copy of the SFT model's trunk, a head drawn from N(0, 1/sqrt(D+1)) (N+ details 11, 13)."""
-    model = ScalarModel(policy.config, bias=False)
-    model.model = copy.deepcopy(policy.model)
+    """A new reward model: a copy of the SFT model's trunk, a head drawn from N(0, 1/sqrt(D+1)) (N+ details 10, 11)."""
     D = policy.config.hidden_size
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        model.score.weight.copy_(torch.randn(1, D, generator=generator) / math.sqrt(D + 1))
-    return model.to(policy.head_weight.device)
+    return _scalar(policy.model, policy.config, torch.randn(1, D, generator=generator) / math.sqrt(D + 1), bias=None)
 
 
 def critic_from(reward_model: ScalarModel) -> ScalarModel:
@@ -119,14 +114,22 @@ def critic_from(reward_model: ScalarModel) -> ScalarModel:
 
     So before the first update V(state after EOS) equals the score of the response: an identity worth testing.
     """
-    critic = ScalarModel(reward_model.config, bias=True)
-    critic.model = copy.deepcopy(reward_model.model)
-    critic.score.to(reward_model.score.weight.device)
+    bias = 0.0 if reward_model.score.bias is None else reward_model.score.bias.item()
+    weight = reward_model.score.weight.detach()
+    return _scalar(reward_model.model, reward_model.config, weight, bias=bias - reward_model.score_shift)
+
+
+def _scalar(trunk: Llama, config: LlamaConfig, weight: Tensor, bias: float | None) -> ScalarModel:
+    """A ScalarModel on a copy of the trunk. Its head is fp32 in any case: 2,049 numbers that set the scale."""
+    with torch.device("meta"):
+        model = ScalarModel(config, bias=bias is not None)
+    model.model = copy.deepcopy(trunk)
+    model.score.to_empty(device=trunk.embed_tokens.weight.device)
     with torch.no_grad():
-        critic.score.weight.copy_(reward_model.score.weight)
-        bias = 0.0 if reward_model.score.bias is None else reward_model.score.bias
-        critic.score.bias.copy_(torch.as_tensor(bias) - reward_model.score_shift)
-    return critic
+        model.score.weight.copy_(weight)
+        if bias is not None:
+            model.score.bias.fill_(bias)
+    return model
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanorlhf.metrics import title_copy
+from nanorlhf.metrics import copied_ngrams, distinct_n, mean, title_copy
 from nanorlhf.rollout import Summary
 from nanorlhf.tiny import gold
 from nanorlhf.tldr import Post
@@ -44,7 +44,9 @@ def learning(totals: dict[str, Tensor], optimizer_steps: int, action_mask: Tenso
     return metrics
 
 
-def critic(values: Tensor, returns: Tensor, advantages: Tensor, value_mask: Tensor) -> dict[str, float]:
+def critic(
+    values: Tensor, returns: Tensor, advantages: Tensor, action_mask: Tensor, value_mask: Tensor
+) -> dict[str, float]:
     """How well the critic predicts: 1 is perfectly, 0 as well as a constant.
 
     args: all (B, R); advantages before whitening
@@ -54,23 +56,27 @@ def critic(values: Tensor, returns: Tensor, advantages: Tensor, value_mask: Tens
         "returns_mean": targets.mean().item(),
         "values_mean": values[value_mask].mean().item(),
         "explained_variance": (1 - errors.var() / targets.var()).item(),
-        "advantages_max": advantages[value_mask].max().item(),
+        "advantages_max": advantages[action_mask].max().item(),
     }
 
 
-def texts(summaries: list[Summary], posts: list[Post]) -> dict[str, float]:
-    """What can be seen in the text itself: whether it stops, its length, how much of the title it copies.
+def texts(summaries: list[Summary], posts: list[Post], scores: Tensor) -> dict[str, float]:
+    """What can be seen in the text itself: whether it stops, and the ways in which a policy games a reward model.
 
-    In the tiny world, where the truth is known, also its gold score.
+    In the tiny world, where the truth is known, also its gold score. scores (B,)
     """
-    copied = [title_copy(s.text, p.title) for s, p in zip(summaries, posts, strict=True)]
+    pairs = list(zip(summaries, posts, strict=True))
+    lengths = [len(s.text.split()) for s in summaries]
+    varies = min(lengths) < max(lengths)  # otherwise a correlation is not defined
     metrics = {
         "val/num_eos_tokens": sum(s.has_eos for s in summaries),
         "val/eos_rate": sum(s.has_eos for s in summaries) / len(summaries),
-        "hack/length": float(np.mean([len(s.text.split()) for s in summaries])),
-        "hack/title_copy": float(np.nanmean(copied)),
+        "hack/length": mean(lengths),
+        "hack/length_score_corr": float(np.corrcoef(lengths, scores.tolist())[0, 1]) if varies else 0.0,
+        "hack/title_copy": mean([title_copy(s.text, p.title) for s, p in pairs]),
+        "hack/copy4": mean([copied_ngrams(s.text, p.post) for s, p in pairs]),
+        "hack/distinct2": distinct_n([s.text for s in summaries]),
     }
     if posts[0].id.startswith("tiny-"):
-        true_scores = [gold.judge(p.id, s.text) for s, p in zip(summaries, posts, strict=True)]
-        metrics["objective/gold"] = float(np.mean(true_scores))
+        metrics["objective/gold"] = mean([gold.judge(p.id, s.text) for s, p in pairs])
     return metrics

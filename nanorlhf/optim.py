@@ -59,6 +59,11 @@ class AdamW:
         self.adam.param_groups[0]["lr"] = lr
         gradients = [master.grad for master in self.masters if master.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            raise UserError(
+                f"gradient norm: got {norm.item()}, expected a finite number: the weights are as they were before this "
+                "step and nothing was saved over; lower --lr, or set --max_grad_norm, and continue with --resume"
+            )
         if max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.masters, max_grad_norm, norm)
         self.adam.step()
@@ -89,6 +94,11 @@ class AdamW:
                             f"checkpoint: tensor {name}.{key} is missing, expected the whole state of these models: "
                             "remove its folder to resume from an earlier one"
                         )
+                if tensors[f"{name}.master"].shape != master.shape:
+                    raise UserError(
+                        f"checkpoint: tensor {name}.master has shape {tuple(tensors[f'{name}.master'].shape)}, "
+                        f"expected {tuple(master.shape)}: it belongs to another model"
+                    )
                 master.copy_(tensors[f"{name}.master"])
                 parameter.copy_(master)
                 self.adam.state[master] = {key: tensors[f"{name}.{key}"].to(master.device).clone() for key in keys}

@@ -31,7 +31,7 @@ def preflight(policy: Policy, episode: Experience, ref_logprobs: Tensor, scores:
         episode.sequences, episode.responses, episode.action_mask, episode.logprobs, episode.values,
     )  # fmt: skip
     kl = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1).abs().max().item()
-    if kl > 1e-3:
+    if not kl <= 1e-3:  # so that a nan fails too
         raise UserError(
             f"pre-flight: KL(policy, SFT) is {kl:.4g} nats before the first update, expected 0: "
             "policy and reference differ in weights, in temperature or in code"
@@ -44,7 +44,7 @@ def preflight(policy: Policy, episode: Experience, ref_logprobs: Tensor, scores:
     new_logprobs, _ = in_microbatches(second_pass, sequences, smaller, responses.device)  # (B, R)
     ratio = (torch.where(mask, (new_logprobs - logprobs).exp(), 0.0).sum() / mask.sum()).item()
     dtype = policy.head_weight.dtype
-    if abs(ratio - 1) > RATIO_TOLERANCE[dtype]:
+    if not abs(ratio - 1) <= RATIO_TOLERANCE[dtype]:
         raise UserError(
             f"pre-flight: the ratio is {ratio:.6f} before the first update, expected 1 within "
             f"{RATIO_TOLERANCE[dtype]}: log-probs depend on how the batch is cut, so padding or another sequence "
@@ -55,7 +55,7 @@ def preflight(policy: Policy, episode: Experience, ref_logprobs: Tensor, scores:
     has_slot = ~mask[:, -1]  # a response that fills all R slots has no such state
     difference = values.gather(1, after_eos[:, None])[:, 0] - scores
     value_error = torch.where(has_slot, difference, 0.0).abs().max().item()
-    if value_error > VALUE_TOLERANCE[dtype]:
+    if not value_error <= VALUE_TOLERANCE[dtype]:
         raise UserError(
             f"pre-flight: V(after EOS) differs from the score by {value_error:.4g}, expected 0: "
             "the critic did not start as the reward model, or one of them reads the wrong token"

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import linear
+from kernels import linear_fp32
 from nanorlhf.attention import causal
 from nanorlhf.models import Policy
 from nanorlhf.packing import pack
@@ -107,7 +107,7 @@ def generate(
     hidden = policy.model(packed.tokens, packed.positions, cache.prefill(packed))[packed.last_rows()]  # (B, D)
     responses, logprobs = [], []
     for t in range(response_length):
-        logits = linear(hidden, policy.head_weight).float() / (temperature or 1.0)  # (B, V)
+        logits = linear_fp32(hidden, policy.head_weight) / (temperature or 1.0)  # (B, V)
         distribution = torch.log_softmax(logits, dim=-1)
         tokens = sample(distribution.exp(), u[:, t]) if temperature > 0 else logits.argmax(dim=-1)  # (B,)
         responses.append(tokens)

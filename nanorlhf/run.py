@@ -54,7 +54,7 @@ class RunConfig(Protocol):
 class Run:
     """One run of one stage ("sft", "rm", "ppo", "eval"): claims the folder, seeds, picks device and dtype, logs.
 
-    Make it when the inputs have been found: with --overwrite an earlier run of this name is deleted here.
+    The folder is checked at once and touched at the first write (`begin`), so a start that fails loses nothing.
     `total_steps` may be set later (run.total_steps = n), before the first log.
     Raises UserError for a folder that must not be touched, an unusable device, or a missing tracker.
     """
@@ -84,25 +84,39 @@ class Run:
         one_name = cfg.run_name == Path(cfg.run_name).name and cfg.run_name not in ("", "..")
         check(one_name, "run_name", repr(cfg.run_name), "the name of one folder", "leave out slashes")
         self.folder = Path(root) / cfg.run_name
-        before = _claim(self.folder, stage, cfg.overwrite, getattr(cfg, "resume", None))
-        self._began = time.monotonic()
+        self._before = _may_use(self.folder, stage, cfg.overwrite, getattr(cfg, "resume", None))
+        self._stage, self._kernels = stage, kernels
+        self._ours = False  # the folder is not touched before there is something to write
+        self._began, self._started = time.monotonic(), datetime.now().astimezone()
         self._marks = [(0, self._began)]  # (step, when it was logged); the first one is the start
         self._purge_step = None
-        if self.resuming:
-            self.truncate_metrics(math.inf)  # drops a line that a kill cut short
-
-        record = self._record(stage, kernels, before)
-        write_whole(self.folder / "config.json", json.dumps(record, indent=2) + "\n")
-        if self._wandb_module:
-            about = dict(project="nanorlhf", name=cfg.run_name, config=record["config"], dir=str(self.folder))
-            self._wandb = self._wandb_module.init(id=record["id"], resume="allow", **about)
         seed_everything(cfg.seed)
 
-        self.say(f"preset  {cfg.preset}: {record['preset_reason']}")
+        self.say(f"preset  {cfg.preset}: {getattr(cfg, 'preset_reason', 'set in code')}")
+        dtype = str(self.dtype).removeprefix("torch.")
         with_kernels = f", kernels {kernels}" if kernels else ""
-        self.say(f"device  {record['device']}, {record['dtype']}{with_kernels}, seed {cfg.seed}")
+        self.say(f"device  {device_name(self.device)}, {dtype}{with_kernels}, seed {cfg.seed}")
         self.say(f"folder  {self.folder}" + (" (resumed)" if self.resuming else ""))
-        if changed := _changes(before, record):
+
+    def begin(self) -> None:
+        """Make the folder this run's own: an overwritten run is deleted here, when all inputs have been found good.
+
+        Called by whatever first writes to the folder; scripts need not call it.
+        """
+        if self._ours:
+            return
+        self._ours = True
+        if self.cfg.overwrite and self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.resuming:
+            self.truncate_metrics(math.inf)  # drops a line that a kill cut short
+        record = self._record(self._stage, self._kernels, self._before)
+        write_whole(self.folder / "config.json", json.dumps(record, indent=2) + "\n")
+        if self._wandb_module:
+            about = dict(project="nanorlhf", name=self.cfg.run_name, config=record["config"], dir=str(self.folder))
+            self._wandb = self._wandb_module.init(id=record["id"], resume="allow", **about)
+        if changed := _changes(self._before, record):
             self.say(f"changed since the last start: {', '.join(changed)}")
 
     def say(self, line: str) -> None:
@@ -116,6 +130,7 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Records the metrics of a step (numbers, or tensors with one element) everywhere, and prints one line."""
+        self.begin()
         values = {name: _number(name, value) for name, value in metrics.items()}
         append(self.folder / "metrics.jsonl", [{"step": step, "time": round(time.time(), 3)} | finite(values)])
         if self._board is None:
@@ -142,6 +157,7 @@ class Run:
         rows = list(rows)
         if not rows:
             return
+        self.begin()
         append(self.folder / "samples.jsonl", [{"step": step} | finite(row) for row in rows])
         from rich.console import Console
         from rich.table import Table
@@ -179,6 +195,7 @@ class Run:
 
     def truncate_metrics(self, last_step: float) -> None:
         """On resume: drops the lines of metrics.jsonl and samples.jsonl after `last_step`, the checkpoint's step."""
+        self.begin()
         for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
             if path.exists():
                 rows = [row for row in read_jsonl(path) if row["step"] <= last_step]
@@ -209,14 +226,13 @@ class Run:
 
     def _record(self, stage: str, kernels: str | None, before: dict) -> dict:
         """What config.json holds: what one needs to know to repeat the run."""
-        now = datetime.now().astimezone()
         record = {
             "stage": stage,
-            "id": before.get("id") or f"{self.cfg.run_name}-{now:%Y%m%d-%H%M%S}",
+            "id": before.get("id") or f"{self.cfg.run_name}-{self._started:%Y%m%d-%H%M%S}",
             "config": asdict(self.cfg),
             "preset_reason": getattr(self.cfg, "preset_reason", "set in code"),
             "argv": [sys.argv[0], *getattr(self.cfg, "argv", sys.argv[1:])],
-            "started": now.isoformat(timespec="seconds"),
+            "started": self._started.isoformat(timespec="seconds"),
             "git": _git(),
             "python": platform.python_version(),
             "versions": {name: _version(name) for name in PACKAGES},
@@ -247,8 +263,8 @@ def read_metrics(folder: str | Path) -> list[dict]:
     return read_jsonl(Path(folder) / "metrics.jsonl")
 
 
-def _claim(folder: Path, stage: str, overwrite: bool, resume: bool | None) -> dict:
-    """Makes the folder this run's own, or raises UserError. Returns the config.json to be continued ({} if none).
+def _may_use(folder: Path, stage: str, overwrite: bool, resume: bool | None) -> dict:
+    """Raises UserError when a run may not write to this folder. Returns the config.json to be continued ({} if none).
 
     resume is None where the script has no such flag.
     """
@@ -261,21 +277,17 @@ def _claim(folder: Path, stage: str, overwrite: bool, resume: bool | None) -> di
         resumed = "" if resume is None else "--resume continues it, "
         choices = "--overwrite deletes it, --run_name chooses another folder"
         raise UserError(f"{folder} holds a run already: {resumed}{choices}")
-    before = {}
-    if used:
-        try:
-            before = json.loads((folder / "config.json").read_text())
-            owner = before["stage"]
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):  # no Run wrote this
-            owner = None
-        if owner != stage:
-            what = f"a run of {owner}, not of {stage}" if owner else "no run folder (config.json is missing or broken)"
-            raise UserError(f"{folder} is {what}: choose another --run_name")
-        if overwrite:
-            shutil.rmtree(folder)
-            before = {}
-    folder.mkdir(parents=True, exist_ok=True)
-    return before
+    if not used:
+        return {}
+    try:
+        before = json.loads((folder / "config.json").read_text())
+        owner = before["stage"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):  # no Run wrote this
+        owner = None
+    if owner != stage:
+        what = f"a run of {owner}, not of {stage}" if owner else "no run folder (config.json is missing or broken)"
+        raise UserError(f"{folder} is {what}: choose another --run_name")
+    return {} if overwrite else before
 
 
 def _changes(before: dict, now: dict) -> list[str]:

@@ -117,12 +117,23 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     )
 
 
-def check_matches(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise UserError when the tokenizer has ids for which a model of `vocab_size` rows has no row."""
+def check_matches(tokenizer: Tokenizer, vocab_size: int, eos_id: int | None = None) -> None:
+    """Raise UserError when a model of `vocab_size` rows has no row for one of the ids, or stops at another EOS."""
+    fix = "use the tokenizer files that came with the model"
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"tokenizer: it has {tokenizer.vocab_size} ids but the model has {vocab_size} embedding rows, expected at "
-            "most as many ids as rows: use the tokenizer files that came with the model"
+            f"most as many ids as rows: {fix}"
+        )
+    if eos_id is not None and tokenizer.eos_id != eos_id:
+        raise UserError(f"tokenizer: its EOS is {tokenizer.eos_id}, expected the model's eos_token_id {eos_id}: {fix}")
+
+
+def check_same(tokenizer: Tokenizer, other: Tokenizer, what: str) -> None:
+    """Raise UserError when two models that read each other's token ids were trained with different tokenizers."""
+    if tokenizer._tokens != other._tokens:
+        raise UserError(
+            f"tokenizer: that of {what} has other tokens, expected the same one: train both from the same base model"
         )
 
 

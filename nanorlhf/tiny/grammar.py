@@ -6,6 +6,7 @@ beside the point. Everything is drawn from a `random.Random`, so the same seed w
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nanorlhf.tiny.lexicon import (
@@ -138,7 +139,7 @@ def draw_facts(rng: random.Random) -> Facts:
     return Facts(
         subreddit=subreddit,
         who=who,
-        pronoun=PRONOUNS.get(who) or rng.choice(("he", "she")),
+        pronoun=PRONOUNS[who],
         act=act,
         act_form=rng.choice(FORMS[act]),
         obj=obj,
@@ -188,6 +189,11 @@ def sayable(templates: tuple[str, ...], facts: Facts) -> list[str]:
     return [template for template in templates if facts.feel or "{feel}" not in template]
 
 
+def habitual(wordings: Sequence[str], rng: random.Random) -> str:
+    """One of the wordings: the first in half of all cases, the others alike. People have habits."""
+    return wordings[0] if rng.random() < 0.5 else rng.choice(wordings[1:])
+
+
 def write_title(facts: Facts, rng: random.Random) -> str:
     """A title: clickbait in 40 % of posts, else one that gives away one to four facts."""
     if rng.random() < 0.4:
@@ -211,8 +217,8 @@ def write_post(facts: Facts, rng: random.Random) -> str:
 def write_summary(facts: Facts, rng: random.Random, coverage: str = "full") -> str:
     """A summary that names what `coverage` says (a key of SUMMARIES), in nearly the words of the post."""
     act = rng.choice(FORMS[facts.act]) if rng.random() < 0.3 else facts.act_form
-    question = rng.choice(ASKING)
-    template = rng.choice(sayable(SUMMARIES[coverage], facts))
+    question = habitual(ASKING, rng)
+    template = habitual(sayable(SUMMARIES[coverage], facts), rng)
     template = template.replace("{question}", question).replace("{Question}", question[0].upper() + question[1:])
     template = template.replace("{My_who}", rng.choice(("My {who}", "{Who}")))
     return fill(template, facts, act=act)
