@@ -238,6 +238,7 @@ def main(cfg: Config) -> None:
             row |= {f"gold/{stage}": gold[stage][i] for stage in gold}
             row |= {f"score/{stage}": scores[stage][i] for stage in scores}
             rows.append(finite(row))
+        run.begin()
         append(run.folder / "samples.jsonl", rows)
         write_whole(run.folder / "metrics.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
         report = write_report(run.folder)

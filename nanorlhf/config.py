@@ -90,6 +90,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 )
 # What may differ from the first start when a run is resumed: nothing that changes its numbers.
 FREE_ON_RESUME = ("resume", "overwrite", "track", "device", "save_every", "sample_every", "preflight")
+KEPT_UNLESS_GIVEN = ("save_every", "sample_every", "preflight")  # of these, what a resume without the flag goes on with
 
 
 def check(ok: bool, name: str, got: Any, expected: str, fix: str = "") -> None:
@@ -170,15 +171,16 @@ def _restore(cfg: Any, explicit: set[str]) -> None:
     """Take the settings of the resumed run, models and data included; an explicit flag may not contradict them."""
     path = Path("runs") / cfg.run_name / "config.json"
     try:
-        began_with = json.loads(path.read_text())["config"]
+        began_with = dict(json.loads(path.read_text())["config"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return  # there is no such run: Run says so
     for name in _names(type(cfg)) & set(began_with):
-        if name in FREE_ON_RESUME:
+        if name in FREE_ON_RESUME and (name in explicit or name not in KEPT_UNLESS_GIVEN):
             continue
         now, then = getattr(cfg, name), began_with[name]
+        equal = Path(now) == Path(then) if isinstance(now, str) and isinstance(then, str) else now == then
         check(
-            name not in explicit or now == then, f"--{name}", now, f"{then!r}, as when {path.parent} began",
+            name not in explicit or equal, f"--{name}", now, f"{then!r}, as when {path.parent} began",
             "leave the flag out to resume, or start a new run with --run_name",
         )  # fmt: skip
         setattr(cfg, name, then)

@@ -1,9 +1,11 @@
 """The curves of the three training stages, drawn from their metrics.jsonl.
 
-Colours are legible on white and on black and the background is transparent, so one PNG serves light and dark pages.
+Thin: as logged. Thick: smoothed. Colours are legible on white and on black and the background is transparent, so one
+PNG serves light and dark pages.
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -21,7 +23,8 @@ def panels(specifications: list[tuple[str, str, str, list[dict], str]]) -> Figur
         points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
         if points:
             steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, color=colour, linewidth=1.6, marker="." if len(points) < 60 else None)
+            axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.4, marker="." if len(points) < 60 else None)
+            axes.plot(steps, smooth(values), color=colour, linewidth=2.2)
         axes.set_title(title, fontsize=10, color=GREY)
         axes.set_xlabel(x_name, fontsize=9, color=GREY)
         axes.tick_params(colors=GREY, labelsize=8)
@@ -30,6 +33,13 @@ def panels(specifications: list[tuple[str, str, str, list[dict], str]]) -> Figur
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(GREY)
     return figure
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Mean of each value and its neighbours, a tenth of the curve to either side: every step saw other posts."""
+    reach = len(values) // 10
+    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def ppo_figure(rows: list[dict]) -> Figure:

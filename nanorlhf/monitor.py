@@ -67,12 +67,12 @@ def texts(summaries: list[Summary], posts: list[Post], scores: Tensor) -> dict[s
     """
     pairs = list(zip(summaries, posts, strict=True))
     lengths = [len(s.text.split()) for s in summaries]
-    varies = min(lengths) < max(lengths)  # otherwise a correlation is not defined
+    vary = min(lengths) < max(lengths) and scores.min() < scores.max()  # otherwise a correlation is not defined
     metrics = {
         "val/num_eos_tokens": sum(s.has_eos for s in summaries),
         "val/eos_rate": sum(s.has_eos for s in summaries) / len(summaries),
         "hack/length": mean(lengths),
-        "hack/length_score_corr": float(np.corrcoef(lengths, scores.tolist())[0, 1]) if varies else 0.0,
+        "hack/length_score_corr": float(np.corrcoef(lengths, scores.tolist())[0, 1]) if vary else 0.0,
         "hack/title_copy": mean([title_copy(s.text, p.title) for s, p in pairs]),
         "hack/copy4": mean([copied_ngrams(s.text, p.post) for s, p in pairs]),
         "hack/distinct2": distinct_n([s.text for s in summaries]),

@@ -84,8 +84,8 @@ class Run:
         one_name = cfg.run_name == Path(cfg.run_name).name and cfg.run_name not in ("", "..")
         check(one_name, "run_name", repr(cfg.run_name), "the name of one folder", "leave out slashes")
         self.folder = Path(root) / cfg.run_name
-        self._before = _may_use(self.folder, stage, cfg.overwrite, getattr(cfg, "resume", None))
         self._stage, self._kernels = stage, kernels
+        self._before = self._may_begin()
         self._ours = False  # the folder is not touched before there is something to write
         self._began, self._started = time.monotonic(), datetime.now().astimezone()
         self._marks = [(0, self._began)]  # (step, when it was logged); the first one is the start
@@ -98,13 +98,19 @@ class Run:
         self.say(f"device  {device_name(self.device)}, {dtype}{with_kernels}, seed {cfg.seed}")
         self.say(f"folder  {self.folder}" + (" (resumed)" if self.resuming else ""))
 
+    def _may_begin(self) -> dict:
+        cfg = self.cfg
+        return _may_use(self.folder, self._stage, cfg.overwrite, getattr(cfg, "resume", None))
+
     def begin(self) -> None:
         """Make the folder this run's own: an overwritten run is deleted here, when all inputs have been found good.
 
-        Called by whatever first writes to the folder; scripts need not call it.
+        Called by log, samples and truncate_metrics; a script calls it where it writes files of its own before those.
+        Raises UserError when another run has taken the folder meanwhile.
         """
         if self._ours:
             return
+        self._before = self._may_begin()
         self._ours = True
         if self.cfg.overwrite and self.folder.exists():
             shutil.rmtree(self.folder)

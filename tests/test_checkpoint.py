@@ -1,11 +1,13 @@
 """Folders in and out: what we save comes back bit for bit, means the same in transformers, and damage is named."""
 
+import errno
 import json
 import os
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanorlhf import checkpoint
@@ -16,12 +18,13 @@ from nanorlhf.checkpoint import (
     load_scalar,
     load_state,
     read_config,
+    save_checkpoint,
     save_policy,
     save_scalar,
     save_state,
 )
 from nanorlhf.errors import UserError
-from nanorlhf.models import critic_from
+from nanorlhf.models import critic_from, reward_model_from
 from nanorlhf.optim import AdamW
 
 
@@ -122,6 +125,33 @@ def test_a_policy_can_be_saved_in_bf16_and_says_so(make_policy, tokenizer, tmp_p
     assert json.loads((tmp_path / "final" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert {t.dtype for t in load_file(tmp_path / "final" / "model.safetensors").values()} == {torch.bfloat16}
     assert_same_weights(load_policy(tmp_path / "final", dtype=torch.bfloat16), policy.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", ["reward model", "critic"])
+def test_the_head_of_a_bf16_model_stays_fp32_in_memory_and_in_files(
+    make_policy, make_sequences, tokenizer, tmp_path, kind
+):
+    model = reward_model_from(make_policy().to(torch.bfloat16), seed=0)
+    model.score_shift = 0.123456789
+    if kind == "critic":
+        model = critic_from(model)
+    save_scalar(model, tmp_path / "final", tokenizer)
+    stored = load_file(tmp_path / "final" / "model.safetensors")
+    heads = {name for name in stored if name.startswith("score.")}
+    assert heads == ({"score.weight"} if kind == "reward model" else {"score.weight", "score.bias"})
+    assert {stored[name].dtype for name in heads} == {torch.float32}
+    assert {stored[name].dtype for name in stored.keys() - heads} == {torch.bfloat16}
+    assert json.loads((tmp_path / "final" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+    loaded = load_scalar(tmp_path / "final", dtype=torch.bfloat16)
+    assert_same_weights(loaded, model)  # bit for bit: in bf16 the head would lose 16 of its 24 bits
+    assert loaded.score.weight.dtype == torch.float32 and loaded.model.norm.weight.dtype == torch.bfloat16
+    sequences = make_sequences([4, 11])
+    assert torch.equal(loaded.scores(sequences), model.scores(sequences))
+    save_scalar(loaded, tmp_path / "again", tokenizer)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "final" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_pad_is_the_tokenizers_wherever_it_is_written(make_policy, tokenizer, tmp_path):
@@ -396,3 +426,51 @@ def test_the_latest_checkpoint_is_the_largest_complete_one(tmp_path):
     for name in ("step_9", "step_100", "step_20", "step_300.partial", "step_200.old"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert latest_checkpoint(tmp_path).name == "step_100"
+
+
+def test_of_a_runs_checkpoints_the_newest_two_are_kept(tmp_path):
+    assert checkpoint.KEEP == 2
+    for name in ("step_300.partial", "step_200.old"):  # what a kill leaves is not counted
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    for step in (8, 9, 10, 100):  # 9 is newer than 10 as a word
+        save_checkpoint(tmp_path, step, {"a": torch.tensor(float(step))})
+        tensors, state = load_state(latest_checkpoint(tmp_path))
+        assert state == {"step": step} and tensors["a"].item() == step
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step_10", "step_100", "step_200.old", "step_300.partial"]
+
+
+def full_disk(*_, **__):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")  # its own words
+
+
+def test_an_older_checkpoint_goes_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"a": torch.tensor(float(step))})
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError):
+        save_checkpoint(tmp_path, 3, {"a": torch.tensor(3.0)})
+    kept = [path for path in (tmp_path / "checkpoints").iterdir() if not path.suffix]
+    assert sorted(load_state(path)[1]["step"] for path in kept) == [1, 2]
+
+
+def test_a_full_disk_is_an_oserror_that_says_so(make_policy, make_scalar, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    for save in (
+        lambda: save_checkpoint(tmp_path, 3, {"a": torch.ones(2)}),
+        lambda: save_policy(make_policy(), tmp_path / "final", tokenizer),
+        lambda: save_scalar(make_scalar(bias=True), tmp_path / "final_critic", tokenizer),
+    ):
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            save()
+        assert caught.value.errno == errno.ENOSPC and caught.value.filename.endswith(".safetensors")
+    assert latest_checkpoint(tmp_path) is None and not (tmp_path / "final").exists()
+
+
+def test_another_error_of_safetensors_keeps_its_name(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise SafetensorError("something else")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(SafetensorError, match="something else"):
+        save_checkpoint(tmp_path, 3, {"a": torch.ones(2)})

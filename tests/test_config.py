@@ -1,6 +1,7 @@
 """Flags, presets, --help and what a wrong flag gets."""
 
 import errno
+import json
 import subprocess
 import sys
 import textwrap
@@ -12,8 +13,13 @@ from typing import Literal
 import pytest
 import torch
 
-from nanorlhf.config import OTHER_SPELLINGS, check, cli, describe, parse, unread_fields
+import eval as eval_script
+import train_ppo
+import train_rm
+import train_sft
+from nanorlhf.config import FREE_ON_RESUME, OTHER_SPELLINGS, RULES, check, cli, describe, parse, unread_fields
 from nanorlhf.errors import UserError
+from nanorlhf.tiny import pretrain
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,6 +33,7 @@ class Config:
     run_name: str = "ppo"  # folder under runs/
     resume: bool = False  # continue from the last complete checkpoint
     device: str = "auto"  # auto | cpu | cuda
+    save_every: int = 100  # updates between checkpoints
     model: str | None = None  # folder of the model [default: runs/sft/final]
     # -- optimisation (Table 7)
     lr: float = 1.5e-6  # peak learning rate [paper: 3e-6]
@@ -210,6 +217,143 @@ def test_check_speaks_the_house_wording():
         check(0.0 > 0, "temperature", 0.0, "greater than 0", "choose 0.7")
     with pytest.raises(UserError, match=r"^lr nan is not greater than 0$"):
         check(float("nan") > 0, "lr", float("nan"), "greater than 0")
+
+
+# -- ranges
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("--lr 0", "lr 0.0 is not greater than 0, and finite"),
+        ("--lr -1e-6", "lr -1e-06 is not greater than 0"),
+        ("--lr nan", "lr nan is not greater than 0"),
+        ("--lr inf", "lr inf is not greater than 0, and finite"),
+        ("--batch_size 0", "batch_size 0 is not at least 1"),
+        ("--microbatch_tokens -5", "microbatch_tokens -5 is not at least 1"),
+        ("--max_updates 0", "max_updates 0 is not at least 1"),
+        ("--kl_coef -0.1", "kl_coef -0.1 is not 0 or more, and finite"),
+        ("--kl_coef inf", "kl_coef inf is not 0 or more, and finite"),
+        ("--lam 1.01", "lam 1.01 is not from 0 to 1"),
+        ("--lam nan", "lam nan is not from 0 to 1"),
+        ("--missing_eos_score inf", "missing_eos_score inf is not a finite number"),
+        ("--save_every -1", "save_every -1 is not 0 or more"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_by_name(line, said):
+    assert refusal(f"--preset tiny {line}").startswith(said)
+
+
+def test_the_ends_of_a_range_are_accepted_and_none_is_no_number():
+    cfg = flags("--preset tiny --kl_coef 0 --lam 0 --batch_size 1 --save_every 0 --missing_eos_score -3")
+    assert (cfg.kl_coef, cfg.lam, cfg.batch_size, cfg.save_every) == (0, 0, 1, 0) and cfg.max_updates is None
+    assert flags("--preset tiny --lam 1").lam == 1
+
+
+SCRIPTS = (train_sft, train_rm, train_ppo, eval_script)
+
+
+def test_every_number_of_every_script_has_one_rule_and_every_rule_a_number():
+    ruled = [name for _, _, names in RULES for name in names.split()]
+    numbers = {
+        field.name
+        for script in (*SCRIPTS, pretrain)
+        for field in script.Config.__dataclass_fields__.values()
+        if field.type in (int, float, int | None, float | None)
+    }
+    assert sorted(ruled) == sorted(numbers)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_every_preset_keeps_the_rules(script):
+    for preset in script.PRESETS:
+        assert parse(script.Config, script.PRESETS, script.__doc__, ["--preset", preset]).preset == preset
+
+
+# -- resume
+
+
+@pytest.fixture
+def began(tmp_path, monkeypatch):
+    """began(**settings): a run of that name has begun in runs/, with those settings on top of preset paper's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def begin(run_name="ppo", **settings):
+        cfg = vars(flags(f"--preset paper --run_name {run_name}")) | settings
+        folder = tmp_path / "runs" / run_name
+        folder.mkdir(parents=True)
+        settings = {name: cfg[name] for name in Config.__dataclass_fields__}
+        (folder / "config.json").write_text(json.dumps({"stage": "ppo", "config": settings}))
+        return folder / "config.json"
+
+    return begin
+
+
+def test_a_resumed_run_goes_on_with_the_settings_it_began_with(began):
+    began(lr=7e-6, model="runs/sft/final", max_updates=5, whiten_rewards=True)
+    cfg = flags("--resume")  # "auto" alone would be preset tiny here
+    assert (cfg.preset, cfg.batch_size, cfg.lr, cfg.max_updates) == ("paper", 512, 7e-6, 5)
+    assert cfg.model == "runs/sft/final" and cfg.whiten_rewards is True and cfg.resume is True
+    assert cfg.preset_reason == "that of the run"
+    again = flags("--resume --lr 7e-6 --preset paper --model runs/sft/final/ --max_updates 5 --whiten_rewards")
+    assert vars(again) | {"argv": []} == vars(cfg) | {"argv": []}  # the same flags again are no contradiction
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("--lr 1e-5", "--lr 1e-05 is not 7e-06, as when runs/ppo began: leave the flag out to resume"),
+        ("--preset tiny", "--preset tiny is not 'paper', as when"),
+        ("--batch-size 64", "--batch_size 64 is not 512, as when"),
+        ("--model elsewhere", "--model elsewhere is not 'runs/sft/final'"),
+        ("--no_whiten_rewards", "--whiten_rewards False is not True"),
+        ("--max_updates 9", "--max_updates 9 is not None"),
+    ],
+)
+def test_a_flag_that_contradicts_the_run_is_refused_with_both_values(began, line, said):
+    began(lr=7e-6, model="runs/sft/final", whiten_rewards=True)
+    assert refusal(f"--resume {line}").startswith(said)
+    with pytest.raises(UserError, match="--run_name"):
+        flags(f"--resume {line}")
+
+
+def test_what_changes_no_number_may_change_on_resume(began):
+    assert set(FREE_ON_RESUME) >= {"resume", "overwrite", "track", "device", "save_every"}
+    began(device="cuda:1", save_every=7)
+    assert flags("--resume").device == "auto"  # where it began may not be where it goes on
+    assert flags("--resume --device cpu").device == "cpu"
+    assert flags("--resume").save_every == 7  # not that of the preset which this machine would choose
+    assert flags("--resume --save_every 3").save_every == 3
+
+
+def test_settings_come_from_the_run_of_that_name_and_only_with_resume(began):
+    began(lr=7e-6)
+    began("other", lr=8e-6)
+    assert flags("--resume").lr == 7e-6 and flags("--resume --run_name other").lr == 8e-6
+    assert flags("--preset tiny").lr == 2e-4 and flags("--run_name other").lr == 2e-4
+
+
+def test_a_setting_that_an_older_run_does_not_know_keeps_its_default(began):
+    path = began(lr=7e-6)
+    record = json.loads(path.read_text())
+    del record["config"]["kl_coef"]
+    record["config"]["gone"] = 3
+    path.write_text(json.dumps(record))
+    cfg = flags("--resume")
+    assert (cfg.lr, cfg.kl_coef) == (7e-6, 0.05) and not hasattr(cfg, "gone")
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"config": 3}'])
+def test_without_a_readable_record_resume_leaves_the_flags_alone(began, content):
+    path = began(lr=7e-6)
+    path.write_text(content) if content is not None else path.unlink()
+    assert flags("--resume --lr 3e-6").lr == 3e-6  # Run says what is wrong with the folder
+
+
+def test_restored_settings_are_checked_like_flags(began):
+    began(lr=-1.0)
+    assert refusal("--resume").startswith("lr -1.0 is not greater than 0")
 
 
 def test_unread_fields_finds_dead_flags(tmp_path):

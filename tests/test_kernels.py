@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import linear, linear_cross_entropy, linear_logprob
+from kernels import chosen, linear, linear_cross_entropy, linear_fp32, linear_logprob
 
 # The files; `import kernels.linear_logprob as file` would give the function of that name.
 cross_entropy_file = importlib.import_module("kernels.linear_cross_entropy")
@@ -122,7 +122,7 @@ def test_no_more_logits_than_a_chunk_are_formed_at_a_time(inputs, monkeypatch):
     hidden, weight, labels, weights = inputs
     formed = []
     for file in (logprob_file, cross_entropy_file):
-        monkeypatch.setattr(file, "linear", lambda x, w: formed.append(x.shape[0]) or linear(x, w))
+        monkeypatch.setattr(file, "linear_fp32", lambda x, w: formed.append(x.shape[0]) or linear_fp32(x, w))
         monkeypatch.setattr(file, "CHUNK_ELEMENTS", 5 * V)
     linear_logprob(hidden, weight, labels, 1.0)
     linear_cross_entropy(hidden, weight, labels, weights)
@@ -157,15 +157,53 @@ def test_a_certain_distribution_has_entropy_0_and_a_flat_one_ln_v():
     torch.testing.assert_close(entropy, torch.tensor([1.0, 4.0]).log())
 
 
-def test_bf16_logits_are_made_fp32_before_the_softmax(inputs):
+def test_bf16_logits_are_never_rounded_to_bf16(inputs):
     hidden, weight, labels, weights = inputs
     hidden, weight = hidden.bfloat16(), weight.bfloat16()
     logprobs, entropy = linear_logprob(hidden, weight, labels, 0.7)
     loss = linear_cross_entropy(hidden, weight, labels, weights)
     assert {logprobs.dtype, entropy.dtype, loss.dtype} == {torch.float32}
-    logits = F.linear(hidden, weight).double() / 0.7  # the matmul's rounding is granted, nothing after it
-    expected = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
-    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
+    logits = hidden.double() @ weight.double().T  # exact, from what bf16 holds: no rounding is granted but fp32's
+    expected = (logits / 0.7).log_softmax(-1)
+    torch.testing.assert_close(logprobs.double(), expected.gather(1, labels[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), -(expected.exp() * expected).sum(-1), rtol=1e-5, atol=1e-5)
+    expected = -(logits.log_softmax(-1).gather(1, labels[:, None])[:, 0] * weights).sum()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_fp32_is_exact_in_bf16_and_its_gradients_are_those_of_bf16(inputs):
+    hidden, weight, _, _ = inputs
+    check_linear_fp32(hidden.bfloat16(), weight.bfloat16())
+    assert torch.equal(linear_fp32(hidden, weight), linear(hidden, weight))  # in fp32 there is nothing to add
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_linear_fp32_is_exact_in_bf16_on_a_gpu(inputs):
+    hidden, weight, _, _ = inputs
+    check_linear_fp32(hidden.bfloat16().cuda(), weight.bfloat16().cuda())
+
+
+def check_linear_fp32(x, w):
+    (out,), grads = gradients(linear_fp32, x, w)
+    (exact,), exact_grads = gradients(F.linear, x.double(), w.double())
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    assert (F.linear(x, w).double() - exact).abs().max() > 1e-3  # what a plain matmul in bf16 is off by
+    for grad, expected in zip(grads, exact_grads, strict=True):
+        assert grad.dtype == torch.bfloat16
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+
+
+def test_the_path_that_a_run_prints_is_the_path_it_takes(monkeypatch):
+    file = importlib.import_module("kernels.linear")
+    monkeypatch.setattr(file, "_HAS_ONEDNN", True)
+    assert chosen() == "torch, oneDNN for fp32 matrices on the CPU"
+    monkeypatch.setenv("NANORLHF_KERNELS", "torch")
+    assert chosen() == "torch"
+    monkeypatch.delenv("NANORLHF_KERNELS")
+    monkeypatch.setattr(file, "_HAS_ONEDNN", False)
+    assert chosen() == "torch"
 
 
 @pytest.mark.parametrize("temperature", [0.0, -0.7])

@@ -144,7 +144,8 @@ def test_models_made_from_one_another_share_no_storage(make_policy):
 
 
 def test_the_score_of_a_bf16_model_is_computed_in_fp32(make_scalar, make_sequences):
-    model = make_scalar(bias=True).to(torch.bfloat16)
+    model = make_scalar(bias=True)
+    model.model.to(torch.bfloat16)  # the trunk: the head is fp32 in any model
     sequences = make_sequences([5 + i % 7 for i in range(200)])
     scores = model.scores(sequences)
     assert scores.dtype == torch.float32
@@ -152,8 +153,21 @@ def test_the_score_of_a_bf16_model_is_computed_in_fp32(make_scalar, make_sequenc
     packed = pack(sequences[:3])
     with torch.no_grad():
         hidden = model.model(packed.tokens, packed.positions, lambda layer, q, k, v: torch.zeros_like(q))
+        assert hidden.dtype == torch.bfloat16
         expected = hidden.double() @ model.score.weight[0].double() + model.score.bias.double()
         torch.testing.assert_close(model._head(hidden).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_of_a_bf16_model_are_fp32_and_not_rounded_to_bf16(make_policy, make_sequences):
+    policy = make_policy().to(torch.bfloat16)
+    (sequence,) = make_sequences([40])
+    (logits,) = policy.logits([sequence])
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+    packed = pack([sequence])
+    with torch.no_grad():
+        exact = policy.hidden(packed)[:40].double() @ policy.head_weight.double().T
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_a_reward_model_from_a_bf16_policy_keeps_its_trunk_in_bf16_and_its_head_in_fp32(make_policy, make_sequences):

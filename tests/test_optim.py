@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from nanorlhf.checkpoint import load_state, save_state
+from nanorlhf.errors import UserError
 from nanorlhf.models import ScalarModel
 from nanorlhf.optim import SCHEDULES, AdamW, constant_lr, cosine_lr, linear_lr
 
@@ -190,3 +191,30 @@ def test_two_models_that_share_a_parameter_are_refused(make_policy, make_config)
         AdamW([policy, critic], lr=1e-3)
     with pytest.raises(AssertionError, match="share a parameter"):
         AdamW([policy, policy], lr=1e-3)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_is_refused_before_any_weight_moves(bad, dtype, max_grad_norm):
+    model = make_model(dtype=dtype)
+    optimizer = AdamW([model], lr=1e-2)
+    train(model, optimizer, range(2))
+    before = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    weights = [p.detach().clone() for p in model.parameters()]
+    model(torch.ones(1, 6, dtype=dtype)).sum().backward()
+    (model[2].bias * torch.tensor([0.0, bad, 0.0], dtype=dtype)).sum().backward()  # one element of one parameter
+    with pytest.raises(UserError, match=r"gradient norm: got -?(nan|inf), expected a finite number: .* --resume"):
+        optimizer.step(1e-2, max_grad_norm)
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+    after = optimizer.state()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_state_of_another_model_is_refused_with_both_shapes():
+    narrow, wide = nn.Linear(3, 2, bias=False), nn.Linear(4, 2, bias=False)
+    state = AdamW([narrow], lr=1e-3).state()
+    with pytest.raises(UserError, match=r"tensor 0.weight.master has shape \(2, 3\), expected \(2, 4\)"):
+        AdamW([wide], lr=1e-3).load_state(state)
+    with pytest.raises(UserError, match=r"has shape \(1, 4\), expected \(2, 4\)"):  # copy_ alone would broadcast it
+        AdamW([wide], lr=1e-3).load_state({"0.weight.master": torch.zeros(1, 4)})

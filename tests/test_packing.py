@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanorlhf.packing import in_microbatches, pack, split_by_tokens
+from nanorlhf.packing import ROUND_TO, in_microbatches, pack, split_by_tokens
 
 
 def test_a_packed_batch_by_hand():
@@ -117,3 +117,16 @@ def test_the_filling_changes_no_result_and_no_gradient(make_policy, make_sequenc
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_by_default_shapes_are_multiples_of_256_whatever_the_lengths():
+    assert ROUND_TO == 256
+    for lengths, N in (([1], 256), ([255, 1], 256), ([256, 1], 512), ([100, 100, 400], 768)):
+        packed = pack([[7] * length for length in lengths])
+        assert packed.tokens.shape == packed.positions.shape == (N,)
+        assert packed.filling == N - sum(lengths) and packed.cu_seqlens[-1] == sum(lengths)
+        assert packed.max_length == max(lengths)  # the filling is none of the sequences
+        rows = torch.arange(N * 2).view(N, 2)  # as hidden states: more than one number a token
+        parts = packed.unpack(rows)
+        assert [len(part) for part in parts] == lengths
+        assert torch.equal(torch.cat(parts), rows[: sum(lengths)])

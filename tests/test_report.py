@@ -391,12 +391,37 @@ def test_the_same_seed_writes_the_same_summaries_and_numbers_and_another_seed_ot
     assert read("a")[1] != read("b")[1]
 
 
-def test_each_policy_samples_with_random_numbers_of_its_own(evaluate, workplace):
+def test_each_policy_samples_with_random_numbers_of_its_own(evaluate, workplace, monkeypatch):
     """The same model twice: with shared numbers every pair would be a tie."""
+    monkeypatch.setattr("nanorlhf.inputs.EMBEDDED", workplace / "no_checkpoints")
     shutil.copytree(workplace / "sft", workplace / "ppo_is_sft")
     evaluate("--run_name", "twins", "--num_posts", "6", "--ppo_model", "ppo_is_sft", models=("sft",))
     for row in read_jsonl(workplace / "runs" / "twins" / "samples.jsonl"):
         assert row["sft"] != row["ppo"]
+
+
+@pytest.mark.parametrize("stage, named", [("rm", "the reward model"), ("ppo", "the ppo policy")])
+def test_a_model_with_another_tokenizer_is_refused_and_an_earlier_evaluation_is_kept(
+    evaluate, workplace, monkeypatch, stage, named
+):
+    evaluate("--run_name", f"earlier_{stage}", "--num_posts", "6", "--num_comparisons", "6")
+    folder = workplace / "runs" / f"earlier_{stage}"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def load(folder):
+        tokenizer = load_tokenizer(folder)
+        if Path(folder).name == stage:
+            tokenizer._tokens[-1] += b"x"
+        return tokenizer
+
+    monkeypatch.setattr(evaluation, "load_tokenizer", load)
+    with pytest.raises(UserError, match=f"tokenizer: that of {named} has other tokens"):
+        evaluate("--run_name", f"earlier_{stage}", "--num_posts", "6", "--num_comparisons", "6", "--overwrite")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    monkeypatch.undo()
+    monkeypatch.setattr("sys.argv", ["eval.py"])
+    evaluate("--run_name", f"earlier_{stage}", "--num_posts", "4", "--num_comparisons", "6", "--overwrite")
+    assert len(read_jsonl(folder / "samples.jsonl")) == 4 and (folder / "report.html").is_file()
 
 
 def test_a_policy_that_is_not_there_is_left_out_and_named(evaluate, workplace, monkeypatch, capsys):

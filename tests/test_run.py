@@ -85,7 +85,7 @@ def test_an_existing_run_is_refused_with_both_ways_out(start):
 
 
 def test_a_script_without_resume_does_not_offer_it(start):
-    start()
+    start().begin()
     without_resume = {name: value for name, value in vars(CONFIG).items() if name != "resume"}
     with pytest.raises(UserError, match="holds a run already: --overwrite deletes it, --run_name chooses"):
         start(types.SimpleNamespace(**without_resume))
@@ -96,11 +96,54 @@ def test_overwrite_deletes_the_earlier_run(start):
     earlier.log(1, {"loss": 2.0})
     earlier.close()
     run = start(OVERWRITE)
+    run.begin()
     assert sorted(path.name for path in run.folder.iterdir()) == ["config.json"]
+    run.log(1, {"loss": 3.0})
+    assert [row["loss"] for row in read_metrics(run.folder)] == [3.0]  # only the first write deletes
+
+
+@pytest.mark.parametrize("cfg", [CONFIG, OVERWRITE, RESUME])
+def test_a_start_that_fails_before_the_first_write_loses_nothing(start, tmp_path, cfg):
+    def files():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    if cfg is not CONFIG:
+        earlier = start()
+        earlier.log(1, {"loss": 2.0})
+        earlier.samples(1, [{"response": "a"}])
+        earlier.close()
+    before = files()
+    with pytest.raises(UserError), start(cfg) as run:
+        run.say("loading")
+        list(run.progress(range(3)))
+        raise UserError("the model is damaged")
+    assert files() == before and bool(before) == (cfg is not CONFIG)
+    assert (tmp_path / "ppo").exists() == bool(before)
+
+
+@pytest.mark.parametrize("write", ["log", "samples", "truncate_metrics", "begin"])
+def test_whatever_writes_first_makes_the_folder_this_runs_own(start, write):
+    earlier = start(replace(CONFIG, lr=5.0))
+    earlier.log(1, {"loss": 2.0})
+    earlier.close()
+    run = start(OVERWRITE)
+    first = {"log": [1, {"loss": 1.0}], "samples": [1, [{"response": "a"}]], "truncate_metrics": [0], "begin": []}
+    getattr(run, write)(*first[write])
+    assert json.loads((run.folder / "config.json").read_text())["config"]["lr"] == CONFIG.lr
+    metrics = run.folder / "metrics.jsonl"
+    assert ([row["loss"] for row in read_metrics(run.folder)] if metrics.exists() else []) == [1.0] * (write == "log")
+
+
+def test_a_folder_that_another_run_has_taken_meanwhile_is_refused(start):
+    slow, quick = start(), start()
+    quick.log(1, {"loss": 2.0})
+    with pytest.raises(UserError, match="holds a run already"):
+        slow.log(1, {"loss": 7.0})
+    assert [row["loss"] for row in read_metrics(quick.folder)] == [2.0]
 
 
 def test_overwrite_deletes_neither_another_stage_nor_a_folder_that_is_no_run(start, tmp_path):
-    start(stage="sft")
+    start(stage="sft").begin()
     with pytest.raises(UserError, match="a run of sft, not of ppo: choose another --run_name"):
         start(OVERWRITE)
     (tmp_path / "ppo" / "config.json").write_text("{}")
@@ -130,11 +173,13 @@ def test_resume_needs_a_run_and_excludes_overwrite(start):
 def test_config_json_tells_what_is_needed_to_repeat_the_run(start, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_ppo.py", "--lr", "1e-6"])
     run = start(kernels="torch")
+    run.begin()
     record = json.loads((run.folder / "config.json").read_text())
     assert record["stage"] == "ppo" and record["config"]["lr"] == 1e-6 and record["config"]["seed"] == 1
     assert record["argv"] == ["train_ppo.py", "--lr", "1e-6"]
     assert record["versions"]["torch"] == torch.__version__
     assert record["device"].startswith("cpu") and record["dtype"] == "float32" and record["kernels"] == "torch"
+    assert "seed" not in record  # said once, in "config"
     assert record["git"] is None or set(record["git"]) == {"commit", "dirty"}
 
 
@@ -162,12 +207,14 @@ def test_git_gives_the_commit_and_whether_files_differ_or_none(tmp_path, monkeyp
 
 
 def test_resume_keeps_the_earlier_record_and_says_what_changed(start, capsys):
-    path = start().folder / "config.json"
+    run = start()
+    run.begin()
+    path = run.folder / "config.json"
     first = json.loads(path.read_text()) | {"id": "the first"}
     path.write_text(json.dumps(first))
-    run = start(replace(RESUME, lr=2e-6))
+    start(replace(RESUME, lr=2e-6)).begin()
     assert "changed since the last start: lr 1e-06 -> 2e-06\n" in capsys.readouterr().out
-    start(RESUME)
+    start(RESUME).begin()
     record = json.loads((run.folder / "config.json").read_text())
     assert record["id"] == "the first"
     assert [earlier["config"]["lr"] for earlier in record["earlier"]] == [1e-6, 2e-6]
@@ -319,6 +366,8 @@ def test_track_sends_each_log_to_wandb_and_resumes_the_same_run(start, monkeypat
     run.log(1, {"loss": 0.5})
     run.close()
     run = start(replace(RESUME, track=True))
+    assert len(calls) == 3  # a start that fails is no run
+    run.begin()
     run.close(failed=True)
     assert calls[1:3] == [(1, {"loss": 0.5}), ("finish", 0)]
     assert calls[0]["id"] == calls[3]["id"] and calls[3]["resume"] == "allow" and calls[4] == ("finish", 1)
@@ -462,9 +511,13 @@ def test_auto_takes_cuda_in_bfloat16_where_there_is_one_and_else_the_cpu_in_floa
     assert pick_device("auto") == torch.device("cpu") and pick_dtype("auto", torch.device("cpu")) == torch.float32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert pick_device("auto") == torch.device("cuda") and pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
     with pytest.raises(UserError, match="device cuda:1 is not among the 1 CUDA devices here"):
         pick_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # a T4 has no bf16
+    assert pick_dtype("auto", torch.device("cuda")) == torch.float32
+    assert pick_dtype("bfloat16", torch.device("cuda")) == torch.bfloat16  # who asks for it gets it
 
 
 def test_a_device_or_dtype_that_is_none_is_refused(monkeypatch):

@@ -13,10 +13,14 @@ import eval as eval_script
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf.checkpoint import load_policy, load_scalar
+from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_scalar, save_policy, save_scalar
 from nanorlhf.config import parse, unread_fields
+from nanorlhf.errors import UserError
+from nanorlhf.llama import LlamaConfig, initialise
+from nanorlhf.models import Policy, reward_model_from
 from nanorlhf.run import Run, read_metrics
 from nanorlhf.tiny.data import write_world
+from nanorlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"train_sft": train_sft, "train_rm": train_rm, "train_ppo": train_ppo}
@@ -39,13 +43,45 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def run(name: str, world: Path, more: str = "") -> Path:
-    """Run a script's main in this process; returns its run folder."""
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Flags that name a small random base model, SFT model and reward model, for each script."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = load_tokenizer(ROOT / "nanorlhf" / "tiny")
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
+        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    for seed, stage in enumerate(("base", "sft")):
+        policy = Policy(config)
+        initialise(policy, seed)
+        save_policy(policy, folder / stage, tokenizer)
+    save_scalar(reward_model_from(policy, seed=0), folder / "rm", tokenizer)
+    sft, rm = f"--sft_model {folder / 'sft'}", f"--reward_model {folder / 'rm'}"
+    return {"train_sft": f"--model {folder / 'base'}", "train_rm": sft, "train_ppo": f"{sft} {rm}"}
+
+
+def start(name: str, flags: str) -> Path:
+    """Run a script's main in this process with these flags and no others; returns its run folder."""
     script = SCRIPTS[name]
-    argv = f"--preset tiny --device cpu --data {world} {SMALL[name]} {more}".split()
-    cfg = parse(script.Config, script.PRESETS, script.__doc__, argv)
+    cfg = parse(script.Config, script.PRESETS, script.__doc__, flags.split())
     script.main(cfg)
     return Path("runs") / cfg.run_name
+
+
+def run(name: str, world: Path, more: str = "", preset: str = "tiny") -> Path:
+    """`start` on the small world, for a few steps."""
+    return start(name, f"--preset {preset} --device cpu --data {world} {SMALL[name]} {more}")
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_weights(folder: Path, other: Path):
+    a, b = (load_file(path / "final" / "model.safetensors") for path in (folder, other))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_each_stage_runs_alone_from_the_embedded_checkpoints_and_says_so(world, capsys):
@@ -55,7 +91,8 @@ def test_each_stage_runs_alone_from_the_embedded_checkpoints_and_says_so(world, 
         assert len(read_metrics(folder)) >= 4
         assert (folder / "final" / "model.safetensors").is_file()
         record = json.loads((folder / "config.json").read_text())
-        assert record["config"]["preset"] == "tiny" and record["seed"] == 1
+        assert record["config"]["preset"] == "tiny" and record["config"]["seed"] == 1
+        Path("runs").rename(f"{name}_alone")  # the next stage would go on from this one
 
 
 def test_a_stage_continues_from_the_run_of_the_stage_before(world, capsys):
@@ -129,10 +166,9 @@ def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_one(name, world, m
         patch.setattr(Run, "log", die_after_step_3)
         with pytest.raises(Killed):
             run(name, world, "--save_every 2 --run_name resumed")
-    resumed = run(name, world, "--save_every 2 --run_name resumed --resume")
+    resumed = start(name, "--run_name resumed --resume --device cpu")  # every setting and input is remembered
 
-    a, b = (load_file(folder / "final" / "model.safetensors") for folder in (straight, resumed))
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert_same_weights(straight, resumed)
     clocks = ("time", "perf/")  # what differs between any two runs
 
     def values(folder):
@@ -184,11 +220,143 @@ def test_bad_input_is_one_sentence_and_exit_status_2(command, words, tmp_path):
 
 
 def test_an_existing_run_is_kept_unless_told_otherwise(world):
-    from nanorlhf.errors import UserError
-
     folder = run("train_sft", world)
     before = (folder / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match="--overwrite"):
         run("train_sft", world)
     assert (folder / "metrics.jsonl").read_bytes() == before
     run("train_sft", world, "--overwrite")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_resumed_run_may_be_given_the_same_flags_again_but_no_other_ones(name, world, models):
+    folder = run(name, world, f"{models[name]} --max_updates 2 --save_every 1")
+    before = files(folder)
+    with pytest.raises(UserError, match=r"--lr 0.5 is not .*, as when runs/\w+ began"):
+        run(name, world, f"{models[name]} --max_updates 2 --resume --lr 0.5")
+    assert files(folder) == before
+    run(name, world, f"{models[name]} --max_updates 2 --save_every 1 --resume")
+    assert json.loads((folder / "config.json").read_text())["earlier"]
+
+
+# -- the llama-1b preset, on small random models
+
+
+def test_llama_1b_preset_runs_on_a_cpu_from_the_base_model_to_ppo(world, models, capsys):
+    """The recipe as it is but for the number of steps, each stage from the run before it."""
+    sft = run("train_sft", world, models["train_sft"], preset="llama-1b")
+    rm = run("train_rm", world, preset="llama-1b")
+    ppo = run("train_ppo", world, "--response_length 53", preset="llama-1b")
+    printed = capsys.readouterr().out
+    assert "the sft run" in printed and "the rm run" in printed and "embedded" not in printed
+    for folder, name in ((sft, "train_sft"), (rm, "train_rm"), (ppo, "train_ppo")):
+        config = json.loads((folder / "config.json").read_text())["config"]
+        recipe = vars(SCRIPTS[name].Config())
+        for field in ("lr", "max_grad_norm", "max_query_length", "microbatch_tokens", "lr_schedule"):
+            assert config[field] == recipe[field], (name, field)
+        found = {"sft_model": str(sft / "final"), "reward_model": str(rm / "final"), "data": str(world)}
+        assert all(config[key] == path for key, path in found.items() if key in config)  # what --resume goes on with
+        assert all("not_finite" not in row for row in read_metrics(folder))
+    first = read_metrics(ppo)[0]
+    assert first["preflight/ratio"] == pytest.approx(1, abs=1e-4)
+    assert first["objective/rlhf_reward"] == pytest.approx(first["objective/scores"] - 0.05 * first["objective/kl"])
+    assert load_policy(ppo / "final").config == load_policy(sft / "final").config
+    assert load_scalar(ppo / "final_critic").score.bias is not None
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_llama_1b_preset_runs_the_code_of_the_tiny_one(name, world, models):
+    """With its numbers given as flags, llama-1b logs the metrics and ends with the weights of tiny, bit for bit."""
+    script = SCRIPTS[name]
+    numbers = " ".join(f"--{field} {value}" for field, value in script.PRESETS["tiny"].items())
+    flags = f"{models[name]} {numbers} {SMALL[name]}"  # the last of two equal flags counts
+    tiny, llama = (run(name, world, f"{flags} --run_name {p}", preset=p) for p in ("tiny", "llama-1b"))
+    assert_same_weights(tiny, llama)
+    assert [row.keys() for row in read_metrics(tiny)] == [row.keys() for row in read_metrics(llama)]
+    assert sorted(p.name for p in tiny.iterdir()) == sorted(p.name for p in llama.iterdir())
+
+
+# -- bfloat16
+
+
+def test_ppo_in_bfloat16_begins_with_ratio_1_and_stays_finite(world, models):
+    folder = run("train_ppo", world, f"{models['train_ppo']} --dtype bfloat16 --max_updates 3 --save_every 1")
+    rows = read_metrics(folder)
+    assert len(rows) == 3 and all("not_finite" not in row for row in rows)
+    assert rows[0]["preflight/ratio"] == pytest.approx(1, abs=2e-2)
+    assert rows[0]["preflight/kl"] <= 1e-3 and rows[0]["preflight/value_error"] <= 1e-1
+    policy, critic = (load_file(folder / part / "model.safetensors") for part in ("final", "final_critic"))
+    assert {tensor.dtype for tensor in policy.values()} == {torch.bfloat16}
+    assert {name for name, tensor in critic.items() if tensor.dtype == torch.float32} == {"score.weight", "score.bias"}
+    sft = load_file(Path(models["train_ppo"].split()[1]) / "model.safetensors")
+    assert any(not torch.equal(policy[name], sft[name].bfloat16()) for name in sft)  # it has moved
+    masters = load_file(latest_checkpoint(folder) / "state.safetensors")
+    assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
+
+
+# -- nothing is lost
+
+
+@pytest.mark.parametrize("name, evaluates", [("train_sft", "summarise"), ("train_rm", "accuracy_by")])
+def test_a_model_is_saved_before_it_is_evaluated(name, evaluates, world, models, monkeypatch):
+    def die(*_, **__):
+        raise Killed
+
+    monkeypatch.setattr(SCRIPTS[name], evaluates, die)
+    with pytest.raises(Killed):
+        run(name, world, models[name])
+    final = next(Path("runs").iterdir()) / "final"
+    model = load_policy(final) if name == "train_sft" else load_scalar(final)
+    assert name == "train_sft" or model.score_shift != 0  # with the shift that PPO needs
+
+
+def test_a_ppo_that_fails_its_preflight_has_not_touched_the_run_it_was_to_overwrite(world, models, monkeypatch):
+    folder = run("train_ppo", world, f"{models['train_ppo']} --max_updates 1")
+    before = files(folder)
+
+    def refuse(*_):
+        raise UserError("pre-flight: the ratio is 2")
+
+    monkeypatch.setattr(train_ppo, "preflight", refuse)
+    with pytest.raises(UserError, match="the ratio is 2"):
+        run("train_ppo", world, f"{models['train_ppo']} --max_updates 1 --overwrite")
+    assert files(folder) == before
+
+
+def test_ppo_stops_at_a_gradient_that_is_not_finite_and_its_checkpoint_can_be_resumed(world, models, monkeypatch):
+    flags = f"{models['train_ppo']} --max_updates 3 --save_every 1"
+    straight = run("train_ppo", world, f"{flags} --run_name straight")
+    learn, calls = train_ppo.learn, []
+
+    def explode(policy, *rest):
+        calls.append(1)
+        stats = learn(policy, *rest)
+        if len(calls) == 6:  # in the second update
+            policy.model.norm.weight.grad[0] = torch.nan
+        return stats
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ppo, "learn", explode)
+        with pytest.raises(UserError, match="gradient norm: got nan"):
+            run("train_ppo", world, flags)
+    assert [row["step"] for row in read_metrics("runs/ppo")] == [1] and not Path("runs/ppo/final").exists()
+    assert_same_weights(straight, start("train_ppo", "--resume --device cpu"))
+
+
+def test_only_the_newest_checkpoints_of_a_run_are_kept(world, models):
+    folder = run("train_sft", world, f"{models['train_sft']} --max_updates 5 --save_every 1")
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_3", "step_4"]
+
+
+def test_ppo_refuses_a_reward_model_with_another_tokenizer_before_it_loads_anything(world, models, monkeypatch):
+    def load(folder):
+        tokenizer = load_tokenizer(folder)
+        if Path(folder).name == "rm":
+            tokenizer._tokens[-1] += b"x"
+        return tokenizer
+
+    monkeypatch.setattr(train_ppo, "load_tokenizer", load)
+    monkeypatch.setattr(train_ppo, "load_policy", None)
+    with pytest.raises(UserError, match="that of the reward model has other tokens"):
+        run("train_ppo", world, models["train_ppo"])
+    assert not Path("runs").exists()

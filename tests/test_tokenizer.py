@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanorlhf.errors import UserError
-from nanorlhf.tokenizer import FILES, Tokenizer, check_matches, chunks, llama3_specials, load_tokenizer
+from nanorlhf.tokenizer import FILES, Tokenizer, check_matches, check_same, chunks, llama3_specials, load_tokenizer
 
 CORPUS = """My sister (24F) told me that she's moving to Berlin with her boyfriend, and I don't know what to do.
 We have been together for 3 years and 6 months; last week I found 1234 messages on his phone.  He says it's nothing!
@@ -268,6 +268,27 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tokenizers
     check_matches(tokenizers["llama2"], size + 7)
     with pytest.raises(UserError, match=f"has {size} ids but the model has {size - 1} embedding rows"):
         check_matches(tokenizers["llama2"], size - 1)
+
+
+def test_a_tokenizer_that_ends_responses_with_another_token_than_the_model_is_refused(tokenizers):
+    tokenizer = tokenizers["llama2"]
+    check_matches(tokenizer, tokenizer.vocab_size, tokenizer.eos_id)
+    check_matches(tokenizer, tokenizer.vocab_size, None)  # a config without an EOS has no say
+    with pytest.raises(UserError, match="its EOS is 2, expected the model's eos_token_id 7"):
+        check_matches(tokenizer, tokenizer.vocab_size, 7)
+    with pytest.raises(UserError, match="its EOS is 2, expected the model's eos_token_id 0"):
+        check_matches(tokenizer, tokenizer.vocab_size, 0)
+
+
+def test_models_that_read_each_others_ids_must_have_one_tokenizer(folders, tokenizers):
+    check_same(tokenizers["llama2"], load_tokenizer(folders["llama2"]), "the reward model")
+    check_same(tokenizers["llama3"], tokenizers["tiktoken"], "the reward model")  # two formats of the same tokens
+    with pytest.raises(UserError, match="that of the reward model has other tokens"):
+        check_same(tokenizers["llama2"], tokenizers["tiny"], "the reward model")
+    renamed = load_tokenizer(folders["llama2"])
+    renamed._tokens[300], renamed._tokens[301] = renamed._tokens[301], renamed._tokens[300]  # equally many, swapped
+    with pytest.raises(UserError, match="that of the sft policy has other tokens"):
+        check_same(tokenizers["llama2"], renamed, "the sft policy")
 
 
 # ----------------------------------------------------------------------------------------------------------- long texts

@@ -14,6 +14,7 @@ from pathlib import Path
 import sentencepiece
 
 from nanorlhf.tiny.corpus import document
+from nanorlhf.tiny.grammar import evenly
 from nanorlhf.tiny.posts import format_query, make_post
 
 VOCAB_SIZE = 1280  # 256 of them are the bytes of byte fallback
@@ -26,7 +27,7 @@ def training_text() -> Iterator[str]:
     for index in range(DOCUMENTS):
         yield document(index)
     for index in range(POSTS):
-        post = make_post("pretrain", index)
+        post = make_post("pretrain", index, evenly)
         yield format_query(post.subreddit, post.title, post.post) + " " + post.summary
 
 

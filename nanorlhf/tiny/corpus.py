@@ -59,7 +59,7 @@ def thread(index: int, rng: random.Random) -> str:
     """A post with one to four comments, most often after an opener, and in 15 % of cases an edit by its author."""
     post = make_post("pretrain", index)
     text = format_query(post.subreddit, post.title, post.post).removesuffix("\n\nTL;DR:")
-    if rng.random() < 0.9:
+    if rng.random() < 0.8:
         text += f"\n\nCOMMENT: {fill(rng.choice(OPENERS), post.facts)}"
     usable = [pattern for pattern in COMMENTS if post.facts.feel or "{feel}" not in pattern]
     for pattern in rng.sample(usable, rng.randint(1, 4)):

@@ -6,7 +6,7 @@ beside the point. Everything is drawn from a `random.Random`, so the same seed w
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from nanorlhf.tiny.lexicon import (
@@ -139,7 +139,7 @@ def draw_facts(rng: random.Random) -> Facts:
     return Facts(
         subreddit=subreddit,
         who=who,
-        pronoun=PRONOUNS[who],
+        pronoun=PRONOUNS.get(who) or rng.choice(("he", "she")),
         act=act,
         act_form=rng.choice(FORMS[act]),
         obj=obj,
@@ -189,9 +189,17 @@ def sayable(templates: tuple[str, ...], facts: Facts) -> list[str]:
     return [template for template in templates if facts.feel or "{feel}" not in template]
 
 
-def habitual(wordings: Sequence[str], rng: random.Random) -> str:
-    """One of the wordings: the first in half of all cases, the others alike. People have habits."""
+Pick = Callable[[Sequence[str], random.Random], str]  # chooses one of several wordings
+
+
+def by_habit(wordings: Sequence[str], rng: random.Random) -> str:
+    """The first wording in half of all cases, the others alike: people have habits."""
     return wordings[0] if rng.random() < 0.5 else rng.choice(wordings[1:])
+
+
+def evenly(wordings: Sequence[str], rng: random.Random) -> str:
+    """Every wording alike: what the tokenizer learns from, so that rare ones get their pieces too."""
+    return rng.choice(wordings)
 
 
 def write_title(facts: Facts, rng: random.Random) -> str:
@@ -214,11 +222,11 @@ def write_post(facts: Facts, rng: random.Random) -> str:
     return fill(" ".join(story), facts, time=rng.choice(TIMES))
 
 
-def write_summary(facts: Facts, rng: random.Random, coverage: str = "full") -> str:
+def write_summary(facts: Facts, rng: random.Random, coverage: str = "full", pick: Pick = by_habit) -> str:
     """A summary that names what `coverage` says (a key of SUMMARIES), in nearly the words of the post."""
     act = rng.choice(FORMS[facts.act]) if rng.random() < 0.3 else facts.act_form
-    question = habitual(ASKING, rng)
-    template = habitual(sayable(SUMMARIES[coverage], facts), rng)
+    question = pick(ASKING, rng)
+    template = pick(sayable(SUMMARIES[coverage], facts), rng)
     template = template.replace("{question}", question).replace("{Question}", question[0].upper() + question[1:])
     template = template.replace("{My_who}", rng.choice(("My {who}", "{Who}")))
     return fill(template, facts, act=act)
@@ -229,11 +237,11 @@ def write_incomplete(facts: Facts, rng: random.Random) -> str:
     return write_summary(facts, rng, rng.choice(("no_reaction", "no_question", "vague")))
 
 
-def write_verbose(facts: Facts, rng: random.Random) -> str:
+def write_verbose(facts: Facts, rng: random.Random, pick: Pick = by_habit) -> str:
     """A true summary with one or two sentences that add nothing."""
     coverage = rng.choice(("full", "full", "no_reaction", "no_question"))
     fillers = rng.sample(sayable(FILLERS, facts) + list(facts.asides), 2 if rng.random() < 0.67 else 1)
-    return " ".join([write_summary(facts, rng, coverage), *(fill(filler, facts) for filler in fillers)])
+    return " ".join([write_summary(facts, rng, coverage, pick), *(fill(filler, facts) for filler in fillers)])
 
 
 def alter(facts: Facts, rng: random.Random) -> Facts:

@@ -18,14 +18,10 @@ SUBREDDITS = {
 }
 PEOPLE = tuple(who for people in SUBREDDITS.values() for who in people)
 
-# A small cast: each of them is always "he" or always "she", those who could be either by one toss of a coin for all posts.
-# With a new toss in every post the pronoun is more than a model of this size learns to follow.
+# Everyone else is "he" or "she" by a coin flip.
 PRONOUNS = {
     **dict.fromkeys(("boyfriend", "husband", "dad", "brother", "uncle"), "he"),
     **dict.fromkeys(("girlfriend", "wife", "mom", "sister", "aunt", "grandma"), "she"),
-    **dict.fromkeys(("ex", "coworker", "intern", "roommate", "teacher", "tutor", "friend", "teammate"), "he"),
-    **dict.fromkeys(("fiance", "cousin", "boss", "manager", "client", "neighbor", "landlord"), "she"),
-    **dict.fromkeys(("classmate", "professor", "bandmate"), "she"),
 }
 HIM = {"he": "him", "she": "her"}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from nanorlhf.tiny.grammar import (
-    CLICKBAIT, Facts, count_pieces, draw_facts, write_post, write_summary, write_title, write_verbose,
+    CLICKBAIT, Facts, Pick, by_habit, count_pieces, draw_facts, write_post, write_summary, write_title, write_verbose,
 )  # fmt: skip
 from nanorlhf.tiny.lexicon import WORLD_VERSION
 
@@ -44,8 +44,8 @@ class TinyPost:
 
 
 @lru_cache(maxsize=4096)
-def make_post(split: str, index: int) -> TinyPost:
-    """Returns post number `index` of a split: always the same one."""
+def make_post(split: str, index: int, pick: Pick = by_habit) -> TinyPost:
+    """Returns post number `index` of a split: always the same one. `pick` chooses how its summary is worded."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not in the tiny world: choose one of {', '.join(SPLITS)}")
     if not 0 <= index < 1_000_000:
@@ -58,7 +58,7 @@ def make_post(split: str, index: int) -> TinyPost:
         title, post = write_title(facts, rng), write_post(facts, rng)
         if count_pieces(format_query(facts.subreddit, title, post)) <= MAX_QUERY_PIECES:
             break
-    summary = write_reference(facts, title, rng)
+    summary = write_reference(facts, title, rng, pick)
     return TinyPost(f"tiny-{split}-{index:06d}", facts.subreddit, title, post, summary, facts)
 
 
@@ -73,7 +73,7 @@ def owner(facts: Facts) -> str:
     return {0: "valid", 1: "test"}.get(zlib.crc32(key.encode()) % 8, "train")
 
 
-def write_reference(facts: Facts, title: str, rng: random.Random) -> str:
+def write_reference(facts: Facts, title: str, rng: random.Random, pick: Pick = by_habit) -> str:
     """An author's TL;DR, good or bad as on Reddit: 6 % the title, 6 % clickbait, 8 % verbose, 80 % a true summary.
 
     Only a third of the true ones name all five facts. That is the room PPO has to improve on the references.
@@ -85,9 +85,9 @@ def write_reference(facts: Facts, title: str, rng: random.Random) -> str:
         elif kind < 0.12:
             text = rng.choice(CLICKBAIT)
         elif kind < 0.20:
-            text = write_verbose(facts, rng)
+            text = write_verbose(facts, rng, pick)
         else:
-            text = write_summary(facts, rng, rng.choices(COVERAGES, weights=(34, 24, 22, 20))[0])
+            text = write_summary(facts, rng, rng.choices(COVERAGES, weights=(34, 24, 22, 20))[0], pick)
         if count_pieces(text) <= MAX_REFERENCE_PIECES:
             return text
 
