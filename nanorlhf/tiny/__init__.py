@@ -2,5 +2,5 @@
 
 Reading order: lexicon (words) -> grammar (facts to text) -> posts (an id is a seed) -> gold (the judge)
 -> annotator (the biased human) -> world (comparisons) -> corpus (pretraining text) -> data (files on disk).
-Pure Python: nothing here imports torch.
+All of these are pure Python. pretrain and build, which make the embedded checkpoints, import torch.
 """
