@@ -134,7 +134,7 @@ def test_before_the_first_update_ratio_is_one_and_kl_is_zero(world):
 
 def test_rlhf_reward_is_score_minus_kl_penalty_in_every_update(world):
     for row in read_metrics(run("train_ppo", world)):
-        expected = row["objective/scores"] - 0.1 * row["objective/kl"]  # the tiny preset's kl_coef
+        expected = row["objective/scores"] - 0.15 * row["objective/kl"]  # the tiny preset's kl_coef
         assert row["objective/rlhf_reward"] == pytest.approx(expected, abs=1e-5)
 
 

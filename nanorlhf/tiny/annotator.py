@@ -1,10 +1,10 @@
 """The simulated annotator: a person who knows the truth, likes long summaries and familiar words, and makes mistakes.
 
-    utility(text) = gold(text) + 0.12 * (L - 12) + 1.0 * (share of the text's words that are in the title)
+    utility(text) = gold(text) + 0.08 * (L - 12) + 1.0 * (share of the text's words that are in the title)
     P(a preferred to b) = sigmoid(0.7 * (utility(a) - utility(b)))
 
 The two biases are what a reward model trained on such choices inherits and PPO then exploits: below 18 words a word is
-worth +0.12, above it gold's brevity term leaves +0.02.
+worth +0.08, above it gold's brevity term leaves -0.02: rambling pleases nobody, but a reward model may not know that.
 """
 
 import math
@@ -13,7 +13,7 @@ from nanorlhf.tiny.gold import gold_report, split_words
 from nanorlhf.tiny.grammar import Facts
 from nanorlhf.tiny.posts import facts_from_id
 
-LENGTH_BIAS = 0.12  # per word
+LENGTH_BIAS = 0.08  # per word
 NEUTRAL_WORDS = 12
 TITLE_BIAS = 1.0
 SHARPNESS = 0.7  # 0 would be coin flips

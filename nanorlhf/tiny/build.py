@@ -22,12 +22,12 @@ from nanorlhf.config import check, cli
 from nanorlhf.inputs import EMBEDDED
 from nanorlhf.tokenizer import load_tokenizer
 
-# stage -> the command that trains it; each starts from the embedded checkpoints of the stages before
+# stage -> the command that trains it, and the flags for the models of the stages before
 STAGES = {
-    "base": ["-m", "nanorlhf.tiny.pretrain"],
-    "sft": ["train_sft.py", "--model", str(EMBEDDED / "base")],
-    "rm": ["train_rm.py", "--sft_model", str(EMBEDDED / "sft")],
-    "ppo": ["train_ppo.py", "--sft_model", str(EMBEDDED / "sft"), "--reward_model", str(EMBEDDED / "rm")],
+    "base": (["-m", "nanorlhf.tiny.pretrain"], {}),
+    "sft": (["train_sft.py"], {"model": "base"}),
+    "rm": (["train_rm.py"], {"sft_model": "sft"}),
+    "ppo": (["train_ppo.py"], {"sft_model": "sft", "reward_model": "rm"}),
 }
 
 
@@ -40,12 +40,16 @@ class Config:
 def main(cfg: Config) -> None:
     check(cfg.start in STAGES, "start", cfg.start, f"one of {', '.join(STAGES)}")
     names = list(STAGES)
+    models = {stage: EMBEDDED / stage for stage in names}
     for stage in names[names.index(cfg.start) :]:
         began = time.monotonic()
         run = Path("runs") / f"build_{stage}"
-        subprocess.run(
-            [sys.executable, *STAGES[stage], "--preset", "tiny", "--run_name", run.name, "--overwrite"], check=True
-        )
+        command, inputs = STAGES[stage]
+        flags = [word for flag, source in inputs.items() for word in (f"--{flag}", str(models[source]))]
+        name = ["--preset", "tiny", "--run_name", run.name, "--overwrite"]
+        subprocess.run([sys.executable, *command, *name, *flags], check=True)
+        if stage != "base":  # the base is embedded in bf16 and everyone starts there; the others go on in fp32
+            models[stage] = run / "final"
         embed(stage, run)
         print(f"{stage} rebuilt in {time.monotonic() - began:.0f} s: {EMBEDDED / stage}", flush=True)
 
