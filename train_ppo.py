@@ -109,10 +109,10 @@ PRESETS = {
     "llama-1b": {},
     "paper": dict(batch_size=512, lr=3e-6, total_episodes=1_000_000),
     # Sizes of the tiny world, and three departures: a learning rate for a model a thousand times smaller; kl_coef 0.15,
-    # because its reward model is easier to fool (gold win rate over SFT on 512 valid posts, seed 1: 0.67 at 0.1, 0.70 at
-    # 0.15); gradient clipping, against single large steps.
-    "tiny": dict(lr=3e-4, kl_coef=0.15, max_grad_norm=1.0, total_episodes=3072, max_query_length=104, response_length=32,
-                 microbatch_tokens=4096, sample_every=8, save_every=8),
+    # because its reward model is easier to fool (gold win rate over SFT on 512 valid posts, seed 1: 0.67 at 0.1, 0.70
+    # at 0.15); gradient clipping, against single large steps.
+    "tiny": dict(lr=3e-4, kl_coef=0.15, max_grad_norm=1.0, total_episodes=3072, max_query_length=104,
+                 response_length=32, microbatch_tokens=4096, sample_every=8, save_every=8),
 }  # fmt: skip
 
 
