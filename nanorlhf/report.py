@@ -142,7 +142,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 .wide { overflow-x: auto; } .wide th, .wide td { white-space: nowrap; } .note { color: var(--soft); font-size: .85rem; }
 article { background: var(--card); border-radius: .5rem; padding: 1rem; margin: 1rem 0; }
-article td:nth-child(n+3), article th { overflow-wrap: normal; }
+article td:first-child, article td:nth-child(n+3), article th { overflow-wrap: normal; white-space: nowrap; }
 details { margin: .5rem 0; color: var(--soft); } pre { white-space: pre-wrap; font: inherit; }
 img { max-width: 100%; height: auto; }
 """.strip()
