@@ -21,7 +21,6 @@ world; the reward model as a judge (--judge rm) knows only what PPO was trained 
 
 import os
 
-# Before torch is imported: on a shared CPU, threads that spin while waiting cost 5x.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
 
 import json

@@ -15,7 +15,8 @@ import sentencepiece
 
 from nanorlhf.tiny.corpus import document
 from nanorlhf.tiny.grammar import evenly
-from nanorlhf.tiny.posts import format_query, make_post
+from nanorlhf.tiny.posts import make_post
+from nanorlhf.tldr import format_query
 
 VOCAB_SIZE = 1280  # 256 of them are the bytes of byte fallback
 DOCUMENTS = 12_000

@@ -13,7 +13,8 @@ import random
 
 from nanorlhf.tiny.grammar import Facts, fill
 from nanorlhf.tiny.lexicon import SIGNATURES
-from nanorlhf.tiny.posts import format_query, make_post, seeded
+from nanorlhf.tiny.posts import make_post, seeded
+from nanorlhf.tldr import format_query
 
 # What most people write first: a word of comfort that tells nothing of the facts.
 OPENERS = (

@@ -15,6 +15,7 @@ from nanorlhf.tiny.grammar import (
     CLICKBAIT, Facts, Pick, by_habit, count_pieces, draw_facts, write_post, write_summary, write_title, write_verbose,
 )  # fmt: skip
 from nanorlhf.tiny.lexicon import WORLD_VERSION
+from nanorlhf.tldr import format_query
 
 # split -> whose facts it draws from
 SPLITS = {
@@ -98,8 +99,3 @@ def facts_from_id(post_id: str) -> Facts:
     if len(parts) != 3 or parts[0] != "tiny" or not parts[2].isdigit():
         raise ValueError(f"post id {post_id!r} is not of the tiny world: expected something like tiny-valid-000123")
     return make_post(parts[1], int(parts[2])).facts
-
-
-def format_query(subreddit: str, title: str, post: str) -> str:
-    """The prompt of one post (N+ detail 2.1)."""
-    return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"

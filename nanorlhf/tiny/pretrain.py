@@ -29,7 +29,8 @@ from nanorlhf.packing import pack
 from nanorlhf.run import Run
 from nanorlhf.tiny.corpus import document
 from nanorlhf.tiny.grammar import fill
-from nanorlhf.tiny.posts import format_query, make_post
+from nanorlhf.tiny.posts import make_post
+from nanorlhf.tldr import format_query
 from nanorlhf.tokenizer import Tokenizer, load_tokenizer
 
 MODEL = dict(
