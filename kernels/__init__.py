@@ -1,17 +1,42 @@
 """One fused operation a file, each beside the plain PyTorch that specifies it.
 
-Imports torch only, and triton where it exists.
+Imports torch, and triton where it exists. From logits, M rows of a vocabulary of V:
 
-    linear                x W^T: cuBLAS on a GPU, oneDNN on a CPU in fp32         (every matrix of the model)
-    linear_fp32           the same for a head: bf16 in, fp32 out
-    linear_logprob        hidden, head weight, labels -> log-prob, entropy        (PPO: policy and reference)
-    linear_cross_entropy  hidden, head weight, labels, token weights -> loss      (SFT)
+    logprob_entropy       logits, labels -> log-prob, entropy, logsumexp
+    kl                    two logits, labels -> exact KL, both log-probs
 
-`NANORLHF_KERNELS=torch` takes the reference everywhere.
+and straight from hidden states h (M, D) and the head's weight W (V, D), so that no (M, V) matrix is kept:
+
+    linear_logprob        log-prob and entropy                          PPO's scoring
+    linear_ppo_loss       PPO's clipped policy loss and its gradient    PPO's learning
+    linear_cross_entropy  weighted cross-entropy and its gradient       SFT
+    linear_kl             exact KL between two heads                    --kl_estimator full, evaluation
+    sample_head           next token, its log-prob, entropy             rollout
+
+    linear, linear_fp32   x W^T: cuBLAS on a GPU, oneDNN on a CPU in fp32
+
+`NANORLHF_KERNELS=torch` takes the references everywhere; runtime.py says how the path is chosen.
 """
 
+from kernels.kl import kl
 from kernels.linear import chosen, linear, linear_fp32
 from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import linear_logprob
+from kernels.linear_ppo_loss import PPOLoss, linear_ppo_loss
+from kernels.logprob_entropy import logprob_entropy
+from kernels.sample_head import sample_head
 
-__all__ = ["chosen", "linear", "linear_fp32", "linear_cross_entropy", "linear_logprob"]
+__all__ = [
+    "PPOLoss",
+    "chosen",
+    "kl",
+    "linear",
+    "linear_cross_entropy",
+    "linear_fp32",
+    "linear_kl",
+    "linear_logprob",
+    "linear_ppo_loss",
+    "logprob_entropy",
+    "sample_head",
+]

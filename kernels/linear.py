@@ -7,14 +7,17 @@ to oneDNN, forward and backward; the result differs from MKL's by fp32 rounding 
 
 `linear_fp32` is the same for a head: bf16 in, fp32 out, straight from the accumulator.
 Rounding the logits to bf16 first, as a plain matmul does, puts an error of 0.03 on a log-prob.
+`mm_wide` and `addmm_wide` are its building blocks for the chunked operations beside this file.
 """
 
-import os
 import platform
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels import runtime
+from kernels.runtime import wide
 
 _HAS_ONEDNN = (
     platform.machine() in ("x86_64", "AMD64")  # where it was measured
@@ -48,23 +51,32 @@ class _OneDNNLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (M, K), weight (N, K), same dtype and device -> (M, N); differentiable in both."""
-    if (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and _HAS_ONEDNN
-        and os.environ.get("NANORLHF_KERNELS") != "torch"
-    ):
+    if x.device.type == "cpu" and x.dtype == torch.float32 and _HAS_ONEDNN and runtime.MODE != "torch":
         return _OneDNNLinear.apply(x, weight)
     return linear_reference(x, weight)
+
+
+def mm_wide(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a (M, K) @ b (K, N), same dtype -> (M, N) fp32 from the accumulator (fp64 for fp64), into `out` if given."""
+    if a.is_cuda and wide(a.dtype) != a.dtype:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.to(wide(a.dtype)), b.to(wide(a.dtype)), out=out)
+
+
+def addmm_wide(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (M, N) fp32 += a (M, K) @ b (K, N), in the order of the calls: gradients of chunks add up without rounding
+    to bf16 in between, and the same way every time."""
+    if a.is_cuda and wide(a.dtype) != a.dtype:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 class _LinearFp32(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        if x.is_cuda:
-            return torch.mm(x, weight.T, out_dtype=torch.float32)
-        return F.linear(x.float(), weight.float())
+        return mm_wide(x, weight.T)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -75,10 +87,10 @@ class _LinearFp32(torch.autograd.Function):
 
 def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
     """x (M, K), weight (N, K), both bf16 or both fp32 -> (M, N) fp32; differentiable in both."""
-    return linear(x, weight) if x.dtype == torch.float32 else _LinearFp32.apply(x, weight)
+    return linear(x, weight) if wide(x.dtype) == x.dtype else _LinearFp32.apply(x, weight)
 
 
 def chosen() -> str:
     """What the first lines of a run print: which path this process takes."""
-    plain = os.environ.get("NANORLHF_KERNELS") == "torch" or not _HAS_ONEDNN
-    return "torch" if plain else "torch, oneDNN for fp32 matrices on the CPU"
+    on_cpu = runtime.MODE != "torch" and _HAS_ONEDNN and not torch.cuda.is_available()
+    return runtime.chosen() + (", oneDNN for fp32 matrices on the CPU" if on_cpu else "")

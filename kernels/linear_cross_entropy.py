@@ -4,16 +4,19 @@
 
 The weights carry the whole normalisation: the SFT loss of the paper, a mean over sequences of
 each sequence's token mean, is w = 1 / (B n_i). So a batch can be cut into microbatches
-anywhere and the gradient stays the same. Logits are made one chunk of rows at a time and again
-for the gradient: on all tokens of an SFT batch at V = 128,256 they would take 23 GB in fp32.
+anywhere and the gradient stays the same. On all tokens of an SFT batch the logits would take
+23 GB in fp32 at V = 128,256. The Triton path is that of `linear_ppo_loss` with another
+coefficient: chunks of logits, the gradient finished on the way.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kernels.checks import check_labels, check_matrix, check_rows
 from kernels.linear import linear_fp32
+from kernels.linear_ppo_loss import linear_loss
+from kernels.runtime import chunks, use_triton
 
 CHUNK_ELEMENTS = 2**28  # logits at a time: 1 GB in fp32, 2,093 rows of Llama 3's vocabulary
 
@@ -21,23 +24,26 @@ CHUNK_ELEMENTS = 2**28  # logits at a time: 1 GB in fp32, 2,093 rows of Llama 3'
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """The specification: the formula above, with all logits at once."""
     logits = linear_fp32(hidden, weight)  # (M, V)
-    return (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
+    return (torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weights).sum()
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Sum of weighted token losses, in nats; differentiable in hidden and weight.
+    """Sum of weighted token losses, in nats; differentiable once, in hidden and weight.
 
-    args: hidden (M, D); weight (V, D), same dtype; labels (M,) int64; weights (M,) fp32, 0 where a token does not count
+    args: hidden (M, D); weight (V, D), same dtype; labels (M,) int64; weights (M,), 0 where a token does not count
     -> loss () fp32
     """
-    if hidden.shape[0] != labels.shape[0] or labels.shape != weights.shape or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"shapes: got hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}, "
-            f"weights {tuple(weights.shape)}, expected (M, D), (V, D), (M,), (M,)"
-        )
-    rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    if hidden.shape[0] <= rows:
+    check_matrix("hidden", hidden, ("M", "D"))
+    check_matrix("weight", weight, ("V", hidden.shape[1]), like=hidden)
+    check_labels(labels, hidden.shape[0], weight.shape[0], like=hidden)
+    check_rows("weights", weights, hidden.shape[0], like=hidden)
+    if use_triton(hidden):
+        return linear_loss(hidden, weight, labels, weights, None, None, temperature=1.0, cliprange=0.0).loss
+    slices = chunks(hidden.shape[0], weight.shape[0], CHUNK_ELEMENTS)
+    if len(slices) <= 1:
         return linear_cross_entropy_reference(hidden, weight, labels, weights)
-    chunks = zip(hidden.split(rows), labels.split(rows), weights.split(rows), strict=True)
-    losses = [checkpoint(linear_cross_entropy_reference, h, weight, y, w, use_reentrant=False) for h, y, w in chunks]
+    losses = [
+        checkpoint(linear_cross_entropy_reference, hidden[r], weight, labels[r], weights[r], use_reentrant=False)
+        for r in slices
+    ]
     return torch.stack(losses).sum()

@@ -1,12 +1,13 @@
 """The fused operations: references against float64, the chunked path against the whole one, refusals."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import chosen, linear, linear_cross_entropy, linear_fp32, linear_logprob
+from kernels import chosen, linear, linear_cross_entropy, linear_fp32, linear_logprob, runtime
 
 # The files; `import kernels.linear_logprob as file` would give the function of that name.
 cross_entropy_file = importlib.import_module("kernels.linear_cross_entropy")
@@ -69,7 +70,7 @@ def test_linear_without_a_gradient_of_its_input_or_of_its_weight(inputs):
 def test_linear_is_torchs_own_where_the_environment_says_so_and_in_bf16(inputs, monkeypatch):
     hidden, weight, _, _ = inputs
     assert torch.equal(linear(hidden.bfloat16(), weight.bfloat16()), F.linear(hidden.bfloat16(), weight.bfloat16()))
-    monkeypatch.setenv("NANORLHF_KERNELS", "torch")
+    monkeypatch.setattr(runtime, "MODE", "torch")
     assert torch.equal(linear(hidden, weight), F.linear(hidden, weight))
     monkeypatch.setattr(importlib.import_module("kernels.linear"), "_onednn", None)  # it is not even called
     linear(hidden, weight)
@@ -198,12 +199,16 @@ def check_linear_fp32(x, w):
 def test_the_path_that_a_run_prints_is_the_path_it_takes(monkeypatch):
     file = importlib.import_module("kernels.linear")
     monkeypatch.setattr(file, "_HAS_ONEDNN", True)
-    assert chosen() == "torch, oneDNN for fp32 matrices on the CPU"
-    monkeypatch.setenv("NANORLHF_KERNELS", "torch")
-    assert chosen() == "torch"
-    monkeypatch.delenv("NANORLHF_KERNELS")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert chosen() == "PyTorch reference, oneDNN for fp32 matrices on the CPU"
+    monkeypatch.setattr(runtime, "MODE", "torch")
+    assert chosen() == "PyTorch reference"
+    monkeypatch.setattr(runtime, "MODE", "auto")
     monkeypatch.setattr(file, "_HAS_ONEDNN", False)
-    assert chosen() == "torch"
+    assert chosen() == "PyTorch reference"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runtime, "triton", SimpleNamespace(__version__="9.9"))
+    assert chosen() == "Triton 9.9"
 
 
 @pytest.mark.parametrize("temperature", [0.0, -0.7])
@@ -215,13 +220,13 @@ def test_a_temperature_that_is_not_positive_is_refused(inputs, temperature):
 
 def test_shapes_that_do_not_belong_together_are_refused_by_name(inputs):
     hidden, weight, labels, weights = inputs
-    with pytest.raises(ValueError, match=r"hidden \(13, 24\).*labels \(12,\)"):
+    with pytest.raises(ValueError, match=r"labels: got shape \(12,\), expected \(13,\)"):
         linear_logprob(hidden, weight, labels[1:])
-    with pytest.raises(ValueError, match=r"weight \(101, 23\)"):
+    with pytest.raises(ValueError, match=r"weight: got shape \(101, 23\), expected \(V, 24\)"):
         linear_logprob(hidden, weight[:, 1:], labels)
-    with pytest.raises(ValueError, match=r"labels \(12,\)"):
+    with pytest.raises(ValueError, match=r"labels: got shape \(12,\)"):
         linear_cross_entropy(hidden, weight, labels[1:], weights[1:])
-    with pytest.raises(ValueError, match=r"weights \(12,\)"):
+    with pytest.raises(ValueError, match=r"weights: got shape \(12,\)"):
         linear_cross_entropy(hidden, weight, labels, weights[1:])
-    with pytest.raises(ValueError, match=r"weight \(101, 23\)"):
+    with pytest.raises(ValueError, match=r"weight: got shape \(101, 23\)"):
         linear_cross_entropy(hidden, weight[:, 1:], labels, weights)
