@@ -46,7 +46,7 @@ from nanorlhf.checkpoint import (
 from nanorlhf.config import check, cli
 from nanorlhf.device import now, peak_gib
 from nanorlhf.inputs import find_data, find_model
-from nanorlhf.models import Policy, ScalarModel, critic_from, parameter_count
+from nanorlhf.models import Policy, ScalarModel, critic_from, parameter_count, response_kl
 from nanorlhf.optim import SCHEDULES, AdamW
 from nanorlhf.packing import in_microbatches, pack, split_by_tokens
 from nanorlhf.ppo import Experience
@@ -92,6 +92,7 @@ class Config:
     max_grad_norm: float | None = None  # clip the gradient's norm [paper: no clipping]
     # -- PPO (Table 7)
     kl_coef: float = 0.05  # beta, nats to reward
+    kl_estimator: str = "k1"  # k1: log-ratio of the sampled token [paper]; full: exact, over the whole vocabulary
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE's lambda
     cliprange: float = 0.2  # epsilon of the policy ratio
@@ -104,6 +105,8 @@ class Config:
     save_every: int = 100  # updates between checkpoints that --resume can use; 0 for none
     preflight: bool = True  # check ratio = 1, KL = 0 and V(after EOS) = score before the first update
 
+
+KL_ESTIMATORS = ("k1", "full")
 
 PRESETS = {
     "llama-1b": {},
@@ -128,23 +131,25 @@ def learn(
     packed = pack([e.sequences[i] for i in rows], e.responses.device)
     mask = e.action_mask[rows]
 
-    new_logprobs, entropy = policy.response_logprobs(packed, e.responses[rows], cfg.temperature)  # (b, R) each
-    policy_loss, policy_stats = ppo.policy_loss(
+    # ppo.policy_loss in value and gradient, but fused with the head, so that no logits are kept
+    policy_loss, new_logprobs, entropy, clipfrac = policy.response_ppo_loss(
+        packed, e.responses[rows], e.logprobs[rows], e.advantages[rows], mask / actions, cfg.temperature, cfg.cliprange
+    )  # new_logprobs, entropy (b, R)
+    policy_loss.backward()
+    _, policy_stats = ppo.policy_loss(
         new_logprobs, e.logprobs[rows], e.advantages[rows], mask, cfg.cliprange, denominator=actions
     )
-    policy_loss.backward()
     new_values = critic.response_values(packed, R)  # (b, R)
     value_loss, value_stats = ppo.value_loss(
         new_values, e.values[rows], e.returns[rows], e.value_mask[rows], cfg.cliprange_value, denominator=states
     )
     (cfg.vf_coef * value_loss).backward()
 
-    entropy = entropy.detach()
     return {
         "loss/policy_avg": policy_loss.detach(),
         "loss/value_avg": value_loss.detach(),
         "policy/approxkl_avg": policy_stats["approxkl"],
-        "policy/clipfrac_avg": policy_stats["clipfrac"],
+        "policy/clipfrac_avg": clipfrac,
         "policy/entropy_avg": torch.where(mask, entropy, 0.0).sum() / actions,
         "policy/entropy_avg_paper": entropy.sum() / (len(minibatch) * R),
         "val/ratio": policy_stats["ratio"],
@@ -156,6 +161,7 @@ def learn(
 def main(cfg: Config) -> None:
     check(cfg.temperature > 0, "temperature", cfg.temperature, "greater than 0", "choose 0.7")
     check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
+    check(cfg.kl_estimator in KL_ESTIMATORS, "kl_estimator", cfg.kl_estimator, f"one of {', '.join(KL_ESTIMATORS)}")
     check(
         cfg.batch_size % cfg.num_minibatches == 0,
         "batch_size",
@@ -223,10 +229,14 @@ def main(cfg: Config) -> None:
             finished = [s[: len(s) - R + summary.tokens] for s, summary in zip(sequences, summaries, strict=True)]
             forward = partial(in_microbatches, max_tokens=cfg.microbatch_tokens, device=run.device)
             T = cfg.temperature
-            logprobs, _ = forward(lambda packed, i: policy.response_logprobs(packed, responses[i], T), sequences)
-            ref_logprobs, _ = forward(lambda packed, i: reference.response_logprobs(packed, responses[i], T), sequences)
-            (values,) = forward(lambda packed, i: [critic.response_values(packed, R)], sequences)  # (B, R), like these
-            (raw_scores,) = forward(lambda packed, i: [reward_model.last_scores(packed)], finished)  # (B,)
+            if cfg.kl_estimator == "full":
+                kl_and_logprobs = partial(response_kl, policy, reference)
+                full_kl, logprobs, ref_logprobs = forward(lambda p, i: kl_and_logprobs(p, responses[i], T), sequences)
+            else:
+                logprobs, _ = forward(lambda p, i: policy.response_logprobs(p, responses[i], T), sequences)
+                ref_logprobs, _ = forward(lambda p, i: reference.response_logprobs(p, responses[i], T), sequences)
+            (values,) = forward(lambda p, i: [critic.response_values(p, R)], sequences)  # (B, R), like the log-probs
+            (raw_scores,) = forward(lambda p, i: [reward_model.last_scores(p)], finished)  # (B,)
             action_mask = ppo.action_mask(responses, eos_id)  # (B, R)
             value_mask = ppo.value_mask(responses, eos_id)  # (B, R)
             scored = now(run.device)
@@ -234,8 +244,10 @@ def main(cfg: Config) -> None:
             # 5. rewards and advantages
             scores = ppo.apply_missing_eos(raw_scores, responses, eos_id, cfg.missing_eos_score)  # (B,)
             kl = torch.where(action_mask, logprobs - ref_logprobs, 0.0)  # (B, R), k1: a single token's may be negative
+            full_kl = torch.where(action_mask, full_kl, 0.0) if cfg.kl_estimator == "full" else None  # (B, R), exact
+            penalised_kl = kl if full_kl is None else full_kl
             values = torch.where(value_mask, values, 0.0)
-            rewards = ppo.token_rewards(scores, kl, responses, eos_id, cfg.kl_coef)  # (B, R)
+            rewards = ppo.token_rewards(scores, penalised_kl, responses, eos_id, cfg.kl_coef)  # (B, R)
             if cfg.whiten_rewards:
                 rewards = ppo.masked_whiten(rewards, value_mask, shift_mean=False)
             raw_advantages, returns = ppo.gae(rewards, values, cfg.gamma, cfg.lam)  # (B, R) each
@@ -260,7 +272,7 @@ def main(cfg: Config) -> None:
             tokens = sum(len(s) for s in sequences)
             run.log(
                 update + 1,
-                monitor.objective(scores, logprobs, kl, action_mask, cfg.kl_coef)
+                monitor.objective(scores, logprobs, kl, action_mask, cfg.kl_coef, full_kl)
                 | monitor.learning(totals, steps, action_mask)
                 | monitor.critic(values, returns, raw_advantages, action_mask, value_mask)
                 | monitor.texts(summaries, batch_posts, scores)

@@ -116,13 +116,13 @@ def launches() -> list[dict]:
         y, r = labels[:1696], row[:1696]
         op = "logprob_entropy"
         logprob_entropy.forward_rows(logits, y, 0.7)
-        logprob_entropy.backward_rows(logits, y, (r, r), (r, r, r), 0.7, torch.empty_like(logits))
+        logprob_entropy.backward_rows(logits, y, (r, r, r), (r, r, r), 0.7, torch.empty_like(logits))
         op = "kl"
         kl._forward._init_fn(logits, logits, y, 0.7)
-        kl._backward._init_fn(logits, logits, y, r, r, r, r, r, 0.7)
+        kl._backward._init_fn(logits, logits, y, r, r, r, r, r, r, r, 0.7)
     op = "linear_logprob"
     linear_logprob._forward_tiles(hidden, weight, labels, 0.7)
-    linear_logprob._backward._init_fn(hidden, weight, labels, row, row, row, row, 0.7, True, True)
+    linear_logprob._backward._init_fn(hidden, weight, labels, row, row, row, row, row, 0.7, True, True)
     linear_logprob._forward_chunks(hidden, weight, labels, 0.7)
     op = "linear_ppo_loss"
     linear_ppo_loss._forward._init_fn(hidden, weight, labels, row, row, row, 0.7, 0.2, True, True)

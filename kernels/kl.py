@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_labels, check_matrix, check_temperature
-from kernels.logprob_entropy import ROW
-from kernels.runtime import EMPTY, LN2, LOG2E, MASKED, compute_type, jit, launch, tl, use_triton, wide
+from kernels.runtime import EMPTY, LN2, MASKED, compute_type, jit, launch, tl, use_triton, wide
+
+# Two rows at a time: half as many columns as logprob_entropy, or registers spill.
+ROW = dict(BLOCK=2048, num_warps=8)
 
 
 def kl_reference(
@@ -38,8 +40,10 @@ def _kl_fwd(
     kls,  # out  (M,)
     logprobs,  # out  (M,) log p_y
     ref_logprobs,  # out  (M,) log q_y
-    lses,  # out  (M,) logsumexp of p's logits / T
-    ref_lses,  # out  (M,) of q's
+    tops,  # out  (M,) the maximum of p's logits, for the backward pass as what follows
+    ref_tops,  # out  (M,) of q's
+    log2sums,  # out  (M,) log2 of sum 2^((z - top) scale)
+    ref_log2sums,  # out  (M,) of q's
     stride,
     ref_stride,
     scale,  # log2(e) / T
@@ -47,10 +51,10 @@ def _kl_fwd(
     BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """One program a row: running (max, sum) of each side a lane, and p's running sum w = sum e_v (z_v - x_v - c).
+    """One program a row: running (max, sum) of each side a lane, and p's running sum w = sum e_v gap_v.
 
-    c is that difference at the label. Where the two rows differ by a constant, which KL does not see, it takes most of
-    the constant out before the sum instead of leaving it to cancel after.
+    gap_v = (z_v - z_y) - (x_v - x_y): relative to the label, so that a constant by which the two rows differ, which KL
+    does not see, goes before anything is rounded, instead of cancelling after.
     """
     m = tl.program_id(0)
     row = logits + m.to(tl.int64) * stride
@@ -59,7 +63,9 @@ def _kl_fwd(
     valid = (y >= 0) & (y < V)
     z_y = tl.load(row + y, mask=valid, other=float("nan")).to(COMPUTE)
     x_y = tl.load(ref_row + y, mask=valid, other=float("nan")).to(COMPUTE)
-    c = tl.where((z_y > MASKED) & (x_y > MASKED), z_y - x_y, 0.0)
+    both = (z_y > MASKED) & (x_y > MASKED)
+    z_0 = tl.where(both, z_y, 0.0)
+    x_0 = tl.where(both, x_y, 0.0)
 
     zm = tl.full([BLOCK], EMPTY, COMPUTE)
     xm = tl.full([BLOCK], EMPTY, COMPUTE)
@@ -74,7 +80,7 @@ def _kl_fwd(
         x = tl.where(x < MASKED, MASKED, x)
         d = (z - zm) * scale
         e = tl.exp2(-tl.abs(d))
-        gap = (z - x) - c
+        gap = (z - z_0) - (x - x_0)
         w = tl.where(d > 0, w * e + gap, w + e * gap)
         zs = tl.where(d > 0, zs * e + 1.0, zs + e)
         zm = tl.where(d > 0, z, zm)
@@ -89,12 +95,14 @@ def _kl_fwd(
     mean_gap = tl.sum(w * e, axis=0) / s
     log2s = tl.log2(s)
     ref_log2s = tl.log2(tl.sum(xs * tl.exp2((xm - x_top) * scale), axis=0))
-    divergence = ((mean_gap - ((z_top - x_top) - c)) * scale - log2s + ref_log2s) * LN2
+    divergence = ((mean_gap - (z_top - z_0) + (x_top - x_0)) * scale - log2s + ref_log2s) * LN2
     tl.store(kls + m, tl.where(divergence > 1e15, float("inf"), divergence))  # q is 0 where p is not
     tl.store(logprobs + m, ((z_y - z_top) * scale - log2s) * LN2)
     tl.store(ref_logprobs + m, ((x_y - x_top) * scale - ref_log2s) * LN2)
-    tl.store(lses + m, (z_top * scale + log2s) * LN2)
-    tl.store(ref_lses + m, (x_top * scale + ref_log2s) * LN2)
+    tl.store(tops + m, z_top)
+    tl.store(ref_tops + m, x_top)
+    tl.store(log2sums + m, log2s)
+    tl.store(ref_log2sums + m, ref_log2s)
 
 
 @jit
@@ -103,14 +111,17 @@ def _kl_bwd(
     reference_logits,  # in   (M, V)
     labels,  # in   (M,) int64
     kls,  # in   (M,)
-    lses,  # in   (M,)
-    ref_lses,  # in   (M,)
+    tops,  # in   (M,)
+    ref_tops,  # in   (M,)
+    log2sums,  # in   (M,)
+    ref_log2sums,  # in   (M,)
     grad_kls,  # in   (M,)
     grad_logprobs,  # in   (M,)
     grad_logits,  # out  (M, V)
     stride,
     ref_stride,
     grad_stride,
+    scale,  # log2(e) / T
     inverse_temperature,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -126,11 +137,11 @@ def _kl_bwd(
     inside = columns < V
     z = tl.load(logits + m.to(tl.int64) * stride + columns, mask=inside, other=float("-inf")).to(COMPUTE)
     x = tl.load(reference_logits + m.to(tl.int64) * ref_stride + columns, mask=inside, other=0.0).to(COMPUTE)
-    logp = z * inverse_temperature - tl.load(lses + m)
-    logq = x * inverse_temperature - tl.load(ref_lses + m)
-    p = tl.exp2(logp * LOG2E)
+    log2p = (z - tl.load(tops + m)) * scale - tl.load(log2sums + m)
+    log2q = (x - tl.load(ref_tops + m)) * scale - tl.load(ref_log2sums + m)
+    p = tl.exp2(log2p)
     label = tl.where(columns == tl.load(labels + m), 1.0, 0.0)
-    grad = tl.load(grad_kls + m) * tl.where(p > 0, p * (logp - logq - tl.load(kls + m)), 0.0)
+    grad = tl.load(grad_kls + m) * tl.where(p > 0, p * ((log2p - log2q) * LN2 - tl.load(kls + m)), 0.0)
     grad += tl.load(grad_logprobs + m) * (label - p)
     grad = (grad * inverse_temperature).to(grad_logits.dtype.element_ty)
     tl.store(grad_logits + m.to(tl.int64) * grad_stride + columns, grad, mask=inside)
@@ -139,10 +150,10 @@ def _kl_bwd(
 @torch.library.custom_op("nanorlhf::kl", mutates_args=())
 def _forward(
     logits: Tensor, reference_logits: Tensor, labels: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> kl, logprobs, ref_logprobs, lse, reference lse"""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> kl, logprobs, ref_logprobs, and for the backward pass tops, ref_tops, log2sums, ref_log2sums"""
     M, V = logits.shape
-    outputs = tuple(logits.new_empty(M, dtype=wide(logits.dtype)) for _ in range(5))
+    outputs = tuple(logits.new_empty(M, dtype=wide(logits.dtype)) for _ in range(7))
     if M:
         arguments = (logits, reference_logits, labels, *outputs, logits.stride(0), reference_logits.stride(0))
         scale = 1 / (temperature * math.log(2))
@@ -152,34 +163,36 @@ def _forward(
 
 @torch.library.custom_op("nanorlhf::kl_backward", mutates_args=())
 def _backward(
-    logits: Tensor, reference_logits: Tensor, labels: Tensor, kl: Tensor, lse: Tensor, ref_lse: Tensor,
-    grad_kl: Tensor, grad_logprobs: Tensor, temperature: float,
+    logits: Tensor, reference_logits: Tensor, labels: Tensor, kl: Tensor, tops: Tensor, ref_tops: Tensor,
+    log2sums: Tensor, ref_log2sums: Tensor, grad_kl: Tensor, grad_logprobs: Tensor, temperature: float,
 ) -> Tensor:  # fmt: skip
     M, V = logits.shape
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if M:
-        rows = (labels, kl, lse, ref_lse, grad_kl.contiguous(), grad_logprobs.contiguous())
+        rows = (labels, kl, tops, ref_tops, log2sums, ref_log2sums, grad_kl.contiguous(), grad_logprobs.contiguous())
         strides = (logits.stride(0), reference_logits.stride(0), grad.stride(0))
         constants = dict(V=V, COMPUTE=compute_type(logits), **ROW)
         grid = (M, -(-V // ROW["BLOCK"]))
-        launch(_kl_bwd, grid, logits, reference_logits, *rows, grad, *strides, 1 / temperature, **constants)
+        scales = 1 / (temperature * math.log(2)), 1 / temperature
+        launch(_kl_bwd, grid, logits, reference_logits, *rows, grad, *strides, *scales, **constants)
     return grad
 
 
 @_forward.register_fake
 def _(logits, reference_logits, labels, temperature):
-    return tuple(logits.new_empty(logits.shape[0], dtype=wide(logits.dtype)) for _ in range(5))
+    return tuple(logits.new_empty(logits.shape[0], dtype=wide(logits.dtype)) for _ in range(7))
 
 
 @_backward.register_fake
-def _(logits, reference_logits, labels, kl, lse, ref_lse, grad_kl, grad_logprobs, temperature):
+def _(logits, *_):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output):
     logits, reference_logits, labels, ctx.temperature = inputs
-    kl, _, _, lse, ref_lse = output
-    ctx.save_for_backward(logits, reference_logits, labels, kl, lse, ref_lse)
+    kl, _, ref_logprobs, *saved = output
+    ctx.mark_non_differentiable(ref_logprobs, *saved)
+    ctx.save_for_backward(logits, reference_logits, labels, kl, *saved)
 
 
 def _gradient(ctx, grad_kl, grad_logprobs, *_):
@@ -203,5 +216,5 @@ def kl(
     check_labels(labels, *logits.shape, like=logits)
     if not use_triton(logits):
         return kl_reference(logits, reference_logits, labels, temperature)
-    divergence, logprobs, ref_logprobs, _, _ = _forward(logits, reference_logits.detach(), labels, temperature)
-    return divergence, logprobs, ref_logprobs.detach()
+    divergence, logprobs, ref_logprobs, *_ = _forward(logits, reference_logits.detach(), labels, temperature)
+    return divergence, logprobs, ref_logprobs

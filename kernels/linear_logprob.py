@@ -128,7 +128,8 @@ def merge_tiles(tops, sums, tilts, row, scale, TILES: tl.constexpr, SLOTS: tl.co
 def _merge(
     tops, sums, tilts,  # in   (M, TILES) each
     label_logits,  # in   (M,)
-    logprobs, entropies, lses,  # out  (M,) each
+    logprobs, entropies,  # out  (M,) each
+    row_tops, log2sums,  # out  (M,) each, for the backward pass
     scale, TILES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """One program a row."""
@@ -137,7 +138,8 @@ def _merge(
     log2s = tl.log2(s)
     tl.store(logprobs + row, ((tl.load(label_logits + row) - top) * scale - log2s) * LN2)
     tl.store(entropies + row, (log2s - u / s) * LN2)
-    tl.store(lses + row, (top * scale + log2s) * LN2)
+    tl.store(row_tops + row, top)
+    tl.store(log2sums + row, log2s)
 
 
 def descriptor(matrix: Tensor, rows: int, columns: int):
@@ -166,10 +168,10 @@ def tile_stats(
     return partials, label_logits
 
 
-def _forward_tiles(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_tiles(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, ...]:
     scale = 1 / (temperature * math.log(2))
     partials, label_logits = tile_stats(hidden, weight, labels, scale, TILE)
-    outputs = tuple(torch.empty_like(label_logits) for _ in range(3))
+    outputs = tuple(torch.empty_like(label_logits) for _ in range(4))
     tiles = partials[0].shape[1]
     slots = triton.next_power_of_2(tiles)
     launch(_merge, hidden.shape[:1], *partials, label_logits, *outputs, scale, TILES=tiles, SLOTS=slots)
@@ -179,23 +181,24 @@ def _forward_tiles(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: 
 # --- chunks of logits ------------------------------------------------------------------------------------------------
 
 
-def _forward_chunks(
-    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_chunks(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, ...]:
     M, V = hidden.shape[0], weight.shape[0]
-    outputs = tuple(hidden.new_empty(M, dtype=wide(hidden.dtype)) for _ in range(3))
+    outputs = tuple(hidden.new_empty(M, dtype=wide(hidden.dtype)) for _ in range(4))
     slices = chunks(M, V, CHUNK_ELEMENTS)
     buffer = hidden.new_empty(slices[0].stop if slices else 0, V, dtype=wide(hidden.dtype))
     for rows in slices:
         logits = mm_wide(hidden[rows], weight.T, out=buffer[: rows.stop - rows.start])
-        for whole, part in zip(outputs, forward_rows(logits, labels[rows], temperature), strict=True):
+        logprobs, entropy, _, tops, log2sums = forward_rows(logits, labels[rows], temperature)
+        for whole, part in zip(outputs, (logprobs, entropy, tops, log2sums), strict=True):
             whole[rows] = part
     return outputs
 
 
 @torch.library.custom_op("nanorlhf::linear_logprob", mutates_args=())
-def _forward(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """-> logprobs, entropy, lse"""
+def _forward(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> logprobs, entropy, and for the backward pass tops, log2sums"""
     if hidden.shape[0] and use_tiles(hidden, weight):
         return _forward_tiles(hidden, weight, labels, temperature)
     return _forward_chunks(hidden, weight, labels, temperature)
@@ -203,8 +206,8 @@ def _forward(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float)
 
 @torch.library.custom_op("nanorlhf::linear_logprob_backward", mutates_args=())
 def _backward(
-    hidden: Tensor, weight: Tensor, labels: Tensor, entropy: Tensor, lse: Tensor, grad_logprobs: Tensor,
-    grad_entropy: Tensor, temperature: float, of_hidden: bool, of_weight: bool,
+    hidden: Tensor, weight: Tensor, labels: Tensor, entropy: Tensor, tops: Tensor, log2sums: Tensor,
+    grad_logprobs: Tensor, grad_entropy: Tensor, temperature: float, of_hidden: bool, of_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> gradients of hidden and weight; empty where not asked for"""
     M, V = hidden.shape[0], weight.shape[0]
@@ -213,11 +216,12 @@ def _backward(
     slices = chunks(M, V, CHUNK_ELEMENTS)
     size = slices[0].stop if slices else 0
     logits_buffer, grad_buffer = hidden.new_empty(size, V, dtype=wide(hidden.dtype)), hidden.new_empty(size, V)
-    zeros = torch.zeros_like(lse)
+    zeros = torch.zeros_like(entropy)
     for rows in slices:
         n = rows.stop - rows.start
         logits = mm_wide(hidden[rows], weight.T, out=logits_buffer[:n])
-        saved, grads = (entropy[rows], lse[rows]), (grad_logprobs[rows], grad_entropy[rows], zeros[rows])
+        saved = tuple(x[rows] for x in (entropy, tops, log2sums))
+        grads = tuple(x[rows] for x in (grad_logprobs, grad_entropy, zeros))
         backward_rows(logits, labels[rows], saved, grads, temperature, grad_buffer[:n])
         if of_hidden:
             torch.mm(grad_buffer[:n], weight, out=grad_hidden[rows])  # dh = dz W
@@ -228,11 +232,11 @@ def _backward(
 
 @_forward.register_fake
 def _(hidden, weight, labels, temperature):
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=wide(hidden.dtype)) for _ in range(3))
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=wide(hidden.dtype)) for _ in range(4))
 
 
 @_backward.register_fake
-def _(hidden, weight, labels, entropy, lse, grad_logprobs, grad_entropy, temperature, of_hidden, of_weight):
+def _(hidden, weight, labels, entropy, tops, log2sums, grad_logprobs, grad_entropy, temperature, of_hidden, of_weight):
     return (
         torch.empty_like(hidden) if of_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if of_weight else weight.new_empty(0),
@@ -241,10 +245,12 @@ def _(hidden, weight, labels, entropy, lse, grad_logprobs, grad_entropy, tempera
 
 def _save(ctx, inputs, output):
     hidden, weight, labels, ctx.temperature = inputs
-    ctx.save_for_backward(hidden, weight, labels, output[1], output[2])
+    _, entropy, tops, log2sums = output
+    ctx.mark_non_differentiable(tops, log2sums)
+    ctx.save_for_backward(hidden, weight, labels, entropy, tops, log2sums)
 
 
-def _gradient(ctx, grad_logprobs, grad_entropy, _):
+def _gradient(ctx, grad_logprobs, grad_entropy, *_):
     wanted = ctx.needs_input_grad[:2]
     grads = _backward(
         *ctx.saved_tensors, grad_logprobs.contiguous(), grad_entropy.contiguous(), ctx.temperature, *wanted
@@ -266,7 +272,7 @@ def linear_logprob(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: 
     check_matrix("weight", weight, ("V", hidden.shape[1]), like=hidden)
     check_labels(labels, hidden.shape[0], weight.shape[0], like=hidden)
     if use_triton(hidden):
-        logprobs, entropy, _ = _forward(hidden, weight, labels, temperature)
+        logprobs, entropy, _, _ = _forward(hidden, weight, labels, temperature)
         return logprobs, entropy
     slices = chunks(hidden.shape[0], weight.shape[0], CHUNK_ELEMENTS)
     if len(slices) <= 1:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_labels, check_matrix, check_temperature
-from kernels.runtime import EMPTY, LN2, LOG2E, MASKED, compute_type, jit, launch, tl, use_triton, wide
+from kernels.runtime import EMPTY, LN2, MASKED, compute_type, jit, launch, tl, use_triton, wide
 
 # 4096 columns on 8 warps: 16 logits a thread, in 128-bit loads. Wider blocks spill, narrower ones load less at a time.
 ROW = dict(BLOCK=4096, num_warps=8)
@@ -66,6 +66,8 @@ def _logprob_entropy_fwd(
     logprobs,  # out  (M,)
     entropies,  # out  (M,)
     lses,  # out  (M,)
+    tops,  # out  (M,) the maximum, for the backward pass
+    log2sums,  # out  (M,) log2 of sum 2^((z - top) scale), for the backward pass
     stride,  # elements from one row of logits to the next
     scale,  # log2(e) / T
     V: tl.constexpr,
@@ -82,6 +84,8 @@ def _logprob_entropy_fwd(
     tl.store(logprobs + m, ((z_y - top) * scale - log2s) * LN2)
     tl.store(entropies + m, (log2s - u / s) * LN2)
     tl.store(lses + m, (top * scale + log2s) * LN2)
+    tl.store(tops + m, top)
+    tl.store(log2sums + m, log2s)
 
 
 @jit
@@ -89,19 +93,23 @@ def _logprob_entropy_bwd(
     logits,  # in   (M, V)
     labels,  # in   (M,) int64
     entropies,  # in   (M,)
-    lses,  # in   (M,)
+    tops,  # in   (M,)
+    log2sums,  # in   (M,)
     grad_logprobs,  # in   (M,)
     grad_entropies,  # in   (M,)
     grad_lses,  # in   (M,)
     grad_logits,  # out  (M, V)
     stride,
     grad_stride,
+    scale,  # log2(e) / T
     inverse_temperature,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """One program a row and block of columns.
+
+    log p_v is taken from the maximum, not from lse: of a row with an offset of -200, z / T - lse would lose digits.
 
     d logprob / d z_v = (1[v = y] - p_v) / T
     d entropy / d z_v = -p_v (log p_v + entropy) / T
@@ -111,20 +119,20 @@ def _logprob_entropy_bwd(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < V
     z = tl.load(logits + m.to(tl.int64) * stride + columns, mask=inside, other=float("-inf")).to(COMPUTE)
-    logp = z * inverse_temperature - tl.load(lses + m)
-    p = tl.exp2(logp * LOG2E)
+    log2p = (z - tl.load(tops + m)) * scale - tl.load(log2sums + m)
+    p = tl.exp2(log2p)
     label = tl.where(columns == tl.load(labels + m), 1.0, 0.0)
-    entropy_part = tl.where(p > 0, p * (logp + tl.load(entropies + m)), 0.0)  # 0 log 0 = 0
+    entropy_part = tl.where(p > 0, p * (log2p * LN2 + tl.load(entropies + m)), 0.0)  # 0 log 0 = 0
     grad = tl.load(grad_logprobs + m) * (label - p) - tl.load(grad_entropies + m) * entropy_part
     grad += tl.load(grad_lses + m) * p
     grad = (grad * inverse_temperature).to(grad_logits.dtype.element_ty)
     tl.store(grad_logits + m.to(tl.int64) * grad_stride + columns, grad, mask=inside)
 
 
-def forward_rows(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the forward kernel: (M, V), (M,) -> logprobs, entropy, lse, (M,) each."""
+def forward_rows(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    """Launch the forward kernel: (M, V), (M,) -> logprobs, entropy, lse, tops, log2sums, (M,) each."""
     M, V = logits.shape
-    outputs = tuple(logits.new_empty(M, dtype=wide(logits.dtype)) for _ in range(3))
+    outputs = tuple(logits.new_empty(M, dtype=wide(logits.dtype)) for _ in range(5))
     scale = 1 / (temperature * math.log(2))
     if M:
         arguments = (logits, labels, *outputs, logits.stride(0), scale)
@@ -133,50 +141,57 @@ def forward_rows(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Te
 
 
 def backward_rows(
-    logits: Tensor, labels: Tensor, saved: tuple[Tensor, Tensor], grads: tuple[Tensor, Tensor, Tensor],
+    logits: Tensor, labels: Tensor, saved: tuple[Tensor, Tensor, Tensor], grads: tuple[Tensor, Tensor, Tensor],
     temperature: float, grad_logits: Tensor,
 ) -> None:  # fmt: skip
-    """Launch the backward kernel, which writes grad_logits (M, V). saved: entropy, lse; grads: of the three outputs."""
+    """Launch the backward kernel, which writes grad_logits (M, V).
+
+    saved: entropy, tops, log2sums; grads: of logprobs, entropy and lse
+    """
     M, V = logits.shape
     if M:
         arguments = (logits, labels, *saved, *grads, grad_logits, logits.stride(0), grad_logits.stride(0))
         grid = (M, -(-V // ROW["BLOCK"]))
         constants = dict(V=V, COMPUTE=compute_type(logits), **ROW)
-        launch(_logprob_entropy_bwd, grid, *arguments, 1 / temperature, **constants)
+        scales = 1 / (temperature * math.log(2)), 1 / temperature
+        launch(_logprob_entropy_bwd, grid, *arguments, *scales, **constants)
 
 
 @torch.library.custom_op("nanorlhf::logprob_entropy", mutates_args=())
-def _forward(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return forward_rows(logits, labels, temperature)
 
 
 @torch.library.custom_op("nanorlhf::logprob_entropy_backward", mutates_args=())
 def _backward(
-    logits: Tensor, labels: Tensor, entropy: Tensor, lse: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor,
-    grad_lse: Tensor, temperature: float,
+    logits: Tensor, labels: Tensor, entropy: Tensor, tops: Tensor, log2sums: Tensor, grad_logprobs: Tensor,
+    grad_entropy: Tensor, grad_lse: Tensor, temperature: float,
 ) -> Tensor:  # fmt: skip
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     grads = tuple(grad.contiguous() for grad in (grad_logprobs, grad_entropy, grad_lse))
-    backward_rows(logits, labels, (entropy, lse), grads, temperature, grad_logits)
+    backward_rows(logits, labels, (entropy, tops, log2sums), grads, temperature, grad_logits)
     return grad_logits
 
 
 @_forward.register_fake
 def _(logits, labels, temperature):
-    return tuple(logits.new_empty(logits.shape[0], dtype=wide(logits.dtype)) for _ in range(3))
+    return tuple(logits.new_empty(logits.shape[0], dtype=wide(logits.dtype)) for _ in range(5))
 
 
 @_backward.register_fake
-def _(logits, labels, entropy, lse, grad_logprobs, grad_entropy, grad_lse, temperature):
+def _(logits, labels, entropy, tops, log2sums, grad_logprobs, grad_entropy, grad_lse, temperature):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output):
     logits, labels, ctx.temperature = inputs
-    ctx.save_for_backward(logits, labels, output[1], output[2])
+    _, entropy, _, tops, log2sums = output
+    ctx.mark_non_differentiable(tops, log2sums)
+    ctx.save_for_backward(logits, labels, entropy, tops, log2sums)
 
 
-def _gradient(ctx, *grads):
+def _gradient(ctx, grad_logprobs, grad_entropy, grad_lse, *_):
+    grads = grad_logprobs, grad_entropy, grad_lse
     return _backward(*ctx.saved_tensors, *grads, ctx.temperature), None, None
 
 
@@ -194,4 +209,5 @@ def logprob_entropy(logits: Tensor, labels: Tensor, temperature: float = 1.0) ->
     check_labels(labels, *logits.shape, like=logits)
     if not use_triton(logits):
         return logprob_entropy_reference(logits, labels, temperature)
-    return _forward(logits, labels, temperature)
+    logprobs, entropy, lse, _, _ = _forward(logits, labels, temperature)
+    return logprobs, entropy, lse

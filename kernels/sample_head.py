@@ -93,6 +93,7 @@ def _pick(
         z += tl.sum(w * h[None, :], axis=1)
     z = tl.where(columns < V, z, MASKED)
     e = tl.exp2((z - top) * scale).to(tl.float64)
+    left *= tl.sum(e, axis=0) / tl.sum(tl.where(slots == tile, shares, 0.0), axis=0)  # equal but for rounding
     inside = tl.arange(0, WIDTH)
     last = tl.max(tl.where(e > 0, inside, 0), axis=0)
     pick = tl.minimum(tl.sum((tl.cumsum(e, axis=0) <= left).to(tl.int32), axis=0), last)
@@ -121,7 +122,7 @@ def _logits(
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = mm_wide(hidden, weight.T)  # (B, V)
     tokens = sample((logits / temperature).softmax(-1), u.index_select(1, step.view(1))[:, 0])
-    logprobs, entropy, _ = forward_rows(logits, tokens, temperature)
+    logprobs, entropy, *_ = forward_rows(logits, tokens, temperature)
     return tokens, logprobs, entropy
 
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kernels import linear_fp32, linear_logprob
+from kernels import PPOLoss, linear_fp32, linear_kl, linear_logprob, linear_ppo_loss
 from nanorlhf.attention import causal
 from nanorlhf.llama import Llama, LlamaConfig
 from nanorlhf.packing import Packed, pack
@@ -46,10 +46,31 @@ class Policy(nn.Module):
         args: packed: sequences that end in the R response tokens; responses (B, R) int64
         -> logprobs (B, R) fp32, entropy (B, R) fp32
         """
-        rows = packed.response_rows(responses.shape[1])  # (B, R)
-        hidden = self.hidden(packed)[rows.flatten()]  # (B*R, D): the head runs only where it is read
+        hidden = self.response_hidden(packed, responses.shape[1])  # (B*R, D)
         logprobs, entropy = linear_logprob(hidden, self.head_weight, responses.flatten(), temperature)
         return logprobs.view_as(responses), entropy.view_as(responses)
+
+    def response_hidden(self, packed: Packed, response_length: int) -> Tensor:
+        """Hidden states before each response token, (B*R, D): the head runs only where it is read."""
+        return self.hidden(packed)[packed.response_rows(response_length).flatten()]
+
+    def response_ppo_loss(
+        self, packed: Packed, responses: Tensor, logprobs: Tensor, advantages: Tensor, weights: Tensor,
+        temperature: float, cliprange: float,
+    ) -> PPOLoss:  # fmt: skip
+        """`ppo.policy_loss` of the new log-probs, fused with the head: the gradient is made chunk by chunk, no logits
+        are kept.
+
+        args: responses (B, R) int64; logprobs, advantages (B, R) fp32; weights (B, R) fp32: action_mask divided by the
+        tokens of the minibatch
+        -> PPOLoss: loss (), logprobs (B, R) and entropy (B, R) of the policy as it is now, clipfrac ()
+        """
+        hidden = self.response_hidden(packed, responses.shape[1])  # (B*R, D)
+        rows = (x.flatten() for x in (responses, logprobs, advantages, weights))
+        loss, new_logprobs, entropy, clipfrac = linear_ppo_loss(
+            hidden, self.head_weight, *rows, temperature=temperature, cliprange=cliprange
+        )
+        return PPOLoss(loss, new_logprobs.view_as(responses), entropy.view_as(responses), clipfrac)
 
     @torch.no_grad()
     def logits(self, sequences: list[list[int]]) -> list[Tensor]:
@@ -100,6 +121,21 @@ class ScalarModel(nn.Module):
         """Value of every state of each sequence: a list of (T_i,) fp32; element t has read tokens 0..t."""
         packed = pack(sequences, device=self.score.weight.device)
         return packed.unpack(self.token_scores(packed))
+
+
+def response_kl(
+    policy: Policy, reference: Policy, packed: Packed, responses: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact KL(policy || reference) before each response token, over the whole vocabulary; no gradient.
+
+    args: packed: sequences that end in the R response tokens; responses (B, R) int64
+    -> kl (B, R) fp32 in nats; logprobs, ref_logprobs (B, R) fp32 of the response tokens
+    """
+    R = responses.shape[1]
+    heads = (policy.response_hidden(packed, R), policy.head_weight, reference.response_hidden(packed, R),
+             reference.head_weight)  # fmt: skip
+    kl, logprobs, ref_logprobs = linear_kl(*heads, responses.flatten(), temperature)
+    return kl.view_as(responses), logprobs.view_as(responses), ref_logprobs.view_as(responses)
 
 
 def reward_model_from(policy: Policy, seed: int) -> ScalarModel:

@@ -15,17 +15,26 @@ from nanorlhf.tiny import gold
 from nanorlhf.tldr import Post
 
 
-def objective(scores: Tensor, logprobs: Tensor, kl: Tensor, action_mask: Tensor, kl_coef: float) -> dict[str, float]:
+def objective(
+    scores: Tensor,
+    logprobs: Tensor,
+    kl: Tensor,
+    action_mask: Tensor,
+    kl_coef: float,
+    full_kl: Tensor | None = None,
+) -> dict[str, float]:
     """What PPO maximises: means over responses of sums over tokens, in nats.
 
-    args: scores (B,); logprobs, kl, action_mask (B, R)
+    args: scores (B,); logprobs, kl, action_mask (B, R); full_kl (B, R), with --kl_estimator full: what is penalised
     """
-    non_score_reward = -kl_coef * kl.sum(1).mean()
+    penalised = kl if full_kl is None else full_kl
+    non_score_reward = -kl_coef * penalised.sum(1).mean()
     surprise = torch.where(action_mask, -logprobs, 0.0).sum(1).mean()  # -log p of what was said estimates the entropy
     return {
         "objective/scores": scores.mean().item(),
         "objective/scores_std": scores.std().item(),
         "objective/kl": kl.sum(1).mean().item(),
+        **({} if full_kl is None else {"objective/kl_full": full_kl.sum(1).mean().item()}),
         "objective/non_score_reward": non_score_reward.item(),
         "objective/rlhf_reward": (scores.mean() + non_score_reward).item(),
         "objective/entropy": surprise.item(),

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import linear_fp32
+from kernels import linear_fp32, sample_head
 from nanorlhf.attention import causal
 from nanorlhf.models import Policy
 from nanorlhf.packing import pack
@@ -69,15 +69,11 @@ def uniforms(seed: int, episodes: list[int], response_length: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def sample(probabilities: Tensor, u: Tensor) -> Tensor:
-    """Inverse-CDF sampling: the first token whose cumulative probability exceeds u. (B, V), (B,) -> (B,) int64.
-
-    In float64, so that the tail of a 128k vocabulary is neither cut off nor inflated by rounding in the cumulative sum.
-    """
-    cumulative = probabilities.double().cumsum(dim=-1)
-    # The sum is 1 up to rounding; scaling by it keeps the last token reachable.
-    threshold = u[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=probabilities.shape[-1] - 1)
+def greedy(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest token and its log-prob at temperature 1. (B, D), (V, D) -> (B,) int64, (B,) fp32."""
+    logp = torch.log_softmax(linear_fp32(hidden, head_weight), dim=-1)  # (B, V)
+    tokens = logp.argmax(dim=-1)
+    return tokens, logp.gather(1, tokens[:, None])[:, 0]
 
 
 @torch.no_grad()
@@ -106,12 +102,14 @@ def generate(
 
     hidden = policy.model(packed.tokens, packed.positions, cache.prefill(packed))[packed.last_rows()]  # (B, D)
     responses, logprobs = [], []
+    steps = torch.arange(response_length, device=device)
     for t in range(response_length):
-        logits = linear_fp32(hidden, policy.head_weight) / (temperature or 1.0)  # (B, V)
-        distribution = torch.log_softmax(logits, dim=-1)
-        tokens = sample(distribution.exp(), u[:, t]) if temperature > 0 else logits.argmax(dim=-1)  # (B,)
+        if temperature > 0:
+            tokens, token_logprobs, _ = sample_head(hidden, policy.head_weight, u, steps[t], temperature)  # (B,) each
+        else:
+            tokens, token_logprobs = greedy(hidden, policy.head_weight)
         responses.append(tokens)
-        logprobs.append(distribution.gather(1, tokens[:, None])[:, 0])
+        logprobs.append(token_logprobs)
         if t + 1 < response_length:
             positions = lengths + t  # where this token stands in its sequence
             hidden = policy.model(tokens, positions, cache.decode(positions))

@@ -13,6 +13,9 @@ import torch
 from nanorlhf.llama import LlamaConfig
 from nanorlhf.models import Policy, ScalarModel
 
+# These need processes of their own, which test_triton.py starts: Triton decides once whether kernels are interpreted.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
+
 # Two query heads for each key/value head, and a rotary context so short that all regimes of Llama 3's scaling occur.
 TINY = LlamaConfig(
     vocab_size=97,

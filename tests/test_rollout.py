@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import TINY, scramble
 
+from kernels.sample_head import sample
 from nanorlhf.models import Policy
 from nanorlhf.packing import pack
-from nanorlhf.rollout import generate, read_responses, sample, summarise, uniforms
+from nanorlhf.rollout import generate, read_responses, summarise, uniforms
 
 QUERY_LENGTHS = [9, 1, 30, 4]
 

@@ -1,0 +1,135 @@
+"""What the kernel tests share: an error budget, hard inputs, and guards around every tensor that a kernel gets.
+
+These tests run the Triton kernels in Triton's interpreter, in fp32 on the CPU, and need a process of their own, because
+Triton decides when a kernel is defined whether it will be interpreted:
+
+    TRITON_INTERPRET=1 NANORLHF_KERNELS=triton python -m pytest tests/interpreter
+
+tests/test_triton.py starts that process.
+"""
+
+import pytest
+import torch
+
+from kernels import runtime
+
+assert runtime.INTERPRETED and runtime.MODE == "triton", "set TRITON_INTERPRET=1 and NANORLHF_KERNELS=triton"
+
+EPSILON = 2.0**-23  # spacing of fp32 at 1
+
+
+def outputs_and_gradients(
+    function, inputs: dict, leaves: tuple[str, ...], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Call function(**inputs) in a dtype; -> its outputs, and the gradients of the leaves for fixed cotangents."""
+    inputs = {
+        name: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "u" else x
+        for name, x in inputs.items()
+    }
+    for leaf in leaves:
+        inputs[leaf] = inputs[leaf].clone().requires_grad_()
+    outputs = function(**inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    named = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
+    if leaves:
+        generator = torch.Generator().manual_seed(7)
+        scalars = [(x * torch.randn(x.shape, generator=generator).to(dtype)).sum() for x in outputs if x.requires_grad]
+        sum(scalars).backward()
+        named |= {f"gradient of {leaf}": inputs[leaf].grad for leaf in leaves}
+    return named
+
+
+@pytest.fixture
+def within_budget():
+    """within_budget(op, reference, inputs, leaves): the kernel errs no more than twice what PyTorch does in fp32.
+
+    The truth is the reference in float64. Beside the twice, a few roundings of the largest number that occurs are
+    granted, because PyTorch is sometimes exact by luck: the largest output, or `largest`, a logit on the way.
+    """
+
+    def check(op, reference, inputs: dict, leaves: tuple[str, ...] = (), largest: float = 1.0) -> dict:
+        exact = outputs_and_gradients(reference, inputs, leaves, torch.float64)
+        plain = outputs_and_gradients(reference, inputs, leaves, torch.float32)
+        ours = outputs_and_gradients(op, inputs, leaves, torch.float32)
+        assert ours.keys() == exact.keys()
+        for name, truth in exact.items():
+            assert ours[name].shape == truth.shape, name
+            if not truth.is_floating_point():
+                assert torch.equal(ours[name], truth), name
+                continue
+            assert ours[name].dtype == torch.float32, name
+            finite = truth.isfinite()
+            assert torch.equal(ours[name][~finite].double(), truth[~finite]), name
+            error = (ours[name].double() - truth)[finite].abs().max().item()
+            allowed = (plain[name].double() - truth)[finite].abs().max().item()
+            scale = max(largest, truth[finite].abs().max().item())
+            assert error <= 2 * allowed + 8 * EPSILON * scale, f"{name}: error {error:.2e}, PyTorch's {allowed:.2e}"
+        return ours
+
+    return check
+
+
+def hard_logits(M: int, V: int, seed: int = 0) -> torch.Tensor:
+    """(M, V): rows with a logit of 60, an offset of -200, -inf, all equal, and ordinary ones."""
+    z = 3 * torch.randn(M, V, generator=torch.Generator().manual_seed(seed))
+    z[0, 0] = 60.0
+    if M > 1:
+        z[1] -= 200.0
+    if M > 2:
+        z[2, 1:-1:2] = float("-inf")
+    if M > 3:
+        z[3] = 0.5
+    return z
+
+
+def some_labels(M: int, V: int, seed: int = 1) -> torch.Tensor:
+    """(M,) int64, the first one 0 and the last one the last token of the vocabulary."""
+    labels = torch.randint(V, (M,), generator=torch.Generator().manual_seed(seed))
+    labels[0], labels[-1] = 0, V - 1
+    return labels
+
+
+GUARD = 64  # elements before and behind every tensor
+WRITES = {  # what each kernel may write
+    "_logprob_entropy_fwd": {"logprobs", "entropies", "lses", "tops", "log2sums"},
+    "_logprob_entropy_bwd": {"grad_logits"},
+    "_kl_fwd": {"kls", "logprobs", "ref_logprobs", "tops", "ref_tops", "log2sums", "ref_log2sums"},
+    "_kl_bwd": {"grad_logits"},
+    "_tile_stats": {"tops", "sums", "tilts", "label_logits"},
+    "_tile_kl": {"tops", "sums", "ref_tops", "ref_sums", "gaps", "label_logits", "ref_label_logits"},
+    "_merge": {"kls", "logprobs", "ref_logprobs", "entropies", "row_tops", "log2sums"},
+    "_loss_rows": {"grad_logits", "losses", "logprobs", "entropies", "clipped_rows"},
+    "_pick": {"tokens", "logprobs", "entropies"},
+}
+
+
+@pytest.fixture(autouse=True)
+def guards(monkeypatch):
+    """Every kernel works on copies with guard elements around them; afterwards the guards and the inputs must be as
+    they were. The interpreter, like a GPU, would not notice a stray write."""
+    start = runtime.start
+
+    def guarded_start(kernel, grid, args, constants, options):
+        name = kernel.fn.__name__
+        parameters = list(kernel.arg_names)
+        guarded, checks = [], []
+        for parameter, value in zip(parameters, args, strict=False):
+            if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+                guarded.append(value)
+                continue
+            fill = -77 if not value.is_floating_point() else -777.25
+            buffer = torch.full((value.numel() + 2 * GUARD,), fill, dtype=value.dtype)
+            inner = buffer[GUARD : GUARD + value.numel()].view(value.shape)
+            inner.copy_(value.detach())
+            guarded.append(inner)
+            checks.append((parameter, value, buffer, inner, fill))
+        start(kernel, grid, tuple(guarded), constants, options)
+        for parameter, value, buffer, inner, fill in checks:
+            assert (buffer[:GUARD] == fill).all(), f"{name} wrote before {parameter}"
+            assert (buffer[len(buffer) - GUARD :] == fill).all(), f"{name} wrote past {parameter}"
+            if parameter in WRITES[name]:
+                value.detach().copy_(inner)
+            else:
+                assert torch.equal(inner.nan_to_num(1e9), value.detach().nan_to_num(1e9)), f"{name} wrote {parameter}"
+
+    monkeypatch.setattr(runtime, "start", guarded_start)
