@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import kernels
 from kernels import chosen, linear, linear_cross_entropy, linear_fp32, linear_logprob, runtime
 
 # The files; `import kernels.linear_logprob as file` would give the function of that name.
@@ -230,3 +231,60 @@ def test_shapes_that_do_not_belong_together_are_refused_by_name(inputs):
         linear_cross_entropy(hidden, weight, labels, weights[1:])
     with pytest.raises(ValueError, match=r"weight: got shape \(101, 23\)"):
         linear_cross_entropy(hidden, weight[:, 1:], labels, weights)
+
+
+def operands():
+    """Valid arguments of every operation, by name."""
+    h, w, y = torch.randn(4, 8), torch.randn(11, 8), torch.tensor([0, 3, 10, 5])
+    z, row = torch.randn(4, 11), torch.rand(4)
+    u, step = torch.rand(4, 2, dtype=torch.float64), torch.tensor(1)
+    ppo = dict(hidden=h, weight=w, labels=y, old_logprobs=row, advantages=row, weights=row, cliprange=0.2)
+    return {
+        kernels.logprob_entropy: dict(logits=z, labels=y, temperature=1.0),
+        kernels.kl: dict(logits=z, reference_logits=z, labels=y, temperature=1.0),
+        kernels.linear_logprob: dict(hidden=h, weight=w, labels=y, temperature=1.0),
+        kernels.linear_ppo_loss: ppo | dict(temperature=1.0),
+        kernels.linear_cross_entropy: dict(hidden=h, weight=w, labels=y, weights=row),
+        kernels.linear_kl: dict(hidden=h, weight=w, ref_hidden=h, ref_weight=w, labels=y, temperature=1.0),
+        kernels.sample_head: dict(hidden=h, weight=w, u=u, step=step, temperature=1.0),
+    }
+
+
+BAD = {  # what is wrong with an argument -> (a version of it that is, words of the refusal)
+    "shape": (lambda x: x[:3] if x.dim() == 1 else x[:, :5], r"got shape \(.*expected \("),
+    "integers": (lambda x: x.long(), r"got .*torch.int64.*expected"),
+    "strides": (lambda x: torch.cat((x, x), 1)[:, ::2], r"got strides .*call .contiguous\(\)"),
+    "too large": (lambda x: x + 1, r"labels: got 11, expected token ids from 0 to 10"),
+    "negative": (lambda x: x - 1, r"labels: got -1, expected token ids from 0 to 10"),
+    "int32": (lambda x: x.int(), r"got .*torch.int32.*expected (torch.int64|one int64)"),
+    "zero": (lambda x: 0.0, r"temperature: got 0.0, expected a number greater than 0"),
+    "nan": (lambda x: float("nan"), r"temperature: got nan, expected a number greater than 0"),
+    "below zero": (lambda x: -0.1, r"cliprange: got -0.1, expected 0 or more"),
+}
+MATRICES_BY_NAME = ("logits", "reference_logits", "hidden", "weight", "ref_hidden", "ref_weight")
+FAULTS = {
+    **dict.fromkeys(MATRICES_BY_NAME, ("integers", "strides")),
+    "labels": ("shape", "too large", "negative", "int32"),
+    "temperature": ("zero", "nan"),
+    "cliprange": ("below zero",),
+    **dict.fromkeys(("weights", "advantages", "old_logprobs"), ("shape", "integers")),
+    "u": ("integers", "strides"),
+    "step": ("int32",),
+}
+
+
+@pytest.mark.parametrize("operation", operands(), ids=lambda operation: operation.__name__)
+def test_every_operation_names_the_argument_that_is_wrong(operation):
+    operation(**operands()[operation])
+    for name, value in operands()[operation].items():
+        for fault in FAULTS[name]:
+            spoil, words = BAD[fault]
+            with pytest.raises(ValueError, match=words) as refusal:
+                operation(**operands()[operation] | {name: spoil(value)})
+            assert str(refusal.value).startswith(f"{name}: ") or fault == "integers", (name, refusal.value)
+    matrices = [name for name in operands()[operation] if name in MATRICES_BY_NAME]
+    for name in matrices[1:]:
+        with pytest.raises(ValueError, match=rf"{name}: got (torch.bfloat16 on cpu, expected torch.float32|shape)"):
+            operation(**operands()[operation] | {name: operands()[operation][name].bfloat16()})
+        with pytest.raises(ValueError, match=rf"^{name}: got shape"):
+            operation(**operands()[operation] | {name: operands()[operation][name][:, :5].contiguous()})

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import TINY, scramble
 
-from nanorlhf.models import Policy, ScalarModel, critic_from, parameter_count, reward_model_from
+from nanorlhf import ppo
+from nanorlhf.models import Policy, ScalarModel, critic_from, parameter_count, response_kl, reward_model_from
 from nanorlhf.packing import pack
 
 R = 6
@@ -38,6 +39,48 @@ def test_response_logprobs_are_log_softmax_of_the_logits_before_each_token(make_
             distribution = torch.softmax(logits[len(query) - 1 + t].double() / temperature, -1)
             assert math.isclose(logprobs[row, t], distribution[responses[row, t]].log(), abs_tol=1e-5)
             assert math.isclose(entropy[row, t], -(distribution * distribution.log()).sum(), abs_tol=1e-5)
+
+
+def test_the_fused_ppo_loss_is_that_of_ppo_policy_loss_in_value_gradient_and_statistics(make_policy, batch):
+    queries, responses = batch
+    packed, mask = join(queries, responses), torch.arange(R) < torch.tensor([[R], [3], [1]])
+    generator = torch.Generator().manual_seed(2)
+    advantages = torch.randn(3, R, generator=generator)
+    results = []
+    for fused in (False, True):
+        policy = make_policy()
+        with torch.no_grad():
+            old, _ = policy.response_logprobs(packed, responses, 0.7)
+        old = old + 0.3 * torch.randn(3, R, generator=torch.Generator().manual_seed(3))
+        if fused:
+            fields = (packed, responses, old, advantages, mask / mask.sum(), 0.7, 0.2)
+            loss, new, entropy, clipfrac = policy.response_ppo_loss(*fields)
+            assert not (new.requires_grad or entropy.requires_grad or clipfrac.requires_grad)
+        else:
+            new, entropy = policy.response_logprobs(packed, responses, 0.7)
+            loss, stats = ppo.policy_loss(new, old, advantages, mask, 0.2)
+            clipfrac = stats["clipfrac"]
+        loss.backward()
+        results.append([loss.detach(), new.detach(), entropy.detach(), clipfrac, policy.head_weight.grad])
+    assert 0 < results[0][3] < 1 and results[0][4].abs().max() > 0
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_exact_kl_is_that_of_the_two_models_whole_distributions(make_policy, batch):
+    queries, responses = batch
+    policy, reference = make_policy(seed=0), make_policy(seed=1)
+    kl, logprobs, ref_logprobs = response_kl(policy, reference, join(queries, responses), responses, 0.7)
+    for row, query in enumerate(queries):
+        sequence = query + responses[row].tolist()
+        p, q = (model.logits([sequence])[0][len(query) - 1 : -1] / 0.7 for model in (policy, reference))
+        p, q = p.log_softmax(-1), q.log_softmax(-1)  # (R, V)
+        expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+        torch.testing.assert_close(kl[row], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logprobs[row], p.gather(1, responses[row][:, None])[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ref_logprobs[row], q.gather(1, responses[row][:, None])[:, 0], rtol=1e-4, atol=1e-5)
+    same, logprobs, ref_logprobs = response_kl(policy, policy, join(queries, responses), responses, 0.7)
+    assert same.abs().max() < 1e-5 and torch.equal(logprobs, ref_logprobs)
 
 
 def test_gathered_logprobs_follow_a_known_next_token_table(make_config):

@@ -132,6 +132,15 @@ def test_before_the_first_update_ratio_is_one_and_kl_is_zero(world):
     assert first["preflight/value_error"] < 1e-4
 
 
+def test_the_exact_kl_can_be_the_penalty(world):
+    rows = read_metrics(run("train_ppo", world, "--kl_estimator full --max_updates 3"))
+    assert rows[0]["objective/kl_full"] == pytest.approx(0, abs=1e-4)
+    assert rows[2]["objective/kl_full"] > 0 and rows[2]["objective/kl_full"] != rows[2]["objective/kl"]
+    for row in rows:
+        expected = row["objective/scores"] - 0.15 * row["objective/kl_full"]
+        assert row["objective/rlhf_reward"] == pytest.approx(expected, abs=1e-5)
+
+
 def test_rlhf_reward_is_score_minus_kl_penalty_in_every_update(world):
     for row in read_metrics(run("train_ppo", world)):
         expected = row["objective/scores"] - 0.15 * row["objective/kl"]  # the tiny preset's kl_coef
