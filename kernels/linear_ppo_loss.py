@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.checks import check_labels, check_matrix, check_rows, check_temperature
 from kernels.linear import addmm_wide, mm_wide
-from kernels.linear_logprob import linear_logprob
+from kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from kernels.logprob_entropy import ROW, row_stats
 from kernels.runtime import LN2, LOG2E, chunks, compute_type, jit, launch, tl, use_triton, wide
 
@@ -45,8 +45,15 @@ def linear_ppo_loss_reference(
     temperature: float,
     cliprange: float,
 ) -> PPOLoss:
-    """The specification."""
-    logprobs, entropy = linear_logprob(hidden, weight, labels, temperature)
+    """The specification, with all logits at once."""
+    logprobs, entropy = linear_logprob_reference(hidden, weight, labels, temperature)
+    return clipped_loss(logprobs, entropy, old_logprobs, advantages, weights, cliprange)
+
+
+def clipped_loss(
+    logprobs: Tensor, entropy: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, cliprange: float
+) -> PPOLoss:
+    """The formula, from log-probs. (M,) each."""
     log_ratio = torch.where(weights != 0, logprobs - old_logprobs, 0.0)  # before exp: what is masked must not overflow
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
@@ -212,4 +219,5 @@ def linear_ppo_loss(
         check_rows(name, values, hidden.shape[0], like=hidden)
     if use_triton(hidden):
         return linear_loss(hidden, weight, labels, weights, old_logprobs, advantages, temperature, cliprange)
-    return linear_ppo_loss_reference(hidden, weight, labels, old_logprobs, advantages, weights, temperature, cliprange)
+    logprobs, entropy = linear_logprob(hidden, weight, labels, temperature)
+    return clipped_loss(logprobs, entropy, old_logprobs, advantages, weights, cliprange)

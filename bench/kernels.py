@@ -1,0 +1,224 @@
+"""The vocabulary kernels against what one would use instead: time, rate, share of the machine's ceiling, memory.
+
+    python -m bench.kernels                 at the shape of Llama-3.2-1B on a GPU; small, references only, without one
+    python -m bench.kernels --rows 6784     one PPO batch: 128 responses of 53 tokens [default: that and 8,192]
+    python -m bench.kernels --tiles         other tiles and chunks than the ones that ship, to tune a new card
+
+Each operation is timed beside its PyTorch reference, torch.compile of that reference, torch's own fused cross-entropy
+where this torch has one, and Liger's where it is installed, in turn in one process. The ceilings, a copy and a matmul
+in bf16, are measured in the same run. Times are medians over at least a fifth of a second, with a cold L2; memory is the
+peak above the operands. One JSON line last. Needs torch and triton, nothing else.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+import kernels
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+D, V = (2048, 128_256) if GPU else (64, 4001)
+FILES = {name: importlib.import_module(f"kernels.{name}") for name in kernels.__all__ if name.islower()
+         and name not in ("chosen", "linear", "linear_fp32")}  # fmt: skip
+REFERENCE = {name: getattr(file, f"{name}_reference") for name, file in FILES.items()}
+
+
+def measure(function: Callable[[], object]) -> tuple[float, float]:
+    """(seconds, GB above what was there): median time of a call, and the peak of its memory."""
+    function()  # compiles
+    if not GPU:
+        times = []
+        while len(times) < 3:
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return sorted(times)[1], float("nan")
+    from triton.testing import do_bench
+
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    gigabytes = (torch.cuda.max_memory_allocated() - before) / 1e9
+    return do_bench(function, warmup=50, rep=200, return_mode="median") / 1e3, gigabytes
+
+
+def with_gradient(function: Callable, leaves: list[Tensor]) -> Callable[[], None]:
+    """Forward and backward pass; the gradients are dropped, as after an optimizer step."""
+
+    def step() -> None:
+        result = function()
+        result = result if isinstance(result, tuple) else (result,)
+        sum(x.sum() for x in result if x.requires_grad).backward()
+        for leaf in leaves:
+            leaf.grad = None
+
+    return step
+
+
+def operations(rows: int) -> dict[str, tuple[Callable, Callable, list[Tensor], str, float]]:
+    """name -> (ours, reference, leaves or [], "GB" or "TFLOP", the work that has to be done in that unit)."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if GPU else torch.float32
+    options = dict(dtype=dtype, device=DEVICE)
+    hidden, weight = torch.randn(rows, D, **options) * 4 / D**0.5, torch.randn(V, D, **options)
+    labels = torch.randint(V, (rows,), device=DEVICE)
+    per_row = [torch.rand(rows, device=DEVICE) for _ in range(3)]
+    batch = min(128, rows)
+    u = torch.rand(batch, 53, dtype=torch.float64, device=DEVICE)
+    step = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    logits = hidden @ weight.T
+    size, gemm = rows * V * logits.element_size() / 1e9, 2 * rows * D * V / 1e12
+    h, w, z = (x.clone().requires_grad_() for x in (hidden, weight, logits))
+    ppo = (*per_row,)
+
+    def both(name, *args, **keywords):
+        ours, reference = getattr(kernels, name), REFERENCE[name]
+        return (lambda f=ours: f(*args, **keywords)), (lambda f=reference: f(*args, **keywords))
+
+    loss = (lambda: kernels.linear_ppo_loss(h, w, labels, *ppo, temperature=0.7, cliprange=0.2).loss,
+            lambda f=REFERENCE["linear_ppo_loss"]: f(h, w, labels, *ppo, 0.7, 0.2).loss)  # fmt: skip
+    return {
+        "logprob_entropy": (*both("logprob_entropy", logits, labels, 0.7), [], "GB", size),
+        "logprob_entropy fwd+bwd": (*both("logprob_entropy", z, labels, 0.7), [z], "GB", 3 * size),
+        "kl": (*both("kl", logits, logits, labels, 0.7), [], "GB", 2 * size),
+        "linear_logprob": (*both("linear_logprob", hidden, weight, labels, 0.7), [], "TFLOP", gemm),
+        "linear_logprob fwd+bwd": (*both("linear_logprob", h, w, labels, 0.7), [h, w], "TFLOP", 3 * gemm),
+        "linear_ppo_loss fwd+bwd": (*loss, [h, w], "TFLOP", 3 * gemm),
+        "linear_cross_entropy fwd+bwd": (
+            *both("linear_cross_entropy", h, w, labels, per_row[0]), [h, w], "TFLOP", 3 * gemm,
+        ),
+        "linear_kl": (*both("linear_kl", hidden, weight, hidden, weight, labels, 0.7), [], "TFLOP", 2 * gemm),
+        f"sample_head, {batch} rows": (
+            *both("sample_head", hidden[:batch], weight, u, step, 0.7), [], "GB", V * D * hidden.element_size() / 1e9,
+        ),
+    }  # fmt: skip
+
+
+def rivals(name: str, rows: int) -> dict[str, Callable]:
+    """Ready-made cross-entropies that stand in for ours, where they are installed."""
+    if not name.startswith("linear_cross_entropy") or not GPU:
+        return {}
+    options = dict(dtype=torch.bfloat16, device=DEVICE)
+    h = (torch.randn(rows, D, **options) * 4 / D**0.5).requires_grad_()
+    w, labels = torch.randn(V, D, **options).requires_grad_(), torch.randint(V, (rows,), device=DEVICE)
+    found = {}
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+        fused = torch.nn.functional.linear_cross_entropy
+        found["torch F.linear_cross_entropy"] = with_gradient(lambda: fused(h, w, labels), [h, w])
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+        found["Liger"] = with_gradient(lambda: liger(w, h, labels), [h, w])
+    return found
+
+
+def ceilings() -> dict[str, float]:
+    """What this machine can do: GB/s of a copy, TFLOP/s of a matmul."""
+    n = 2**30 if GPU else 2**24
+    x = torch.empty(n // 4, device=DEVICE)
+    y = torch.empty_like(x)
+    copy, _ = measure(lambda: y.copy_(x))
+    size = 8192 if GPU else 512
+    a = torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
+    matmul, _ = measure(lambda: a @ a)
+    return {"GB": 2 * x.numel() * 4 / 1e9 / copy, "TFLOP": 2 * size**3 / 1e12 / matmul}
+
+
+@contextmanager
+def changed(file, name: str, value):
+    """A module constant, for the time of a measurement."""
+    before = getattr(file, name)
+    setattr(file, name, value)
+    yield
+    setattr(file, name, before)
+
+
+def tiles(rows: int, ceiling: dict[str, float]) -> list[dict]:
+    """Other configurations than those that ship."""
+    ops, results = operations(rows), []
+
+    def show(op: str, name: str, function: Callable) -> None:
+        ours, _, leaves, unit, work = ops[op]
+        try:
+            seconds, _ = measure(with_gradient(ours, leaves) if leaves else ours)
+        except RuntimeError as error:  # a tile that this card cannot hold
+            print(f"{op:32} {name:60} {str(error).splitlines()[0][:60]}")
+            return
+        share = work / seconds / ceiling[unit]
+        print(f"{op:32} {name:60} {seconds * 1e3:9.3f} ms {share:5.0%}")
+        results.append({"op": op, "tile": name, "ms": seconds * 1e3})
+
+    for name, op in (("logprob_entropy", "logprob_entropy"), ("kl", "kl")):
+        for block, warps in itertools.product((1024, 2048, 4096, 8192), (4, 8, 16)):
+            with changed(FILES[name], "ROW", dict(BLOCK=block, num_warps=warps)):
+                show(op, f"BLOCK {block}, {warps} warps", ops[op][0])
+    sample = next(op for op in ops if op.startswith("sample_head"))
+    for name, op in (("linear_logprob", "linear_logprob"), ("linear_kl", "linear_kl"), ("sample_head", sample)):
+        for n, k, stages, group in itertools.product((64, 128, 256), (64, 128), (3, 4), (1, 8, 16)):
+            if op == sample and group > 1:
+                continue
+            tile = dict(BLOCK_M=128, BLOCK_N=n, BLOCK_K=k, GROUP=group, num_warps=8, num_stages=stages)
+            with changed(FILES[name], "TILE", tile):
+                show(op, f"128 x {n} x {k}, {stages} stages, groups of {group}", ops[op][0])
+    with changed(FILES["linear_logprob"], "use_tiles", lambda *_: False):
+        show("linear_logprob", "chunks of cuBLAS logits", ops["linear_logprob"][0])
+    for elements in (2**26, 2**27, 2**28, 2**29, 2**30):
+        with changed(FILES["linear_ppo_loss"], "CHUNK_ELEMENTS", elements):
+            show("linear_ppo_loss fwd+bwd", f"chunks of {elements // V} rows", ops["linear_ppo_loss fwd+bwd"][0])
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[6784, 8192] if GPU else [256], help="rows M")
+    parser.add_argument("--tiles", action="store_true", help="other tiles and chunks than those that ship")
+    flags = parser.parse_args()
+    device = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{device}, torch {torch.__version__}, kernels: {kernels.chosen()}, D {D}, V {V}")
+    if not GPU:
+        print("no CUDA device: small shapes, PyTorch references only; skipped: Triton, torch.compile, Liger, memory")
+    ceiling = ceilings()
+    print(f"ceilings: copy {ceiling['GB']:.0f} GB/s, matmul {ceiling['TFLOP']:.3g} TFLOP/s\n")
+    results = []
+    for rows in flags.rows:
+        if flags.tiles and GPU:
+            results += tiles(rows, ceiling)
+            continue
+        print(f"| {rows} rows | who | ms | rate | of ceiling | GB |\n|---|---|---|---|---|---|")
+        for name, (ours, reference, leaves, unit, work) in operations(rows).items():
+            contenders = {"ours": ours, "PyTorch": reference} if GPU else {"PyTorch": ours}
+            if GPU and not name.startswith("sample"):  # a search over a cumulative sum is nothing to fuse
+                contenders["torch.compile"] = torch.compile(reference)
+            contenders = {who: with_gradient(f, leaves) if leaves else f for who, f in contenders.items()}
+            for who, function in (contenders | rivals(name, rows)).items():
+                try:
+                    seconds, gigabytes = measure(function)
+                except RuntimeError as error:  # out of memory, or a compiler that is not there: said, not hidden
+                    print(f"| {name} | {who} | {type(error).__name__}: {str(error).splitlines()[0][:60]} | | | |")
+                    continue
+                rate = work / seconds
+                share, unit_name = rate / ceiling[unit], f"{unit}/s"
+                print(
+                    f"| {name} | {who} | {seconds * 1e3:.3f} | {rate:.3g} {unit_name} | {share:.0%} | {gigabytes:.2f} |"
+                )
+                row = {"rows": rows, "op": name, "who": who, "ms": seconds * 1e3, unit_name: rate, "of_ceiling": share}
+                results.append(row | ({"gb": gigabytes} if GPU else {}))
+            torch._dynamo.reset()
+        print()
+    print(json.dumps({"bench": "kernels", "device": device, "torch": torch.__version__, "ceilings": ceiling,
+                      "results": results}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
