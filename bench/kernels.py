@@ -6,8 +6,8 @@
 
 Each operation is timed beside its PyTorch reference, torch.compile of that reference, torch's own fused cross-entropy
 where this torch has one, and Liger's where it is installed, in turn in one process. The ceilings, a copy and a matmul
-in bf16, are measured in the same run. Times are medians over at least a fifth of a second, with a cold L2; memory is the
-peak above the operands. One JSON line last. Needs torch and triton, nothing else.
+in bf16, are measured in the same run. Times are medians over at least a fifth of a second, with a cold L2; memory is
+the peak above the operands. One JSON line last. Needs torch and triton, nothing else.
 """
 
 import argparse
@@ -209,9 +209,8 @@ def main() -> None:
                     continue
                 rate = work / seconds
                 share, unit_name = rate / ceiling[unit], f"{unit}/s"
-                print(
-                    f"| {name} | {who} | {seconds * 1e3:.3f} | {rate:.3g} {unit_name} | {share:.0%} | {gigabytes:.2f} |"
-                )
+                memory = f"{gigabytes:.2f}" if GPU else ""
+                print(f"| {name} | {who} | {seconds * 1e3:.3f} | {rate:.3g} {unit_name} | {share:.0%} | {memory} |")
                 row = {"rows": rows, "op": name, "who": who, "ms": seconds * 1e3, unit_name: rate, "of_ceiling": share}
                 results.append(row | ({"gb": gigabytes} if GPU else {}))
             torch._dynamo.reset()
