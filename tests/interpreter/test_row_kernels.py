@@ -56,13 +56,12 @@ def test_a_label_of_probability_0_has_log_prob_minus_infinity_and_a_nan_stays_on
 
 @pytest.mark.parametrize("name", ["logprob_entropy", "kl"])
 def test_rows_beyond_32_bits_are_found(name):
-    """Row 1 begins 2^31 + 64 elements after row 0; a 32-bit offset would point 2^31 elements before it."""
-    V, stride = 64, 2**31 + 64
-    # Torch asks for 8 GB of addresses and the operating system gives only the two pages that are touched.
-    storage = torch.empty(stride + V, dtype=torch.float32)
-    z = storage.as_strided((2, V), (stride, 1))
-    z.copy_(hard_logits(2, V))
-    labels = some_labels(2, V)
+    """Row 2 begins 2^31 + 128 elements after row 0; the product of row and stride in 32 bits would be negative."""
+    V, stride = 64, 2**30 + 64
+    # Torch asks for 8 GB of addresses and the operating system gives only the pages that are touched.
+    z = torch.empty(2 * stride + V, dtype=torch.float32).as_strided((3, V), (stride, 1))
+    z.copy_(hard_logits(3, V))
+    labels = some_labels(3, V)
     if name == "logprob_entropy":
         ours, expected = rows_file.forward_rows(z, labels, 1.0)[:3], rows_file.logprob_entropy_reference(z, labels)
     else:
@@ -72,11 +71,11 @@ def test_rows_beyond_32_bits_are_found(name):
 
 
 def test_the_last_rows_of_a_gradient_beyond_32_bits_are_written():
-    V, stride = 64, 2**31 + 64
-    grad = torch.empty(stride + V, dtype=torch.float32).as_strided((2, V), (stride, 1))
-    z, labels = hard_logits(2, V), some_labels(2, V)
+    V, stride = 64, 2**30 + 64
+    grad = torch.empty(2 * stride + V, dtype=torch.float32).as_strided((3, V), (stride, 1))
+    z, labels = hard_logits(3, V), some_labels(3, V)
     _, entropy, _, tops, log2sums = rows_file.forward_rows(z, labels, 1.0)
-    ones, zeros = torch.ones(2), torch.zeros(2)
+    ones, zeros = torch.ones(3), torch.zeros(3)
     rows_file.backward_rows(z, labels, (entropy, tops, log2sums), (ones, zeros, zeros), 1.0, grad)
     expected = torch.nn.functional.one_hot(labels, V) - z.softmax(-1)
     torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6)
