@@ -129,7 +129,7 @@ def test_before_the_first_update_ratio_is_one_and_kl_is_zero(world):
     assert first["preflight/ratio"] == pytest.approx(1, abs=1e-5)
     assert first["preflight/kl"] == pytest.approx(0, abs=1e-5)
     assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
-    assert first["preflight/value_error"] < 1e-4
+    assert first["preflight/v_after_eos_score"] < 1e-4
 
 
 def test_rlhf_reward_is_score_minus_kl_penalty_in_every_update(world):
@@ -284,7 +284,7 @@ def test_ppo_in_bfloat16_begins_with_ratio_1_and_stays_finite(world, models):
     rows = read_metrics(folder)
     assert len(rows) == 3 and all("not_finite" not in row for row in rows)
     assert rows[0]["preflight/ratio"] == pytest.approx(1, abs=2e-2)
-    assert rows[0]["preflight/kl"] <= 1e-3 and rows[0]["preflight/value_error"] <= 1e-1
+    assert rows[0]["preflight/kl"] <= 1e-3 and rows[0]["preflight/v_after_eos_score"] <= 1e-1
     policy, critic = (load_file(folder / part / "model.safetensors") for part in ("final", "final_critic"))
     assert {tensor.dtype for tensor in policy.values()} == {torch.bfloat16}
     assert {name for name, tensor in critic.items() if tensor.dtype == torch.float32} == {"score.weight", "score.bias"}
@@ -317,7 +317,7 @@ def test_a_ppo_that_fails_its_preflight_has_not_touched_the_run_it_was_to_overwr
     def refuse(*_):
         raise UserError("pre-flight: the ratio is 2")
 
-    monkeypatch.setattr(train_ppo, "preflight", refuse)
+    monkeypatch.setattr(train_ppo.preflight, "report", refuse)
     with pytest.raises(UserError, match="the ratio is 2"):
         run("train_ppo", world, f"{models['train_ppo']} --max_updates 1 --overwrite")
     assert files(folder) == before
