@@ -265,7 +265,7 @@ def test_pad_that_is_eos_is_stopped(setup):
 
 
 def test_a_ratio_whose_mean_is_1_does_not_hide_a_policy_that_is_another():
-    # Over samples of the old policy any other policy has a mean ratio of 1: the check on its square sees the difference.
+    # Over samples of the old policy any other policy has a mean ratio of 1: its square sees the difference.
     totals = {"val/ratio": torch.tensor(1.0), "policy/approxkl_avg": torch.tensor(0.05)}
     for dtype in (torch.float32, torch.bfloat16):
         with stopped_by("approxkl in the loss is 0.05"):

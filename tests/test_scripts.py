@@ -20,6 +20,7 @@ from nanorlhf.llama import LlamaConfig, initialise
 from nanorlhf.models import Policy, reward_model_from
 from nanorlhf.run import Run, read_metrics
 from nanorlhf.tiny.data import write_world
+from nanorlhf.tldr import encode_posts, load_posts
 from nanorlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +45,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory):
+def models(tmp_path_factory, world):
     """Flags that name a small random base model, SFT model and reward model, for each script."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = load_tokenizer(ROOT / "nanorlhf" / "tiny")
@@ -55,9 +56,15 @@ def models(tmp_path_factory):
     )  # fmt: skip
     for seed, stage in enumerate(("base", "sft")):
         policy = Policy(config)
-        initialise(policy, seed)
+        initialise(policy, seed=seed)
+        with torch.no_grad():  # what all tokens have in common makes EOS the likeliest: half of the responses stop
+            policy.model.embed_tokens.weight.add_(0.05)
+            policy.model.embed_tokens.weight[tokenizer.eos_id] = 0.16
         save_policy(policy, folder / stage, tokenizer)
-    save_scalar(reward_model_from(policy, seed=0), folder / "rm", tokenizer)
+    reward_model = reward_model_from(policy, seed=0)
+    references = zip(*encode_posts(load_posts(world, "train"), tokenizer, 104), strict=True)
+    reward_model.score_shift = reward_model.scores([query + reference for query, reference in references]).mean().item()
+    save_scalar(reward_model, folder / "rm", tokenizer)
     sft, rm = f"--sft_model {folder / 'sft'}", f"--reward_model {folder / 'rm'}"
     return {"train_sft": f"--model {folder / 'base'}", "train_rm": sft, "train_ppo": f"{sft} {rm}"}
 
@@ -169,7 +176,7 @@ def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_one(name, world, m
     resumed = start(name, "--run_name resumed --resume --device cpu")  # every setting and input is remembered
 
     assert_same_weights(straight, resumed)
-    clocks = ("time", "perf/")  # what differs between any two runs
+    clocks = ("time", "perf/", "preflight/")  # what differs between any two runs; what is checked again after a resume
 
     def values(folder):
         return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in read_metrics(folder)]
