@@ -145,14 +145,23 @@ def test_rlhf_reward_is_score_minus_kl_penalty_in_every_update(world):
         assert row["objective/rlhf_reward"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_microbatch_tokens_change_no_metric_beyond_rounding(world):
+@pytest.mark.parametrize(
+    "name, metrics",
+    [
+        ("train_sft", ["train/sft/loss", "grad_norm"]),
+        ("train_rm", ["train/rm/loss", "train/rm/margin", "grad_norm"]),
+        ("train_ppo", ["loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "objective/scores", "grad_norm"]),
+    ],
+)
+def test_microbatch_tokens_change_no_metric_beyond_rounding(name, metrics, world, models):
+    flags = f"{models[name]} --max_updates 2"
     rows = [
-        read_metrics(run("train_ppo", world, f"--max_updates 2 --run_name ppo_{tokens} --microbatch_tokens {tokens}"))
+        read_metrics(run(name, world, f"{flags} --run_name run_{tokens} --microbatch_tokens {tokens}"))
         for tokens in (150, 8192)
     ]
-    for small, large in zip(*rows, strict=True):
-        for name in ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "objective/scores", "grad_norm"):
-            assert small[name] == pytest.approx(large[name], rel=1e-3, abs=1e-6), name
+    for small, large in zip(*(found[:2] for found in rows), strict=True):
+        for metric in metrics:
+            assert small[metric] == pytest.approx(large[metric], rel=1e-3, abs=1e-6), metric
 
 
 class Killed(Exception):
