@@ -85,7 +85,14 @@ def draw(name: str) -> None:
 def last(name: str) -> dict[str, float]:
     """Means over the last four updates of a run."""
     rows = read_metrics(Path("runs") / f"bug_{name}")[-4:]
-    metrics = ["objective/gold", "objective/scores", "objective/kl", "val/eos_rate", "hack/length", "policy/approxkl_avg"]
+    metrics = [
+        "objective/gold",
+        "objective/scores",
+        "objective/kl",
+        "val/eos_rate",
+        "hack/length",
+        "policy/approxkl_avg",
+    ]
     metrics += ["policy/clipfrac_avg", "objective/entropy", "explained_variance"]
     return {metric: sum(row[metric] for row in rows) / len(rows) for metric in metrics}
 

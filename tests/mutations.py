@@ -1,7 +1,7 @@
 """The faults that tests/test_mutations.py plants one at a time: what is replaced by what, and the test that must fail.
 
 Most were shipped: by a peer (named), by the paper's own code in an older version, or as a trap that users of the field
-report again and again (T1 to T60 in docs/details.md). A line here is a line of ours that a test is known to guard.
+report again and again (T1 to T60 in docs/traps.md). A line here is a line of ours that a test is known to guard.
 """
 
 from planting import Mutation

@@ -12,7 +12,7 @@ import pytest
 from mutations import MUTATIONS
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "details.md"
+PAGE, TRAPS = ROOT / "docs" / "details.md", ROOT / "docs" / "traps.md"
 MARK = "<!-- faults -->\n"
 STATUS = ("followed", "adapted", "different", "left out")
 PAPER = ["1", "2.1", "2.2", "2.3", *map(str, range(3, 23)), "23.1", "23.2", "23.3", "24", "25"]
@@ -85,6 +85,21 @@ def test_what_a_row_names_exists(row):
     assert set(re.findall(r"`(\w+)`", guarded)) <= names, "a fault that is not in mutations.py"
 
 
+def test_every_trap_has_a_row_that_names_what_catches_it():
+    lines = [line for line in TRAPS.read_text().splitlines() if re.match(r"\| T\d", line)]
+    assert [line.split()[1] for line in lines] == [f"T{n}" for n in range(1, 61)]
+    known = {mutation.name: mutation for mutation in MUTATIONS}
+    for line in lines:
+        trap, caught = line.split("|")[1].strip(), line.split("|")[4]
+        named, tests = re.findall(r"`(\w+)`", caught), links(caught)
+        assert named or tests or "not here" in caught, trap
+        assert set(named) <= known.keys(), trap
+        for text, path in tests:
+            assert text in defined(path), f"{trap}: {text} is no test of {path}"
+        cited = {name for name, m in known.items() if re.search(rf"\b{trap}\b", m.source)}
+        assert cited <= set(named), f"{trap}: {cited - set(named)} cite it"
+
+
 def test_every_fault_stands_in_a_row():
     named = {name for row in rows() for name in re.findall(r"`(\w+)`", row[5])}
     assert {mutation.name for mutation in MUTATIONS} - named == set()
@@ -95,7 +110,7 @@ def test_the_list_of_faults_is_that_of_the_tests():
 
 
 def test_every_link_of_the_docs_leads_somewhere():
-    for page in (PAGE, ROOT / "docs" / "bugs.md", ROOT / "README.md"):
+    for page in (*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"):
         for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
