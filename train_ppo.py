@@ -214,7 +214,8 @@ def main(cfg: Config) -> None:
             batch = batch_indices(len(queries), cfg.batch_size, cfg.seed, update)  # (B,)
             batch_posts, batch_queries = [posts[i] for i in batch], [queries[i] for i in batch]
             episodes = range(update * cfg.batch_size, (update + 1) * cfg.batch_size)  # they name the sampling noise
-            responses, _ = generate(policy, batch_queries, R, cfg.temperature, cfg.seed, episodes)  # (B, R)
+            sampled = generate(policy, batch_queries, R, cfg.temperature, cfg.seed, episodes)
+            responses, sampled_logprobs = sampled  # (B, R) each
             summaries = read_responses(tokenizer, responses)
             rolled_out = now(run.device)
 
@@ -243,7 +244,7 @@ def main(cfg: Config) -> None:
             episode = Experience(sequences, responses, action_mask, value_mask, logprobs, values, advantages, returns)
             checked = {}
             if cfg.preflight and (update < 2 or update == start):
-                checks = preflight.any_update(models, frozen, episode, cfg)
+                checks = preflight.any_update(models, frozen, episode, sampled_logprobs, cfg)
                 if update == 0:
                     known = [q + r for q, r in zip(queries, references, strict=True)][: preflight.REFERENCES]
                     (known_scores,) = forward(lambda packed, i: [reward_model.last_scores(packed)], known)

@@ -120,12 +120,17 @@ def logprob_error(policy: Policy, sequences: list[list[int]], responses: Tensor,
 
 
 def any_update(
-    models: tuple[Policy, Policy, ScalarModel, ScalarModel], frozen: list[float], episode: Experience, cfg
+    models: tuple[Policy, Policy, ScalarModel, ScalarModel],
+    frozen: list[float],
+    episode: Experience,
+    sampled_logprobs: Tensor,
+    cfg,
 ) -> list[Check]:
     """What holds before every update, the first and those after a resume included.
 
     args: models: policy, reference, critic, reward model; frozen: `fingerprint` of reference and reward model when they
-    were loaded; cfg: temperature and microbatch_tokens
+    were loaded; sampled_logprobs (B, R): what the sampler itself says of its tokens; cfg: temperature and
+    microbatch_tokens
     """
     policy, reference, _, reward_model = models
     sequences, responses, mask = episode.sequences, episode.responses, episode.action_mask
@@ -138,12 +143,15 @@ def any_update(
     new_logprobs, _ = in_microbatches(second_pass, sequences, smaller, responses.device)  # (B, R)
     log_ratio = torch.where(mask, new_logprobs - episode.logprobs, 0.0)
     ratio = torch.where(mask, log_ratio.exp(), 0.0).sum() / mask.sum()
+    sampled = torch.where(mask, sampled_logprobs - episode.logprobs, 0.0)
     dtype = policy.head_weight.dtype
     error = logprob_error(policy, sequences, responses, cfg.temperature)
     return [
         equals("shared tensors", shared_tensors(models), 0, "two of the four models are one and train together"),
         equals("frozen weights moved", moved, 0, "a gradient or a copy reaches the reference or the reward model"),
         at_most("kernel error", error, KERNEL[dtype], "the log-prob kernel is wrong here: set NANORLHF_KERNELS=torch"),
+        at_most("approxkl of the sampler", (0.5 * sampled**2).sum().item() / mask.sum().item(), APPROXKL[dtype],
+                "tokens were sampled by other weights, at another temperature, or through a broken cache"),
         *_ratio("", ratio.item(), (0.5 * log_ratio**2).sum().item() / mask.sum().item(), dtype,
                 "log-probs depend on how the batch is cut, or the rollout's are at another temperature"),
     ]  # fmt: skip

@@ -13,6 +13,7 @@ LOSSES, OPTIM, MONITOR = "nanorlhf/losses.py", "nanorlhf/optim.py", "nanorlhf/mo
 TRAIN = "train_ppo.py"
 UPDATE = "test_parity.py::test_an_update_equals_the_naive_ppo_in_float64"
 FLIGHT = "test_scripts.py::test_before_the_first_update_ratio_is_one_and_kl_is_zero"  # stopped by the pre-flight
+SECOND = "test_scripts.py::test_before_the_second_update_the_sampler_and_the_loss_still_agree"  # also by the pre-flight
 
 MUTATIONS = [
     # --- queries and responses (details 1 to 5)
@@ -74,6 +75,10 @@ MUTATIONS = [
       "test_rollout.py::test_generated_tokens_follow_the_softmax_of_the_logits_over_the_temperature"),
     M("noise_by_seed_alone", "detail 23.1", ROLLOUT, "key=[seed, episode]", "key=[seed, 0]",
       "test_rollout.py::test_one_query_in_two_episodes_gets_two_responses"),
+    M("sampled_at_another_temperature", "T15", TRAIN, "generate(policy, batch_queries, R, cfg.temperature",
+      "generate(policy, batch_queries, R, 1.0", FLIGHT),
+    M("sampled_by_stale_weights", "T49, TRL #4772", TRAIN, "generate(policy, batch_queries",
+      "generate(reference, batch_queries", SECOND),
     M("state_off_by_one", "T35, alignment-lab lessons.md", PACKING, "- response_length - 1", "- response_length",
       "test_models.py::test_response_logprobs_are_log_softmax_of_the_logits_before_each_token"),
 

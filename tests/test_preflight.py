@@ -32,6 +32,7 @@ class Setup:
         self.frozen = preflight.fingerprint([self.reference, self.reward_model])
         self.reference_scores = torch.tensor([-0.5, 1.0, 0.25, -0.5])
         self.tokenizer = SimpleNamespace(eos_id=EOS, pad_id=0)
+        self.sampled_logprobs = None  # the same as those of the forward pass
         self.table = []
         self.temperature = self.ref_temperature = CFG.temperature
         self.read_further = 0  # tokens that the reward model reads after EOS
@@ -68,7 +69,8 @@ class Setup:
         """As train_ppo.py does before the first update: the metrics, or UserError."""
         episode, ref_logprobs, scores = measured or self.measure()
         models = self.policy, self.reference, self.critic, self.reward_model
-        checks = preflight.any_update(models, self.frozen, episode, CFG)
+        sampled = episode.logprobs if self.sampled_logprobs is None else self.sampled_logprobs
+        checks = preflight.any_update(models, self.frozen, episode, sampled, CFG)
         checks += preflight.first_update(
             episode, ref_logprobs, scores, self.reference_scores, self.tokenizer, self.policy.head_weight.dtype
         )
@@ -86,7 +88,7 @@ def stopped_by(named: str):
 
 def test_what_is_right_passes(setup):
     found = setup.check()
-    assert len(found) == len(setup.table) == 10 and all(line.endswith("ok") for line in setup.table)
+    assert len(found) == len(setup.table) == 11 and all(line.endswith("ok") for line in setup.table)
     assert found["preflight/kernel_error"] < 1e-5 and found["preflight/eos_rate"] == pytest.approx(5 / 6)
     assert found["preflight/kl"] == 0  # the same forward pass twice
     assert found["preflight/ratio"] == pytest.approx(1, abs=1e-5)
@@ -150,6 +152,14 @@ def test_attention_that_sees_the_sequence_before_is_stopped(setup, monkeypatch):
         setup.check()
 
 
+def test_a_sampler_with_other_weights_is_stopped(setup, make_policy):
+    setup.policy, policy = make_policy(seed=1), setup.policy  # what a stale copy in a generation engine would be
+    setup.sampled_logprobs = setup.measure()[0].logprobs
+    setup.policy = policy
+    with stopped_by("approxkl of the sampler is"):
+        setup.check()
+
+
 # --- V(after EOS) = score --------------------------------------------------------------------------------------------
 
 
@@ -185,7 +195,13 @@ def test_a_reward_model_that_reads_past_eos_is_stopped(setup):
 
 @pytest.mark.parametrize(
     "where, named",
-    [("logprobs", RATIO), ("ref_logprobs", KL), ("policy", KERNEL), ("values", VALUE), ("scores", VALUE)],
+    [
+        ("logprobs", "approxkl of the sampler is"),
+        ("ref_logprobs", KL),
+        ("policy", KERNEL),
+        ("values", VALUE),
+        ("scores", VALUE),
+    ],
 )
 def test_a_nan_is_stopped_wherever_it_comes_from(setup, where, named):
     episode, ref_logprobs, scores = setup.measure()
@@ -202,6 +218,7 @@ def test_a_nan_is_stopped_wherever_it_comes_from(setup, where, named):
 
 def test_what_stands_after_eos_does_not_matter(setup):
     episode, ref_logprobs, scores = setup.measure()
+    setup.sampled_logprobs = episode.logprobs.clone()
     ref_logprobs[~episode.action_mask] = math.nan
     episode.logprobs[~episode.action_mask] = math.inf
     episode.values[~episode.value_mask] = math.nan
@@ -233,8 +250,8 @@ def test_after_the_first_update_only_what_must_hold_then_is_checked(setup):
         setup.critic.score.bias.add_(1)
     episode, _, _ = setup.measure()
     models = setup.policy, setup.reference, setup.critic, setup.reward_model
-    found = preflight.report(preflight.any_update(models, setup.frozen, episode, CFG), print, "before update 2")
-    names = ["shared_tensors", "frozen_weights_moved", "kernel_error", "ratio", "approxkl"]
+    found = preflight.report(preflight.any_update(models, setup.frozen, episode, episode.logprobs, CFG), print, "now")
+    names = ["shared_tensors", "frozen_weights_moved", "kernel_error", "approxkl_of_the_sampler", "ratio", "approxkl"]
     assert list(found) == [f"preflight/{name}" for name in names]
 
 
@@ -278,7 +295,7 @@ def test_a_failed_check_is_marked_in_the_table_and_the_others_are_still_shown(se
     setup.tokenizer.pad_id = EOS
     with pytest.raises(UserError, match="--no_preflight goes on all the same"):
         setup.check()
-    assert [line.split()[-1] for line in setup.table] == ["ok"] * 5 + ["FAILED"] + ["ok"] * 4
+    assert [line.split()[-1] for line in setup.table] == ["ok"] * 6 + ["FAILED"] + ["ok"] * 4
 
 
 # --- SFT and the reward model ----------------------------------------------------------------------------------------

@@ -139,6 +139,12 @@ def test_before_the_first_update_ratio_is_one_and_kl_is_zero(world):
     assert first["preflight/v_after_eos_score"] < 1e-4
 
 
+def test_before_the_second_update_the_sampler_and_the_loss_still_agree(world, models):
+    second = read_metrics(run("train_ppo", world, f"{models['train_ppo']} --max_updates 2"))[1]
+    assert second["preflight/approxkl_of_the_sampler"] < 1e-6 and second["preflight/approxkl_in_the_loss"] < 1e-6
+    assert second["objective/kl"] != 0 and "preflight/kl" not in second
+
+
 def test_rlhf_reward_is_score_minus_kl_penalty_in_every_update(world):
     for row in read_metrics(run("train_ppo", world)):
         expected = row["objective/scores"] - 0.15 * row["objective/kl"]  # the tiny preset's kl_coef

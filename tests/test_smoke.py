@@ -68,7 +68,7 @@ def train(inputs, tmp_path, monkeypatch):
 
         monkeypatch.setattr(ScalarModel, "last_scores", last_scores)
         line = f"--preset tiny --device cpu {inputs} --batch_size 32 --response_length {R} --max_updates {updates}"
-        line += f" --total_episodes 3200 --max_query_length 64 --sample_every 0 --save_every 0"
+        line += " --total_episodes 3200 --max_query_length 64 --sample_every 0 --save_every 0"
         line += f" --kl_coef 0.01 --lr 4e-3 --lr_schedule constant --no_preflight {flags}"
         train_ppo.main(parse(train_ppo.Config, train_ppo.PRESETS, train_ppo.__doc__, line.split()))
         return read_metrics("runs/ppo")
