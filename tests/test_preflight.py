@@ -283,9 +283,9 @@ def test_pad_that_is_eos_is_stopped(setup):
 
 def test_a_ratio_whose_mean_is_1_does_not_hide_a_policy_that_is_another():
     # Over samples of the old policy any other policy has a mean ratio of 1: its square sees the difference.
-    totals = {"val/ratio": torch.tensor(1.0), "policy/approxkl_avg": torch.tensor(0.05)}
+    totals = {"val/ratio": torch.tensor(1.0), "policy/approxkl_avg": torch.tensor(0.012)}
     for dtype in (torch.float32, torch.bfloat16):
-        with stopped_by("approxkl in the loss is 0.05"):
+        with stopped_by("approxkl in the loss is 0.012"):
             preflight.report(preflight.first_loss(totals, dtype), print, "in update 1")
     totals["policy/approxkl_avg"] = torch.tensor(1e-9)
     assert preflight.report(preflight.first_loss(totals, torch.float32), print, "in update 1")
