@@ -214,9 +214,8 @@ def main(cfg: Config) -> None:
             batch = batch_indices(len(queries), cfg.batch_size, cfg.seed, update)  # (B,)
             batch_posts, batch_queries = [posts[i] for i in batch], [queries[i] for i in batch]
             episodes = range(update * cfg.batch_size, (update + 1) * cfg.batch_size)  # they name the sampling noise
-            sampled = generate(policy, batch_queries, R, cfg.temperature, cfg.seed, episodes)
-            responses, sampled_logprobs = sampled  # (B, R) each
-            summaries = read_responses(tokenizer, responses)
+            responses, sampled_logprobs = generate(policy, batch_queries, R, cfg.temperature, cfg.seed, episodes)
+            summaries = read_responses(tokenizer, responses)  # of (B, R) tokens
             rolled_out = now(run.device)
 
             # 4. score: policy, reference and critic read all R tokens, the reward model only what people see
