@@ -1,11 +1,11 @@
 """What a broken PPO run looks like: the tiny world trained with one fault at a time, drawn beside a healthy run.
 
-    python -m bench.bugs                    all, about a minute a run on one core; then the figures of docs/bugs.md
+    python -m bench.bugs                    all, a minute and a half a run on one core; then the figures of docs/bugs.md
     python -m bench.bugs --only kl_sign     one of them
     python -m bench.bugs --draw             only the figures, from the runs that are there
 
 The faults are lines of tests/mutations.py, planted while train_ppo.py runs, from the embedded SFT and reward model and
-without the pre-flight, which would stop four of the eight before their first update. Writes runs/bug_<name> and
+without the pre-flight, which would stop four of the eight before their first optimizer step. Writes runs/bug_<name> and
 docs/bug_<name>.png; prints a Markdown table and one JSON line last.
 """
 
@@ -38,21 +38,18 @@ NAMES = {
     "policy/clipfrac_avg": "share of clipped tokens",
     "val/eos_rate": "responses that stop",
     "hack/length": "words",
-    "loss/value_avg": "value loss",
     "explained_variance": "explained variance",
-    "values_mean": "mean value",
     "returns_mean": "mean return",
-    "grad_norm": "gradient norm",
 }
 SHOWN = {  # fault -> the four metrics that tell it
-    "update_without_temperature": ["objective/gold", "objective/entropy", "policy/approxkl_avg", "policy/clipfrac_avg"],
+    "update_without_temperature": ["objective/gold", "objective/kl", "objective/entropy", "policy/approxkl_avg"],
     "state_off_by_one": ["objective/gold", "objective/scores", "objective/kl", "objective/entropy"],
     "kl_sign": ["objective/gold", "objective/scores", "objective/kl", "val/eos_rate"],
     "reference_is_policy": ["objective/gold", "objective/scores", "objective/kl", "hack/length"],
     "eos_is_no_action": ["objective/gold", "objective/scores", "val/eos_rate", "hack/length"],
     "score_on_every_token": ["objective/gold", "objective/scores", "hack/length", "returns_mean"],
     "policy_min": ["objective/gold", "objective/kl", "policy/approxkl_avg", "policy/clipfrac_avg"],
-    "returns_after_whitening": ["objective/gold", "values_mean", "returns_mean", "explained_variance"],
+    "returns_after_whitening": ["objective/gold", "hack/length", "returns_mean", "explained_variance"],
 }
 HEALTHY = "healthy"
 
@@ -69,15 +66,16 @@ def train(name: str) -> None:
 def draw(name: str) -> None:
     """docs/bug_<name>.png: the telling metrics of a faulty run, over those of the healthy one."""
     healthy, faulty = (read_metrics(Path("runs") / f"bug_{run}") for run in (HEALTHY, name))
-    figure, axes = plt.subplots(1, 4, figsize=(11, 2.2), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(11, 2.4), layout="constrained")
     for axis, metric in zip(axes, SHOWN[name], strict=True):
         for rows, color, label in ((healthy, "#888888", HEALTHY), (faulty, "#c0392b", name)):
             axis.plot([row["step"] for row in rows], [row.get(metric) for row in rows], color=color, label=label)
         axis.set_title(NAMES[metric], fontsize=9)
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xticks([1, 4, 8, 12, 16])
     axes[0].set_xlabel("update", fontsize=8)
-    axes[0].legend(fontsize=7, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=8, frameon=False)
     figure.savefig(ROOT / "docs" / f"bug_{name}.png", dpi=90)
     plt.close(figure)
 
