@@ -3,6 +3,7 @@
     python -m bench.bugs                    all, a minute and a half a run on one core; then the figures of docs/bugs.md
     python -m bench.bugs --only kl_sign     one of them
     python -m bench.bugs --draw             only the figures, from the runs that are there
+    python -m bench.bugs --ratio            what a temperature missing in the update does to ratio and approxkl
 
 The faults are lines of tests/mutations.py, planted while train_ppo.py runs, from the embedded SFT and reward model and
 without the pre-flight, which would stop four of the eight before their first optimizer step. Writes runs/bug_<name> and
@@ -17,10 +18,19 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import torch
 
 import train_ppo
+from nanorlhf import ppo
+from nanorlhf.checkpoint import load_policy
 from nanorlhf.config import parse
+from nanorlhf.inputs import EMBEDDED
+from nanorlhf.packing import pack
+from nanorlhf.rollout import generate
 from nanorlhf.run import read_metrics
+from nanorlhf.tiny.data import ensure_world
+from nanorlhf.tldr import encode_posts, load_posts
+from nanorlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -95,11 +105,32 @@ def last(name: str) -> dict[str, float]:
     return {metric: sum(row[metric] for row in rows) / len(rows) for metric in metrics}
 
 
+@torch.no_grad()
+def ratio(posts: int = 64, response_length: int = 32) -> dict[str, float]:
+    """Mean ratio and approxkl before any step, the new log-probs at 0.7 and at 1, of samples at 0.7."""
+    folder = EMBEDDED / "sft"
+    policy, tokenizer = load_policy(folder), load_tokenizer(folder)
+    queries, _ = encode_posts(load_posts(ensure_world(Path("data/tiny")), "train")[:posts], tokenizer, 104)
+    responses, _ = generate(policy, queries, response_length, temperature=0.7, seed=1)
+    packed = pack([query + response for query, response in zip(queries, responses.tolist(), strict=True)])
+    mask = ppo.action_mask(responses, tokenizer.eos_id)
+    old, same, other = (policy.response_logprobs(packed, responses, T)[0] for T in (0.7, 0.7, 1.0))
+    found = {}
+    for name, new in (("T 0.7", same), ("T 1", other)):
+        _, stats = ppo.policy_loss(new, old, torch.zeros_like(old), mask, cliprange=0.2)
+        found |= {f"{name}: ratio": stats["ratio"].item(), f"{name}: approxkl": stats["approxkl"].item()}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.bugs", description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", default=[HEALTHY, *SHOWN], choices=[HEALTHY, *SHOWN])
     parser.add_argument("--draw", action="store_true", help="only the figures")
+    parser.add_argument("--ratio", action="store_true", help="only ratio and approxkl of a missing temperature")
     args = parser.parse_args()
+    if args.ratio:
+        print(json.dumps({"bench": "ratio", **ratio()}))
+        return
     for name in [] if args.draw else args.only:
         train(name)
     rows = {name: last(name) for name in (HEALTHY, *SHOWN)}

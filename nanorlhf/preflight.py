@@ -27,7 +27,7 @@ from nanorlhf.tokenizer import Tokenizer
 
 # By dtype. In bf16 another cut of the batch moves a log-prob by up to 0.03: half its square is 4.5e-4.
 RATIO = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the mean ratio
-APPROXKL = {torch.float32: 1e-6, torch.bfloat16: 5e-3}  # nats; T = 1 in place of 0.7: 0.012 on the tiny world
+APPROXKL = {torch.float32: 1e-6, torch.bfloat16: 5e-3}  # nats; T 1 for 0.7 gives 0.012 (bench.bugs --ratio)
 SCORE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # of a score or a value that is computed twice
 KERNEL = {torch.float32: 1e-4, torch.bfloat16: 1e-3}  # nats, of a log-prob from the same hidden state
 MIN_EOS_RATE = 0.1  # an SFT model that has learned to stop is above 0.9
