@@ -245,7 +245,8 @@ def main(cfg: Config) -> None:
             if cfg.preflight and (update < 2 or update == start):
                 checks = preflight.any_update(models, frozen, episode, sampled_logprobs, cfg)
                 if update == 0:
-                    known = [q + r for q, r in zip(queries, references, strict=True)][: preflight.REFERENCES]
+                    n = preflight.REFERENCES
+                    known = [q + r for q, r in zip(queries[:n], references[:n], strict=True)]
                     (known_scores,) = forward(lambda packed, i: [reward_model.last_scores(packed)], known)
                     checks += preflight.first_update(
                         episode, ref_logprobs, raw_scores, known_scores, tokenizer, run.dtype
