@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 import kernels
-from nanorlhf import monitor, ppo
+from nanorlhf import monitor, ppo, preflight
 from nanorlhf.checkpoint import (
     latest_checkpoint,
     load_policy,
@@ -50,7 +50,6 @@ from nanorlhf.models import Policy, ScalarModel, critic_from, parameter_count, r
 from nanorlhf.optim import SCHEDULES, AdamW
 from nanorlhf.packing import in_microbatches, pack, split_by_tokens
 from nanorlhf.ppo import Experience
-from nanorlhf.preflight import preflight
 from nanorlhf.rollout import generate, read_responses
 from nanorlhf.run import Run
 from nanorlhf.tldr import batch_indices, encode_posts, load_posts
@@ -103,7 +102,7 @@ class Config:
     # -- logging and saving
     sample_every: int = 50  # updates between tables of samples; 0 for none
     save_every: int = 100  # updates between checkpoints that --resume can use; 0 for none
-    preflight: bool = True  # check ratio = 1, KL = 0 and V(after EOS) = score before the first update
+    preflight: bool = True  # check ratio = 1, KL = 0, V(after EOS) = score and more before the first updates
 
 
 KL_ESTIMATORS = ("k1", "full")
@@ -185,7 +184,7 @@ def main(cfg: Config) -> None:
     show = ["objective/scores", "objective/kl", "objective/gold", "val/eos_rate", "policy/clipfrac_avg"]
     with Run("ppo", cfg, total_steps=total_updates, unit="update", show=show, kernels=kernels.chosen()) as run:
         run.say(f"data    {data} ({data_from}): {len(posts):,} posts")
-        queries, _ = encode_posts(run.progress(posts, what="encoding posts"), tokenizer, cfg.max_query_length)
+        queries, references = encode_posts(run.progress(posts, what="encoding posts"), tokenizer, cfg.max_query_length)
 
         # 2. models
         policy = load_policy(sft_folder, run.device, run.dtype)
@@ -194,6 +193,7 @@ def main(cfg: Config) -> None:
         critic = critic_from(reward_model).requires_grad_(True)
         for model in (policy, reward_model):
             check_matches(tokenizer, model.config.vocab_size, model.config.eos_token_id)
+        models, frozen = (policy, reference, critic, reward_model), preflight.fingerprint([reference, reward_model])
         optimizer = AdamW([policy, critic], lr=cfg.lr)
         origins = f"{sft_folder} ({sft_from}); critic and reward model {rm_folder} ({rm_from})"
         run.say(f"models  policy and reference {origins}")
@@ -220,8 +220,8 @@ def main(cfg: Config) -> None:
             batch = batch_indices(len(queries), cfg.batch_size, cfg.seed, update)  # (B,)
             batch_posts, batch_queries = [posts[i] for i in batch], [queries[i] for i in batch]
             episodes = range(update * cfg.batch_size, (update + 1) * cfg.batch_size)  # they name the sampling noise
-            responses, _ = generate(policy, batch_queries, R, cfg.temperature, cfg.seed, episodes)  # (B, R)
-            summaries = read_responses(tokenizer, responses)
+            responses, sampled_logprobs = generate(policy, batch_queries, R, cfg.temperature, cfg.seed, episodes)
+            summaries = read_responses(tokenizer, responses)  # of (B, R) tokens
             rolled_out = now(run.device)
 
             # 4. score: policy, reference and critic read all R tokens, the reward model only what people see
@@ -253,9 +253,17 @@ def main(cfg: Config) -> None:
             raw_advantages, returns = ppo.gae(rewards, values, cfg.gamma, cfg.lam)  # (B, R) each
             advantages = ppo.masked_whiten(raw_advantages, action_mask)
             episode = Experience(sequences, responses, action_mask, value_mask, logprobs, values, advantages, returns)
-            checked = preflight(policy, episode, ref_logprobs, raw_scores, cfg) if cfg.preflight and update == 0 else {}
-            if checked:
-                run.say(", ".join(f"{name} {value:.6f}" for name, value in checked.items()))
+            checked = {}
+            if cfg.preflight and (update < 2 or update == start):
+                checks = preflight.any_update(models, frozen, episode, sampled_logprobs, cfg)
+                if update == 0:
+                    n = preflight.REFERENCES
+                    known = [q + r for q, r in zip(queries[:n], references[:n], strict=True)]
+                    (known_scores,) = forward(lambda packed, i: [reward_model.last_scores(packed)], known)
+                    checks += preflight.first_update(
+                        episode, ref_logprobs, raw_scores, known_scores, tokenizer, run.dtype
+                    )
+                checked = preflight.report(checks, run.say, f"before update {update + 1}")
 
             # 6. learn
             totals = defaultdict(float)
@@ -265,6 +273,9 @@ def main(cfg: Config) -> None:
                     for group in split_by_tokens([len(sequences[i]) for i in minibatch], cfg.microbatch_tokens):
                         for name, value in learn(policy, critic, episode, minibatch, minibatch[group], cfg).items():
                             totals[name] += value
+                    if checked and "grad_norm" not in totals:  # no step yet
+                        checks = preflight.first_loss(totals, run.dtype)
+                        checked |= preflight.report(checks, run.say, f"in update {update + 1}")
                     totals["grad_norm"] += optimizer.step(lr, cfg.max_grad_norm)
             learned = now(run.device)
 

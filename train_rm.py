@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 
 import kernels
+from nanorlhf import preflight
 from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_state, save_checkpoint, save_scalar
 from nanorlhf.config import check, cli
 from nanorlhf.device import now
@@ -76,6 +77,7 @@ class Config:
     shift_posts: int = 116_722  # SFT posts whose references are given mean score 0 (N+ detail 15: all)
     eval_pairs: int = 100_000  # held-out comparisons for the accuracy, at most
     save_every: int = 200  # optimizer steps between checkpoints that --resume can use; 0 for none
+    preflight: bool = True  # check before the first step that a score is a function of its text alone, read at EOS
 
 
 PRESETS = {
@@ -150,6 +152,8 @@ def main(cfg: Config) -> None:
             lr = SCHEDULES[cfg.lr_schedule](step, total_steps, cfg.lr)
             batch = batch_indices(len(train), cfg.batch_size, cfg.seed, step)
             pairs = [(queries[i] + chosen[i], queries[i] + rejected[i]) for i in batch]
+            if cfg.preflight and step == 0:
+                preflight.report(preflight.reward_model(model, pairs, tokenizer), run.say, "before step 1")
             totals = defaultdict(float)
             for group in split_by_tokens([len(a) + len(b) for a, b in pairs], cfg.microbatch_tokens):
                 packed = pack([pairs[i][0] for i in group] + [pairs[i][1] for i in group], run.device)

@@ -26,6 +26,7 @@ import torch
 
 import kernels
 from kernels import linear_cross_entropy
+from nanorlhf import preflight
 from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_state, save_checkpoint, save_policy
 from nanorlhf.config import check, cli
 from nanorlhf.device import now
@@ -69,6 +70,7 @@ class Config:
     eval_posts: int = 512  # held-out posts for loss and ROUGE after training
     eval_temperature: float = 0.01  # of the generated summaries (N+ section 5.1)
     save_every: int = 200  # optimizer steps between checkpoints that --resume can use; 0 for none
+    preflight: bool = True  # check before the first step that the loss counts each label once, and EOS
 
 
 PRESETS = {
@@ -128,6 +130,8 @@ def main(cfg: Config) -> None:
             lr = SCHEDULES[cfg.lr_schedule](step, total_steps, cfg.lr)
             batch = batch_indices(len(train), cfg.batch_size, cfg.seed, step)
             sequences = [queries[i] + responses[i] for i in batch]  # ids are joined as they are, never encoded again
+            if cfg.preflight and step == 0:
+                preflight.report(preflight.sft(policy, sequences, tokenizer), run.say, "before step 1")
             loss = torch.zeros((), device=run.device)
             for group in split_by_tokens([len(s) for s in sequences], cfg.microbatch_tokens):
                 packed = pack([sequences[i] for i in group], run.device)
@@ -165,6 +169,8 @@ def main(cfg: Config) -> None:
         metrics = {"validation/sft/loss": valid_loss}
         metrics |= {f"validation/sft/rouge/{name}": value for name, value in scores.items()}
         metrics["validation/sft/eos_rate"] = sum(s.has_eos for s in summaries) / len(summaries)
+        if metrics["validation/sft/eos_rate"] < preflight.MIN_EOS_RATE:
+            run.say("note    it has hardly learned to stop: PPO's pre-flight will refuse it")
         run.log(total_steps, metrics)
         pairs = zip(valid, summaries, strict=True)
         run.samples(total_steps, [{"post": p.post, "reference": p.summary, "sft": s.text} for p, s in pairs])

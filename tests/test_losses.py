@@ -32,6 +32,16 @@ def test_weights_by_hand():
     assert weights.dtype == torch.float32
 
 
+def test_more_filling_changes_no_weight():
+    sequences = [[5, 6, 7], [8, 9], [1, 2, 3, 4, 5]]
+    for round_to in (16, 256):
+        packed = pack(sequences, round_to=round_to)
+        weights = sequence_mean_weights(packed, next_token_labels(packed)[1], sequences=3)
+        bare = pack(sequences, round_to=1)
+        torch.testing.assert_close(weights[:10], sequence_mean_weights(bare, next_token_labels(bare)[1], sequences=3))
+        assert weights[10:].eq(0).all() and weights.sum() == pytest.approx(1)
+
+
 def test_the_loss_of_a_three_token_model_by_hand(make_policy):
     # All hidden states are the same, so the next token has probabilities 1/2, 1/4, 1/4 whatever came before.
     policy = make_policy(vocab_size=3, tie_word_embeddings=False)

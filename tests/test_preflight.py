@@ -1,4 +1,4 @@
-"""Pre-flight: what is right passes, in fp32 and in bf16, and each planted fault is stopped by the check for it."""
+"""PPO's pre-flight: what is right passes, in fp32 and in bf16, and each fault is stopped by the check for it."""
 
 import copy
 import math
@@ -8,17 +8,16 @@ import pytest
 import torch
 
 import nanorlhf.models
-from nanorlhf import ppo
+from nanorlhf import ppo, preflight
 from nanorlhf.attention import causal
 from nanorlhf.errors import UserError
 from nanorlhf.models import critic_from, reward_model_from
 from nanorlhf.packing import Packed, in_microbatches
 from nanorlhf.ppo import Experience
-from nanorlhf.preflight import preflight
 
 EOS, R = 2, 6
 CFG = SimpleNamespace(temperature=0.7, microbatch_tokens=64)
-KL, RATIO, VALUE = r"KL\(policy, SFT\) is", "the ratio is", r"V\(after EOS\) differs from the score by"
+KL, RATIO, KERNEL, VALUE = "KL is", "(ratio|approxkl) is", "kernel error is", r"V\(after EOS\) - score is"
 
 
 class Setup:
@@ -30,6 +29,11 @@ class Setup:
         self.reward_model = reward_model_from(self.policy, seed=0)
         self.reward_model.score_shift = 0.8
         self.critic = critic_from(self.reward_model)
+        self.frozen = preflight.fingerprint([self.reference, self.reward_model])
+        self.reference_scores = torch.tensor([-0.5, 1.0, 0.25, -0.5])
+        self.tokenizer = SimpleNamespace(eos_id=EOS, pad_id=0)
+        self.sampled_logprobs = None  # the same as those of the forward pass
+        self.table = []
         self.temperature = self.ref_temperature = CFG.temperature
         self.read_further = 0  # tokens that the reward model reads after EOS
         queries = make_sequences([9, 1, 17, 5, 30, 12])
@@ -61,9 +65,16 @@ class Setup:
             scores,
         )
 
-    def check(self):
-        episode, ref_logprobs, scores = self.measure()
-        return preflight(self.policy, episode, ref_logprobs, scores, CFG)
+    def check(self, measured=None):
+        """As train_ppo.py does before the first update: the metrics, or UserError."""
+        episode, ref_logprobs, scores = measured or self.measure()
+        models = self.policy, self.reference, self.critic, self.reward_model
+        sampled = episode.logprobs if self.sampled_logprobs is None else self.sampled_logprobs
+        checks = preflight.any_update(models, self.frozen, episode, sampled, CFG)
+        checks += preflight.first_update(
+            episode, ref_logprobs, scores, self.reference_scores, self.tokenizer, self.policy.head_weight.dtype
+        )
+        return preflight.report(checks, self.table.append, "before update 1")
 
 
 @pytest.fixture
@@ -77,15 +88,16 @@ def stopped_by(named: str):
 
 def test_what_is_right_passes(setup):
     found = setup.check()
-    assert found.keys() == {"preflight/kl", "preflight/ratio", "preflight/value_error"}
+    assert len(found) == len(setup.table) == 11 and all(line.endswith("ok") for line in setup.table)
+    assert found["preflight/kernel_error"] < 1e-5 and found["preflight/eos_rate"] == pytest.approx(5 / 6)
     assert found["preflight/kl"] == 0  # the same forward pass twice
     assert found["preflight/ratio"] == pytest.approx(1, abs=1e-5)
-    assert found["preflight/value_error"] < 1e-4
+    assert found["preflight/v_after_eos_score"] < 1e-4
 
 
 def test_what_is_right_passes_in_bf16(make_policy, make_sequences):
     found = Setup(make_policy, make_sequences, torch.bfloat16).check()
-    assert found["preflight/kl"] == 0 and found["preflight/value_error"] < 0.1
+    assert found["preflight/kl"] == 0 and found["preflight/v_after_eos_score"] < 0.1
     assert found["preflight/ratio"] == pytest.approx(1, abs=2e-2)
 
 
@@ -106,6 +118,7 @@ def test_a_temperature_missing_in_the_reference_is_stopped(setup):
 def test_a_reference_with_other_weights_is_stopped(setup):
     with torch.no_grad():
         setup.reference.model.layers[0].mlp.down_proj.weight.mul_(1.01)
+    setup.frozen = preflight.fingerprint([setup.reference, setup.reward_model])
     with stopped_by(KL):
         setup.check()
 
@@ -126,7 +139,7 @@ def test_a_slice_shifted_in_the_rollout_is_stopped(setup, monkeypatch, shift):
         patch.setattr(Packed, "response_rows", lambda packed, R: (right(packed, R) + shift).clamp(min=0))
         episode, ref_logprobs, scores = setup.measure()
     with stopped_by(RATIO):
-        preflight(setup.policy, episode, ref_logprobs, scores, CFG)
+        setup.check((episode, ref_logprobs, scores))
 
 
 def test_attention_that_sees_the_sequence_before_is_stopped(setup, monkeypatch):
@@ -136,6 +149,14 @@ def test_attention_that_sees_the_sequence_before_is_stopped(setup, monkeypatch):
 
     monkeypatch.setattr(nanorlhf.models, "causal", leaky)
     with stopped_by(RATIO):
+        setup.check()
+
+
+def test_a_sampler_with_other_weights_is_stopped(setup, make_policy):
+    setup.policy, policy = make_policy(seed=1), setup.policy  # what a stale copy in a generation engine would be
+    setup.sampled_logprobs = setup.measure()[0].logprobs
+    setup.policy = policy
+    with stopped_by("approxkl of the sampler is"):
         setup.check()
 
 
@@ -173,7 +194,14 @@ def test_a_reward_model_that_reads_past_eos_is_stopped(setup):
 
 
 @pytest.mark.parametrize(
-    "where, named", [("logprobs", KL), ("ref_logprobs", KL), ("policy", RATIO), ("values", VALUE), ("scores", VALUE)]
+    "where, named",
+    [
+        ("logprobs", "approxkl of the sampler is"),
+        ("ref_logprobs", KL),
+        ("policy", KERNEL),
+        ("values", VALUE),
+        ("scores", VALUE),
+    ],
 )
 def test_a_nan_is_stopped_wherever_it_comes_from(setup, where, named):
     episode, ref_logprobs, scores = setup.measure()
@@ -185,13 +213,135 @@ def test_a_nan_is_stopped_wherever_it_comes_from(setup, where, named):
         # One number of row 0, which has its EOS at 2: a token's log-prob, and the state after EOS.
         tensors[where].view(len(scores), -1)[0, 3 if where == "values" else 0] = math.nan
     with stopped_by(f"{named} nan"):
-        preflight(setup.policy, episode, ref_logprobs, scores, CFG)
+        setup.check((episode, ref_logprobs, scores))
 
 
 def test_what_stands_after_eos_does_not_matter(setup):
     episode, ref_logprobs, scores = setup.measure()
+    setup.sampled_logprobs = episode.logprobs.clone()
     ref_logprobs[~episode.action_mask] = math.nan
     episode.logprobs[~episode.action_mask] = math.inf
     episode.values[~episode.value_mask] = math.nan
-    found = preflight(setup.policy, episode, ref_logprobs, scores, CFG)
+    found = setup.check((episode, ref_logprobs, scores))
     assert found["preflight/ratio"] == pytest.approx(1, abs=1e-5)
+
+
+# --- the other checks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("one, other", [("reference", "policy"), ("critic", "reward_model")])
+def test_two_models_that_are_one_are_stopped(setup, one, other):
+    setattr(setup, one, getattr(setup, other))
+    with stopped_by("shared tensors is"):
+        setup.check()
+
+
+@pytest.mark.parametrize("model", ["reference", "reward_model"])
+def test_a_frozen_model_that_moved_is_stopped(setup, model):
+    with torch.no_grad():
+        next(getattr(setup, model).parameters())[0, 0] += 1e-3
+    with stopped_by("frozen weights moved is"):
+        setup.check()
+
+
+def test_after_the_first_update_only_what_must_hold_then_is_checked(setup):
+    with torch.no_grad():
+        setup.policy.model.norm.weight.mul_(1.1)  # the policy has learned: KL and V are free now
+        setup.critic.score.bias.add_(1)
+    episode, _, _ = setup.measure()
+    models = setup.policy, setup.reference, setup.critic, setup.reward_model
+    found = preflight.report(preflight.any_update(models, setup.frozen, episode, episode.logprobs, CFG), print, "now")
+    names = ["shared_tensors", "frozen_weights_moved", "kernel_error", "approxkl_of_the_sampler", "ratio", "approxkl"]
+    assert list(found) == [f"preflight/{name}" for name in names]
+
+
+def test_a_kernel_that_is_off_is_stopped(setup, monkeypatch):
+    right = nanorlhf.models.linear_logprob
+    wrong = lambda *args: tuple(x + 1e-3 for x in right(*args))  # noqa: E731
+    monkeypatch.setattr(nanorlhf.models, "linear_logprob", wrong)  # in rollout and update alike: the ratio is 1
+    with stopped_by(KERNEL):
+        setup.check()
+
+
+def test_references_whose_mean_score_is_not_0_are_stopped(setup):
+    setup.reference_scores = setup.reference_scores + 5
+    with stopped_by("reference score is"):
+        setup.check()
+
+
+def test_a_policy_that_never_stops_is_stopped(setup):
+    setup.responses[setup.responses == EOS] = 5
+    with stopped_by("EOS rate is 0 .* was EOS a label"):
+        setup.check()
+
+
+def test_pad_that_is_eos_is_stopped(setup):
+    setup.tokenizer.pad_id = EOS
+    with stopped_by("PAD = EOS is 1"):
+        setup.check()
+
+
+def test_a_ratio_whose_mean_is_1_does_not_hide_a_policy_that_is_another():
+    # Over samples of the old policy any other policy has a mean ratio of 1: its square sees the difference.
+    totals = {"val/ratio": torch.tensor(1.0), "policy/approxkl_avg": torch.tensor(0.012)}
+    for dtype in (torch.float32, torch.bfloat16):
+        with stopped_by("approxkl in the loss is 0.012"):
+            preflight.report(preflight.first_loss(totals, dtype), print, "in update 1")
+    totals["policy/approxkl_avg"] = torch.tensor(1e-9)
+    assert preflight.report(preflight.first_loss(totals, torch.float32), print, "in update 1")
+
+
+def test_a_failed_check_is_marked_in_the_table_and_the_others_are_still_shown(setup):
+    setup.tokenizer.pad_id = EOS
+    with pytest.raises(UserError, match="--no_preflight goes on all the same"):
+        setup.check()
+    assert [line.split()[-1] for line in setup.table] == ["ok"] * 6 + ["FAILED"] + ["ok"] * 4
+
+
+# --- SFT and the reward model ----------------------------------------------------------------------------------------
+
+
+def sft_checks(make_policy, sequences, pad_id=0):
+    checks = preflight.sft(make_policy(), sequences, SimpleNamespace(eos_id=EOS, pad_id=pad_id))
+    return preflight.report(checks, print, "before step 1")
+
+
+def test_sft_passes_on_sequences_that_end_in_eos(make_policy, make_sequences):
+    found = sft_checks(make_policy, [s + [EOS] for s in make_sequences([4, 9, 30])])
+    assert found["preflight/rows_with_one_eos_label"] == 1 and found["preflight/weight_of_no_label"] == 0
+
+
+@pytest.mark.parametrize("tail", [[], [EOS, EOS]], ids=["no EOS", "two of them"])
+def test_sft_stops_on_a_row_without_exactly_one_eos(make_policy, make_sequences, tail):
+    first, second = make_sequences([4, 9])
+    with stopped_by("rows with one EOS label is 0.5"):
+        sft_checks(make_policy, [first + [EOS], second + tail])
+
+
+def test_sft_stops_when_pad_is_eos(make_policy, make_sequences):
+    with stopped_by("PAD = EOS is 1"):
+        sft_checks(make_policy, [s + [EOS] for s in make_sequences([4])], pad_id=EOS)
+
+
+def rm_checks(model, make_sequences, eos=EOS):
+    queries, chosen, rejected = make_sequences([20, 3, 8]), make_sequences([4, 9, 5]), make_sequences([6, 2, 7], seed=1)
+    pairs = [(q + c + [EOS], q + r + [eos]) for q, c, r in zip(queries, chosen, rejected, strict=True)]
+    checks = preflight.reward_model(model, pairs, SimpleNamespace(eos_id=EOS, pad_id=0))
+    return preflight.report(checks, print, "before step 1")
+
+
+def test_a_new_reward_model_passes(make_policy, make_sequences):
+    found = rm_checks(reward_model_from(make_policy(), seed=0), make_sequences)
+    assert found["preflight/score_alone_in_a_batch"] < 1e-4 and found["preflight/identical_texts_loss_ln_2"] < 1e-6
+
+
+def test_a_reward_model_whose_sequences_lost_their_eos_is_stopped(make_policy, make_sequences):
+    with stopped_by("sequences that end in EOS is 0.5"):
+        rm_checks(reward_model_from(make_policy(), seed=0), make_sequences, eos=5)
+
+
+def test_a_score_that_depends_on_its_neighbours_is_stopped(make_policy, make_sequences, monkeypatch):
+    right = Packed.last_rows
+    monkeypatch.setattr(Packed, "last_rows", lambda packed: right(packed).roll(1))
+    with stopped_by("score alone - in a batch is"):
+        rm_checks(reward_model_from(make_policy(), seed=0), make_sequences)

@@ -20,6 +20,7 @@ from nanorlhf.llama import LlamaConfig, initialise
 from nanorlhf.models import Policy, reward_model_from
 from nanorlhf.run import Run, read_metrics
 from nanorlhf.tiny.data import write_world
+from nanorlhf.tldr import encode_posts, load_posts
 from nanorlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +45,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory):
+def models(tmp_path_factory, world):
     """Flags that name a small random base model, SFT model and reward model, for each script."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = load_tokenizer(ROOT / "nanorlhf" / "tiny")
@@ -55,9 +56,15 @@ def models(tmp_path_factory):
     )  # fmt: skip
     for seed, stage in enumerate(("base", "sft")):
         policy = Policy(config)
-        initialise(policy, seed)
+        initialise(policy, seed=seed)
+        with torch.no_grad():  # what all tokens have in common makes EOS the likeliest: half of the responses stop
+            policy.model.embed_tokens.weight.add_(0.05)
+            policy.model.embed_tokens.weight[tokenizer.eos_id] = 0.16
         save_policy(policy, folder / stage, tokenizer)
-    save_scalar(reward_model_from(policy, seed=0), folder / "rm", tokenizer)
+    reward_model = reward_model_from(policy, seed=0)
+    references = zip(*encode_posts(load_posts(world, "train"), tokenizer, 104), strict=True)
+    reward_model.score_shift = reward_model.scores([query + reference for query, reference in references]).mean().item()
+    save_scalar(reward_model, folder / "rm", tokenizer)
     sft, rm = f"--sft_model {folder / 'sft'}", f"--reward_model {folder / 'rm'}"
     return {"train_sft": f"--model {folder / 'base'}", "train_rm": sft, "train_ppo": f"{sft} {rm}"}
 
@@ -129,7 +136,13 @@ def test_before_the_first_update_ratio_is_one_and_kl_is_zero(world):
     assert first["preflight/ratio"] == pytest.approx(1, abs=1e-5)
     assert first["preflight/kl"] == pytest.approx(0, abs=1e-5)
     assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
-    assert first["preflight/value_error"] < 1e-4
+    assert first["preflight/v_after_eos_score"] < 1e-4
+
+
+def test_before_the_second_update_the_sampler_and_the_loss_still_agree(world, models):
+    second = read_metrics(run("train_ppo", world, f"{models['train_ppo']} --max_updates 2"))[1]
+    assert second["preflight/approxkl_of_the_sampler"] < 1e-6 and second["preflight/approxkl_in_the_loss"] < 1e-6
+    assert second["objective/kl"] != 0 and "preflight/kl" not in second
 
 
 def test_the_exact_kl_can_be_the_penalty(world):
@@ -147,14 +160,23 @@ def test_rlhf_reward_is_score_minus_kl_penalty_in_every_update(world):
         assert row["objective/rlhf_reward"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_microbatch_tokens_change_no_metric_beyond_rounding(world):
+@pytest.mark.parametrize(
+    "name, metrics",
+    [
+        ("train_sft", ["train/sft/loss", "grad_norm"]),
+        ("train_rm", ["train/rm/loss", "train/rm/margin", "grad_norm"]),
+        ("train_ppo", ["loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "objective/scores", "grad_norm"]),
+    ],
+)
+def test_microbatch_tokens_change_no_metric_beyond_rounding(name, metrics, world, models):
+    flags = f"{models[name]} --max_updates 2"
     rows = [
-        read_metrics(run("train_ppo", world, f"--max_updates 2 --run_name ppo_{tokens} --microbatch_tokens {tokens}"))
+        read_metrics(run(name, world, f"{flags} --run_name run_{tokens} --microbatch_tokens {tokens}"))
         for tokens in (150, 8192)
     ]
-    for small, large in zip(*rows, strict=True):
-        for name in ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "objective/scores", "grad_norm"):
-            assert small[name] == pytest.approx(large[name], rel=1e-3, abs=1e-6), name
+    for small, large in zip(*(found[:2] for found in rows), strict=True):
+        for metric in metrics:
+            assert small[metric] == pytest.approx(large[metric], rel=1e-3, abs=1e-6), metric
 
 
 class Killed(Exception):
@@ -178,12 +200,15 @@ def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_one(name, world, m
     resumed = start(name, "--run_name resumed --resume --device cpu")  # every setting and input is remembered
 
     assert_same_weights(straight, resumed)
-    clocks = ("time", "perf/")  # what differs between any two runs
+    clocks = ("time", "perf/", "preflight/")  # what differs between any two runs; what is checked again after a resume
 
     def values(folder):
         return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in read_metrics(folder)]
 
     assert values(straight) == values(resumed)
+    if name == "train_ppo":  # what must hold in any update is checked again at the first one after a resume
+        checked = [[key for key in row if key.startswith("preflight/")] for row in read_metrics(resumed)]
+        assert [len(keys) for keys in checked] == [13, 8, 8, 0] and "preflight/ratio" in checked[2]
 
 
 def test_every_flag_is_read():
@@ -293,7 +318,7 @@ def test_ppo_in_bfloat16_begins_with_ratio_1_and_stays_finite(world, models):
     rows = read_metrics(folder)
     assert len(rows) == 3 and all("not_finite" not in row for row in rows)
     assert rows[0]["preflight/ratio"] == pytest.approx(1, abs=2e-2)
-    assert rows[0]["preflight/kl"] <= 1e-3 and rows[0]["preflight/value_error"] <= 1e-1
+    assert rows[0]["preflight/kl"] <= 1e-3 and rows[0]["preflight/v_after_eos_score"] <= 1e-1
     policy, critic = (load_file(folder / part / "model.safetensors") for part in ("final", "final_critic"))
     assert {tensor.dtype for tensor in policy.values()} == {torch.bfloat16}
     assert {name for name, tensor in critic.items() if tensor.dtype == torch.float32} == {"score.weight", "score.bias"}
@@ -326,7 +351,7 @@ def test_a_ppo_that_fails_its_preflight_has_not_touched_the_run_it_was_to_overwr
     def refuse(*_):
         raise UserError("pre-flight: the ratio is 2")
 
-    monkeypatch.setattr(train_ppo, "preflight", refuse)
+    monkeypatch.setattr(train_ppo.preflight, "report", refuse)
     with pytest.raises(UserError, match="the ratio is 2"):
         run("train_ppo", world, f"{models['train_ppo']} --max_updates 1 --overwrite")
     assert files(folder) == before

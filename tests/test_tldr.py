@@ -5,6 +5,7 @@ import os
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +247,15 @@ def test_posts_and_comparisons_are_encoded_in_their_order(tmp_path):
     assert [tokenizer.decode(ids) for ids in rejected] == [" one", " zero"]
 
 
+def test_comparisons_are_cut_to_the_same_length_as_posts(tmp_path):
+    write_comparisons(tmp_path, [comparison()])
+    (loaded,) = load_comparisons(tmp_path, "train")
+    long = replace(loaded, post=replace(loaded.post, post="one line\n" * 50))
+    tokenizer = Characters()
+    (query,), _, _ = encode_comparisons([long], tokenizer, 100)
+    assert query == encode_query(tokenizer, "cats", "My cat", "one line\n" * 50, 100) and len(query) <= 100
+
+
 def test_describe_gives_mean_p99_max_and_the_share_over_a_limit():
     lengths = list(range(1, 101))
     assert describe(lengths) == {"mean": 50.5, "p99": pytest.approx(99.01), "max": 100.0}
@@ -275,6 +285,13 @@ def test_an_epoch_that_divides_shows_every_item():
     seen = np.concatenate([batch_indices(12, 4, seed=0, step=step) for step in range(3)])
     assert sorted(seen.tolist()) == list(range(12))
     assert batch_indices(5, 5, seed=0, step=9).shape == (5,)
+
+
+def test_every_epoch_has_its_own_order():
+    epochs = [
+        np.concatenate([batch_indices(30, 10, 1, 3 * epoch + i) for i in range(3)]).tolist() for epoch in (0, 1, 2)
+    ]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
 def test_the_order_depends_on_seed_and_step_alone():
