@@ -134,7 +134,8 @@ def any_update(
     """
     policy, reference, _, reward_model = models
     sequences, responses, mask = episode.sequences, episode.responses, episode.action_mask
-    moved = (torch.tensor(fingerprint([reference, reward_model])) - torch.tensor(frozen)).abs().max().item()
+    now = fingerprint([reference, reward_model])
+    moved = max(abs(a - b) for a, b in zip(now, frozen, strict=True))
 
     def second_pass(packed, rows):
         return policy.response_logprobs(packed, responses[rows], cfg.temperature)

@@ -10,7 +10,9 @@ M = Mutation
 PPO, MODELS, TLDR = "nanorlhf/ppo.py", "nanorlhf/models.py", "nanorlhf/tldr.py"
 ROLLOUT, PACKING, LLAMA = "nanorlhf/rollout.py", "nanorlhf/packing.py", "nanorlhf/llama.py"
 LOSSES, OPTIM, MONITOR = "nanorlhf/losses.py", "nanorlhf/optim.py", "nanorlhf/monitor.py"
+SAMPLE, FUSED = "kernels/sample_head.py", "kernels/linear_ppo_loss.py"
 TRAIN = "train_ppo.py"
+FUSED_TEST = "test_models.py::test_the_fused_ppo_loss_is_that_of_ppo_policy_loss_in_value_gradient_and_statistics"
 UPDATE = "test_parity.py::test_an_update_equals_the_naive_ppo_in_float64"
 FLIGHT = "test_scripts.py::test_before_the_first_update_ratio_is_one_and_kl_is_zero"  # stopped by the pre-flight
 SECOND = "test_scripts.py::test_before_the_second_update_the_sampler_and_the_loss_still_agree"  # also by the pre-flight
@@ -66,12 +68,13 @@ MUTATIONS = [
     M("head_before_the_norm", "T21", LLAMA, "return self.norm(x)", "return x", UPDATE),
 
     # --- rollout (detail 23.1)
-    M("rollout_without_temperature", "T15, alignment-lab models.py", ROLLOUT, "/ (temperature or 1.0)", "/ 1.0",
+    M("rollout_without_temperature", "T15, alignment-lab models.py", ROLLOUT,
+      "steps[t], temperature)", "steps[t], 1.0)",
       "test_rollout.py::test_logprobs_of_the_rollout_are_those_of_the_training_forward"),
-    M("eos_forbidden", "T17, TRL #203", ROLLOUT, "distribution = torch.log_softmax(logits, dim=-1)",
-      "logits[:, policy.config.eos_token_id] = -1e9; distribution = torch.log_softmax(logits, dim=-1)",
+    M("eos_forbidden", "T17, TRL #203", SAMPLE, "linear_fp32(hidden, weight) / temperature",
+      "linear_fp32(hidden, weight).index_fill(1, torch.tensor(2), -1e9) / temperature",
       "test_rollout.py::test_there_are_always_r_tokens_even_when_eos_is_forced"),
-    M("top_p_inherited", "T16, alignment-lab lessons.md", ROLLOUT, "cumulative[:, -1:]", "(0.9 * cumulative[:, -1:])",
+    M("top_p_inherited", "T16, alignment-lab lessons.md", SAMPLE, "cumulative[:, -1:]", "(0.9 * cumulative[:, -1:])",
       "test_rollout.py::test_generated_tokens_follow_the_softmax_of_the_logits_over_the_temperature"),
     M("noise_by_seed_alone", "detail 23.1", ROLLOUT, "key=[seed, episode]", "key=[seed, 0]",
       "test_rollout.py::test_one_query_in_two_episodes_gets_two_responses"),
@@ -214,10 +217,9 @@ MUTATIONS = [
 
     # --- the PPO script (section 1E)
     M("update_without_temperature", "T15, alignment-lab models.py",
-      TRAIN, "packed, e.responses[rows], cfg.temperature)",
-      "packed, e.responses[rows], 1.0)", FLIGHT),
-    M("reference_without_temperature", "T15", TRAIN, "reference.response_logprobs(packed, responses[i], T)",
-      "reference.response_logprobs(packed, responses[i], 1.0)", FLIGHT),
+      TRAIN, "mask / actions, cfg.temperature, cfg.cliprange", "mask / actions, 1.0, cfg.cliprange", FLIGHT),
+    M("reference_without_temperature", "T15", TRAIN, "reference.response_logprobs(p, responses[i], T)",
+      "reference.response_logprobs(p, responses[i], 1.0)", FLIGHT),
     M("reference_is_policy", "T24", TRAIN, "load_policy(sft_folder, run.device, run.dtype).requires_grad_(False)",
       "policy", FLIGHT),
     M("critic_is_reward_model", "T24", TRAIN, "critic_from(reward_model).requires_grad_(True)",
@@ -246,8 +248,23 @@ MUTATIONS = [
     M("entropy_of_padding", "T53, TRL #2496", MONITOR, '"objective/entropy": surprise.item()',
       '"objective/entropy": (surprise - (~action_mask).float().sum(1).mean()).item()',
       "test_monitor.py::test_golden_objective"),
-    M("reward_with_kl_of_one_slot", "T52, alignment-lab", MONITOR, "non_score_reward = -kl_coef * kl.sum(1).mean()",
-      "non_score_reward = -kl_coef * kl.mean()", "test_monitor.py::test_golden_objective"),
+    M("reward_with_kl_of_one_slot", "T52, alignment-lab", MONITOR,
+      "non_score_reward = -kl_coef * penalised.sum(1).mean()", "non_score_reward = -kl_coef * penalised.mean()",
+      "test_monitor.py::test_golden_objective"),
+    # --- kernels: the references, which the Triton kernels are held against in the interpreter
+    M("fused_policy_min", "eq. 7", FUSED, "torch.maximum(unclipped, clipped)", "torch.minimum(unclipped, clipped)",
+      FUSED_TEST),
+    M("fused_clip_one_sided", "eq. 7", FUSED, "ratio.clamp(1 - cliprange, 1 + cliprange)",
+      "ratio.clamp(max=1 + cliprange)", FUSED_TEST),
+    M("fused_ratio_inverted", "eq. 7", FUSED, "logprobs - old_logprobs, 0.0)", "old_logprobs - logprobs, 0.0)",
+      FUSED_TEST),
+    M("fused_loss_of_padding", "detail 23", FUSED, "(weights * torch.maximum", "(weights.max() * torch.maximum",
+      FUSED_TEST),
+    M("kl_of_reference_to_policy", "section 2.3", "kernels/kl.py", "logp - logq, 0.0)", "logq - logp, 0.0)",
+      "test_models.py::test_exact_kl_is_that_of_the_two_models_whole_distributions"),
+    M("entropy_without_temperature", "T15", "kernels/logprob_entropy.py",
+      "-(p * torch.where(p > 0, logp, 0.0))", "-(p * torch.where(p > 0, logp * temperature, 0.0))",
+      "test_models.py::test_response_logprobs_are_log_softmax_of_the_logits_before_each_token"),
     M("rouge_with_stemmer", "T55, alignment-lab sft_eval.py", "nanorlhf/metrics.py", "use_stemmer=False",
       "use_stemmer=True",
       "test_metrics.py::test_rouge_has_no_stemmer"),
