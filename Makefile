@@ -13,7 +13,7 @@ demo: .venv/run
 	@echo "== 2/4 reward model" && $(PY) train_rm.py --preset tiny --run_name demo_rm --overwrite --sft_model runs/demo_sft/final
 	@echo "== 3/4 PPO" && $(PY) train_ppo.py --preset tiny --run_name demo_ppo --overwrite --sft_model runs/demo_sft/final --reward_model runs/demo_rm/final
 	@echo "== 4/4 evaluation on held-out posts" && $(PY) eval.py --preset tiny --run_name demo_eval --overwrite \
-		--sft_model runs/demo_sft/final --ppo_model runs/demo_ppo/final --reward_model runs/demo_rm/final
+		--policy base sft=runs/demo_sft/final ppo=runs/demo_ppo/final --reward_model runs/demo_rm/final
 	@$(PY) -m nanorlhf.demo
 
 test: .venv/test
