@@ -97,9 +97,8 @@ def hack_table(results: dict) -> Table:
     note = "title copied: longest common subsequence of words over title length; 4-grams and bigrams of words"
     if about.get("diversity_samples"):
         note += "; edit distance (words over the longer text) and entropy:"
-        note += (
-            f" {about['diversity_samples']} samples of each of {min(about['diversity_posts'], about['posts'])} posts"
-        )
+        number_of_posts = min(about["diversity_posts"], about["posts"])
+        note += f" {about['diversity_samples']} samples of each of {number_of_posts} posts"
         note += f" at temperature {about['diversity_temperature']:g}"
     return Table("What a policy may be up to", header, rows, note, "summaries")
 
@@ -124,9 +123,8 @@ def judge_table(results: dict) -> Table:
     for row in results["win_rates"]:
         who = f"{display(row['ours'])} vs {display(row['theirs'])}"
         agreement = f"{number(row.get('rm_agreement'))} ({interval(row.get('rm_agreement_interval'))})"
-        orders = (
-            [number(row.get("first_seat")), number(row.get("swap_agreement"))] if about["judge"] == "claude" else "--"
-        )
+        sees_order = about["judge"] == "claude"
+        orders = [number(row[name] if sees_order else None) for name in ("first_seat", "swap_agreement")]
         rows.append([who, agreement, *orders, str(row.get("unparsed", 0))])
     note = "agreement: of the pairs with a winner, the share on which the reward model's scores name the same one"
     if about["judge"] == "claude":
@@ -174,9 +172,7 @@ def example_table(examples: list[dict]) -> Table:
         gold = [number(row["gold"], ".2f")] if "gold" in row else []
         rows.append([first, row["kind"], number(row["score"], ".2f"), interval(row["interval"], ".2f"), *gold])
     header = ["", "", "mean RM score", "95% interval", *(["gold"] if "gold" in examples[0] else [])]
-    note = (
-        f"the same {examples[0]['n']} posts in every row; what tells nothing, or repeats itself, should score no higher"
-    )
+    note = f"the same {examples[0]['n']} posts in every row; what tells nothing, or repeats itself, should be no higher"
     return Table("What it thinks of summaries whose order is known", header, rows, note, "rm")
 
 
