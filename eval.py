@@ -102,6 +102,11 @@ SHOWN = ("eval/rm/validation/accuracy", "eval/ppo/gold", "eval/ppo_vs_sft/win_ra
 EXAMPLE_POSTS = 64  # for the sets of example summaries
 
 
+def short(path: Path) -> str:
+    """The path from the current folder, where it lies below: a report is shown to others."""
+    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
+
+
 def as_raw(comparison: Comparison) -> dict:
     """A raw row as far as the annotator's `ceilings` reads it: which summary was chosen is no part of a ceiling."""
     info = {"id": comparison.post.id, "title": comparison.post.title}
@@ -221,9 +226,10 @@ def main(cfg: Config) -> None:
         about["judge_details"] = judge.about() if cfg.judge == "claude" else {}
         origins = models | ({"rm": (rm_folder, rm_from)} if rm_folder else {})
         origins |= {name: (path, "--samples") for name, path in files.items()}
+        origins = {name: {"folder": short(folder), "from": origin} for name, (folder, origin) in origins.items()}
         results = {
             "about": about,
-            "models": {name: {"folder": str(folder), "from": origin} for name, (folder, origin) in origins.items()},
+            "models": origins,
             "policies": {name: finite(row) for name, row in described.items()},
             "reward_model": card,
             "examples": example_sets,

@@ -248,3 +248,48 @@ def figures(results: dict) -> dict[str, bytes]:
     if (rm := results.get("reward_model")) and rm.get("calibration"):
         found |= {"card_calibration": calibration_figure(rm), "card_scores": histogram_figure(rm)}
     return {name: png(figure) for name, figure in found.items()}
+
+
+# --- over-optimisation ------------------------------------------------------------------------------------------------
+
+
+def hack_figure(rows: list[dict], gold_sft: float) -> Figure:
+    """One run without a leash: proxy and truth over updates, and both over KL."""
+    figure = Figure(figsize=(8.2, 3.1), layout="constrained")
+    for axes, x, x_name in zip(
+        figure.subplots(1, 2), ("step", "objective/kl"), ("update", "KL from SFT (nats a response)"), strict=True
+    ):
+        dress(axes, "PPO without a KL penalty", x_name)
+        for metric, colour, label in (
+            ("objective/scores", PROXY, "reward model's score"), ("objective/gold", GOLD, "gold score (truth)")
+        ):  # fmt: skip
+            xs, ys = points(rows, metric, x)
+            axes.plot(xs, ys, ".", color=colour, markersize=4, alpha=0.5)
+            order = np.argsort(xs, kind="stable")
+            axes.plot(np.array(xs)[order], smooth(np.array(ys)[order]), color=colour, linewidth=2.2, label=label)
+        axes.axhline(gold_sft, color=GOLD, linewidth=0.9, linestyle="--", label="gold score of SFT, held-out posts")
+        axes.legend(fontsize=7, labelcolor=GREY, frameon=False)
+    return figure
+
+
+def overoptimisation_figure(groups: dict[float, list[list[dict]]], last: int = 5) -> Figure:
+    """{kl_coef: logs of its seeds} -> proxy and truth against KL. Thin: the paths of all runs. Points: the mean of the
+    last updates over the seeds, with one standard deviation of the seeds either way."""
+    figure = Figure(figsize=(8.2, 3.4), layout="constrained")
+    panels = (
+        ("objective/scores", PROXY, "reward model's score (proxy)"),
+        ("objective/gold", GOLD, "gold score (truth)"),
+    )
+    for axes, (metric, colour, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        dress(axes, title, "KL from SFT (nats a response)")
+        for kl_coef, logs in sorted(groups.items()):
+            ends = []
+            for rows in logs:
+                kl, values = points(rows, metric, x="objective/kl")
+                axes.plot(smooth(kl), smooth(values), color=colour, linewidth=0.8, alpha=0.35)
+                ends.append((np.mean(kl[-last:]), np.mean(values[-last:])))
+            x, y = np.mean(ends, axis=0)
+            x_spread, y_spread = np.std(ends, axis=0, ddof=1) if len(ends) > 1 else (0, 0)
+            axes.errorbar(x, y, y_spread, x_spread, color=colour, fmt="o", markersize=5, capsize=3)
+            axes.annotate(f"{kl_coef:g}", (x, y), (4, 5), textcoords="offset points", fontsize=8, color=GREY)
+    return figure

@@ -44,8 +44,8 @@ def html_page(
             parts.append(f"<div class=figures>{''.join(pictures)}</div>")
         if id == "rm" and (worst := worst_tables(results.get("reward_model", {}))):
             inside = "".join(_article(table) for table in worst)
-            heading = f"the {len(worst)} pairs on which it is most wrong"
-            parts.append(f"<details><summary>{heading}</summary>{inside}</details>")
+            which = f"the {len(worst)} pairs on which it is most wrong"
+            parts.append(f"<details><summary>{which}</summary>{inside}</details>")
         if id == "training":
             parts += [_trace(row, opened=i == 0) for i, row in enumerate(traces)]
         if parts:
@@ -154,6 +154,6 @@ def _trace(row: dict, opened: bool) -> str:
     note += f" Title: {row['title']}"
     return (
         f"<details class=trace{' open' if opened else ''}><summary>update {row['step']}: one response, token by token"
-        f"</summary><div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>"
+        f"</summary><div class="wide steps"><table><tr>{head}</tr>{''.join(lines)}</table></div>"
         f"<p class=note>{html.escape(note)}</p></details>"
     )

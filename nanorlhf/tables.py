@@ -157,21 +157,23 @@ def rm_table(rm: dict) -> Table:
 def rm_kinds_table(rm: dict) -> Table:
     rows = []
     for kind, groups in rm.get("by", {}).items():
-        for i, (value, row) in enumerate(groups.items()):
-            numbers = [str(row["n"]), number(row["accuracy"]), interval(row["interval"])]
-            rows.append([kind if i == 0 else "", value, *numbers])
+        rows.append([f"by {kind}", "", "", ""])
+        rows += [
+            [value, str(row["n"]), number(row["accuracy"]), interval(row["interval"])] for value, row in groups.items()
+        ]
     note = "length gap: words of the chosen minus words of the rejected summary"
-    return Table("Its accuracy by kind of pair", ["", "", "pairs", "accuracy", "95% interval"], rows, note, "rm")
+    return Table("Its accuracy by kind of pair", ["", "pairs", "accuracy", "95% interval"], rows, note, "rm")
 
 
 def example_table(examples: list[dict]) -> Table:
     rows, before = [], None
     for row in examples:
-        first = row["set"] if row["set"] != before else ""
+        if row["set"] != before:
+            rows.append([row["set"], *[""] * (3 if "gold" in row else 2)])
         before = row["set"]
         gold = [number(row["gold"], ".2f")] if "gold" in row else []
-        rows.append([first, row["kind"], number(row["score"], ".2f"), interval(row["interval"], ".2f"), *gold])
-    header = ["", "", "mean RM score", "95% interval", *(["gold"] if "gold" in examples[0] else [])]
+        rows.append([row["kind"], number(row["score"], ".2f"), interval(row["interval"], ".2f"), *gold])
+    header = ["", "mean RM score", "95% interval", *(["gold"] if "gold" in examples[0] else [])]
     note = f"the same {examples[0]['n']} posts in every row; what tells nothing, or repeats itself, should be no higher"
     return Table("What it thinks of summaries whose order is known", header, rows, note, "rm")
 
