@@ -154,6 +154,6 @@ def _trace(row: dict, opened: bool) -> str:
     note += f" Title: {row['title']}"
     return (
         f"<details class=trace{' open' if opened else ''}><summary>update {row['step']}: one response, token by token"
-        f"</summary><div class="wide steps"><table><tr>{head}</tr>{''.join(lines)}</table></div>"
+        f"</summary><div class='wide steps'><table><tr>{head}</tr>{''.join(lines)}</table></div>"
         f"<p class=note>{html.escape(note)}</p></details>"
     )

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="no chromium here: apt-get install chromium"),
 ]
 
-# Appended to the page with its own hash in the policy: it works the controls like a person, and writes down what it saw.
+# Appended to the page: it works the controls like a person, and writes down what it saw.
 PROBE = """
 window.addEventListener("load", () => {
   const wide = Array.from(document.querySelectorAll("body *")).filter((e) => !e.closest(".wide")
@@ -30,7 +30,7 @@ window.addEventListener("load", () => {
     images: Array.from(document.images).every((image) => image.naturalWidth > 0),
     background: getComputedStyle(document.body).backgroundColor };
   const box = document.getElementById("search"), order = document.getElementById("order");
-  const titles = () => Array.from(document.querySelectorAll("#samples article:not([hidden]) h3")).map((e) => e.textContent);
+  const titles = () => Array.from(document.querySelectorAll("#samples article:not([hidden]) h3"), (e) => e.textContent);
   box.value = "ZEBRA"; box.dispatchEvent(new Event("input")); found.searched = titles();
   box.value = ""; box.dispatchEvent(new Event("input"));
   order.value = "score down"; order.dispatchEvent(new Event("change")); found.best = titles()[0];
