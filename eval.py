@@ -190,7 +190,7 @@ def main(cfg: Config) -> None:
         scores = {name: reward_model.scores(posts, texts[name]) for name in texts} if reward_model else {}
         gold = {name: gold_scores(posts, texts[name]) for name in texts} if with_gold else {}
         described = {REFERENCE: describe_reference(posts, scores.get(REFERENCE), gold.get(REFERENCE))}
-        for name in written:
+        for name in run.progress(written, what="describing"):
             numbers = scores.get(name), gold.get(name)
             described[name] = describe(written[name], posts, *numbers, cfg.rouge_stemmer, run.progress)
 
@@ -216,7 +216,7 @@ def main(cfg: Config) -> None:
                     example_sets.append(row | ({"gold": mean(gold_scores(shown, made))} if with_gold else {}))
 
         # 5. win rates
-        win_rates, judgements = compare(judge, posts, texts, scores, cfg.seed)
+        win_rates, judgements = compare(judge, posts, texts, scores, cfg.seed, run.progress)
 
         # 6. tables, files, report
         told = ("preset", "split", "temperature", "response_length", "judge", "seed", "rouge_stemmer")

@@ -104,7 +104,12 @@ def describe_reference(posts: list[Post], scores: list[float] | None, gold: list
 
 
 def compare(
-    judge: Judge, posts: list[Post], texts: dict[str, list[str]], scores: dict[str, list[float]], seed: int
+    judge: Judge,
+    posts: list[Post],
+    texts: dict[str, list[str]],
+    scores: dict[str, list[float]],
+    seed: int,
+    progress=lambda games, what: games,
 ) -> tuple[list[dict], dict[tuple[str, str], list[Judgement]]]:
     """A row of numbers for each pair of `opponents`, and the judgements they come from.
 
@@ -115,7 +120,8 @@ def compare(
     every = judge.compare([pair for game in pairs for pair in game])
     n = len(posts)
     by_game = {game: every[i * n : (i + 1) * n] for i, game in enumerate(games)}
-    return [_row(game, by_game[game], texts, scores, seed) for game in games], by_game
+    walk = progress(games, what="intervals of win rates")
+    return [_row(game, by_game[game], texts, scores, seed) for game in walk], by_game
 
 
 def _row(game: tuple[str, str], judgements: list[Judgement], texts: dict, scores: dict, seed: int) -> dict:

@@ -112,6 +112,13 @@ def test_the_script_runs_under_the_page_s_own_policy(tmp_path):
     assert ">4 of 4</span>" in done.stdout and ":CONSOLE" not in done.stderr
 
 
+def test_the_links_at_the_top_lead_to_their_sections(tmp_path):
+    page = report_page()
+    links = re.findall(r'<a href="#(.*?)">(.*?)</a>', page.split("<nav>")[1].split("</nav>")[0])
+    assert [name for _, name in links] == ["Summaries", "Win rates", "Reward model", "Training", "Samples"]
+    assert all(f"<h2 id={id}>" in page for id, _ in links)
+
+
 def test_the_page_is_dark_where_the_reader_s_system_is(tmp_path):
     light = visit(report_page(), tmp_path, 800)["background"]
     dark = visit(report_page(), tmp_path, 800, "--force-dark-mode", "--blink-settings=preferredColorScheme=0")[
