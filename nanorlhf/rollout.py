@@ -9,7 +9,7 @@ episode, t) only. So the same episode gets the same noise in any batch order, in
 of the batch, and after a resume, and nothing has to be saved.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -125,7 +125,8 @@ class Summary:
     text: str  # up to the first EOS, without specials, outer blanks removed
     tokens: int  # up to and with the first EOS, or all R
     has_eos: bool
-    logprob: float = float("nan")  # of those tokens together, nats at the sampling temperature; nan: not asked for
+    # Of those tokens together, nats at the sampling temperature; nan: not asked for. Rounding differs with the batch.
+    logprob: float = field(default=float("nan"), compare=False)
 
 
 def read_responses(tokenizer: Tokenizer, responses: Tensor, logprobs: Tensor | None = None) -> list[Summary]:

@@ -211,6 +211,8 @@ def test_a_cache_line_cut_by_a_kill_is_dropped_and_asked_again(judge, server, tm
     path.write_bytes(path.read_bytes()[:-20])
     judge().compare(pairs(3))
     assert len(server.asked) == 7 and len(path.read_bytes().splitlines()) == 7
+    judge().compare(pairs(3))  # and what was written then can be read
+    assert len(server.asked) == 7
 
 
 PROGRAM = """

@@ -81,9 +81,10 @@ def test_a_pair_is_won_only_when_it_is_won_in_both_orders():
 
 
 def test_order_effects_by_hand():
-    """Shown first and won, shown second and lost: the first seat won both times. And a pair without such a liking."""
-    effects = order_effects([Judgement(WIN, LOSS), Judgement(WIN, WIN), Judgement(TIE, TIE), Judgement(UNPARSED, WIN)])
-    assert effects == {"first_seat": 3 / 4, "swap_agreement": 2 / 3, "unparsed": 1}
+    """Shown first and won, shown second and lost: the first seat won both times. Then a pair without such a liking."""
+    judged = [(WIN, LOSS), (WIN, LOSS), (WIN, WIN), (TIE, TIE), (UNPARSED, WIN)]  # ours first, ours second
+    effects = order_effects([Judgement(*orders) for orders in judged])
+    assert effects == {"first_seat": 5 / 6, "swap_agreement": 2 / 4, "unparsed": 1}
 
 
 @pytest.mark.parametrize("id", ["t3_abc", "tiny-nowhere-000001", "tiny-valid-9999999", "tiny-valid-x"])
