@@ -6,15 +6,24 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 PY = .venv/bin/python
 
-.PHONY: demo test setup clean
+.PHONY: demo demo-hack test setup clean
 
 demo: .venv/run
 	@echo "== 1/4 SFT: the embedded base model learns to summarise" && $(PY) train_sft.py --preset tiny --run_name demo_sft --overwrite
 	@echo "== 2/4 reward model" && $(PY) train_rm.py --preset tiny --run_name demo_rm --overwrite --sft_model runs/demo_sft/final
 	@echo "== 3/4 PPO" && $(PY) train_ppo.py --preset tiny --run_name demo_ppo --overwrite --sft_model runs/demo_sft/final --reward_model runs/demo_rm/final
 	@echo "== 4/4 evaluation on held-out posts" && $(PY) eval.py --preset tiny --run_name demo_eval --overwrite \
-		--sft_model runs/demo_sft/final --ppo_model runs/demo_ppo/final --reward_model runs/demo_rm/final
+		--policy base sft=runs/demo_sft/final ppo=runs/demo_ppo/final --reward_model runs/demo_rm/final
 	@$(PY) -m nanorlhf.demo
+
+# What the KL penalty is for: the same PPO without it. Proxy up, truth down. Nothing of `make demo` is needed or touched.
+TINY = nanorlhf/tiny/checkpoints
+demo-hack: .venv/run
+	@echo "== 1/2 PPO without a KL penalty, learning rate constant" && $(PY) train_ppo.py --preset tiny --run_name hack_ppo --overwrite \
+		--sft_model $(TINY)/sft --reward_model $(TINY)/rm --kl_coef 0 --lr 3e-4 --lr_schedule constant --total_episodes 6400
+	@echo "== 2/2 evaluation on held-out posts" && $(PY) eval.py --preset tiny --run_name hack_eval --overwrite \
+		--policy sft=$(TINY)/sft ppo=runs/hack_ppo/final --reward_model $(TINY)/rm
+	@$(PY) -m nanorlhf.demo_hack
 
 test: .venv/test
 	$(PY) -m pytest

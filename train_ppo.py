@@ -45,13 +45,15 @@ from nanorlhf.checkpoint import (
 )
 from nanorlhf.config import check, cli
 from nanorlhf.device import now, peak_gib
+from nanorlhf.hacks import Alarms
 from nanorlhf.inputs import find_data, find_model
+from nanorlhf.jsonl import append, finite
 from nanorlhf.models import Policy, ScalarModel, critic_from, parameter_count, response_kl
 from nanorlhf.optim import SCHEDULES, AdamW
 from nanorlhf.packing import in_microbatches, pack, split_by_tokens
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate, read_responses
-from nanorlhf.run import Run
+from nanorlhf.run import Run, read_metrics
 from nanorlhf.tldr import batch_indices, encode_posts, load_posts
 from nanorlhf.tokenizer import check_matches, check_same, load_tokenizer
 
@@ -203,13 +205,14 @@ def main(cfg: Config) -> None:
         tiny_lr = PRESETS["tiny"]["lr"]
         if cfg.preset == "tiny" and cfg.lr < 0.1 * tiny_lr:
             run.say(f"note    lr {cfg.lr:g} suits a large model; the tiny one hardly moves below {tiny_lr:g}")
-        start = 0
+        start, alarms = 0, Alarms()
         if cfg.resume:
             if checkpoint := latest_checkpoint(run.folder):
                 tensors, state = load_state(checkpoint)
                 optimizer.load_state(tensors)
                 start = state["step"]
             run.truncate_metrics(start)
+            alarms = Alarms(began=read_metrics(run.folder)[0] if start else {})
             run.say(f"resumed from {checkpoint or 'the beginning: no checkpoint yet'}")
 
         for update in range(start, total_updates):
@@ -229,11 +232,11 @@ def main(cfg: Config) -> None:
             finished = [s[: len(s) - R + summary.tokens] for s, summary in zip(sequences, summaries, strict=True)]
             forward = partial(in_microbatches, max_tokens=cfg.microbatch_tokens, device=run.device)
             T = cfg.temperature
+            logprobs, entropy = forward(lambda p, i: policy.response_logprobs(p, responses[i], T), sequences)
             if cfg.kl_estimator == "full":
-                kl_and_logprobs = partial(response_kl, policy, reference)
-                full_kl, logprobs, ref_logprobs = forward(lambda p, i: kl_and_logprobs(p, responses[i], T), sequences)
+                both = partial(response_kl, policy, reference)
+                full_kl, _, ref_logprobs = forward(lambda p, i: both(p, responses[i], T), sequences)
             else:
-                logprobs, _ = forward(lambda p, i: policy.response_logprobs(p, responses[i], T), sequences)
                 ref_logprobs, _ = forward(lambda p, i: reference.response_logprobs(p, responses[i], T), sequences)
             (values,) = forward(lambda p, i: [critic.response_values(p, R)], sequences)  # (B, R), like the log-probs
             (raw_scores,) = forward(lambda p, i: [reward_model.last_scores(p)], finished)  # (B,)
@@ -281,19 +284,28 @@ def main(cfg: Config) -> None:
 
             # 7. log
             tokens = sum(len(s) for s in sequences)
-            run.log(
-                update + 1,
+            look = cfg.sample_every and (update == 0 or (update + 1) % cfg.sample_every == 0)  # closer than at others
+            metrics = (
                 monitor.objective(scores, logprobs, kl, action_mask, cfg.kl_coef, full_kl)
                 | monitor.learning(totals, steps, action_mask)
                 | monitor.critic(values, returns, raw_advantages, action_mask, value_mask)
-                | monitor.texts(summaries, batch_posts, scores)
+                | monitor.texts(summaries, batch_posts, scores, entropy, action_mask)
                 | {"lr": lr, "episode": (update + 1) * cfg.batch_size}
                 | {"time/rollout": rolled_out - began, "time/score": scored - rolled_out}
                 | {"time/learn": learned - scored, "perf/tokens_per_s": tokens / (learned - began)}
                 | {"perf/peak_gib": peak_gib(run.device)}
-                | checked,
+                | (monitor.diversity(policy, tokenizer, batch_queries, R, T, cfg.seed) if look else {})
+                | checked
             )
-            if cfg.sample_every and (update + 1) % cfg.sample_every == 0:
+            run.log(update + 1, metrics)
+            for alarm in alarms(metrics):
+                run.say(alarm)
+            if look:
+                tensors = dict(logprobs=logprobs, ref_logprobs=ref_logprobs, kl=kl, values=values, rewards=rewards)
+                tensors |= dict(advantages=advantages, action_mask=action_mask, value_mask=value_mask)
+                one = {name: tensor[0] for name, tensor in tensors.items()}  # (R,) each: those of the first episode
+                row = monitor.trace(tokenizer, batch_posts[0], responses[0], **one)
+                append(run.folder / "trace.jsonl", [finite({"step": update + 1, "score": scores[0]} | row)])
                 rows = [
                     {"title": p.title, "post": p.post, "response": s.text, "score": x, "kl": k}
                     for p, s, x, k in zip(batch_posts, summaries, scores.tolist(), kl.sum(1).tolist(), strict=True)

@@ -26,12 +26,12 @@ def pipeline(seed: int, split: str) -> dict[str, float]:
 
     began = time.monotonic()
     runs = {stage: Path("runs") / f"seed{seed}_{stage}" for stage in ("sft", "rm", "ppo", "eval")}
-    sft, rm, ppo = (["--" + flag, str(runs[stage] / "final")] for flag, stage in
-                    (("sft_model", "sft"), ("reward_model", "rm"), ("ppo_model", "ppo")))  # fmt: skip
+    final = {stage: str(folder / "final") for stage, folder in runs.items()}
+    sft, rm = ["--sft_model", final["sft"]], ["--reward_model", final["rm"]]
     script("train_sft.py", "sft")
     script("train_rm.py", "rm", *sft)
     script("train_ppo.py", "ppo", *sft, *rm)
-    script("eval.py", "eval", *sft, *rm, *ppo, "--split", split)
+    script("eval.py", "eval", "--policy", "base", f"sft={final['sft']}", f"ppo={final['ppo']}", *rm, "--split", split)
     results = json.loads((runs["eval"] / "metrics.json").read_text())
     policies, wins = results["policies"], {(w["ours"], w["theirs"]): w for w in results["win_rates"]}
     against_sft = wins["ppo", "sft"]

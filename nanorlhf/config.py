@@ -59,6 +59,7 @@ SPELLINGS = {
     "model": "model_name_or_path base_model",
     "sft_model": "sft_model_path ref_model",
     "reward_model": "reward_model_path",
+    "policy": "policies checkpoint checkpoints",
     "data": "dataset_name dataset query_dataset",
     "kl_coef": "kl_coeff init_kl_coef beta",
     "lam": "gae_lambda lambd",
@@ -82,8 +83,12 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "total_episodes eval_posts eval_pairs shift_posts num_posts num_comparisons steps batch_tokens",
     ),
     ("at least 2", lambda x: x >= 2, "response_length"),
-    ("0 or more", lambda x: x >= 0, "seed save_every sample_every"),
-    ("0 or more, and finite", lambda x: 0 <= x < math.inf, "kl_coef vf_coef temperature eval_temperature warmup_steps"),
+    ("0 or more", lambda x: x >= 0, "seed save_every sample_every diversity_samples diversity_posts"),
+    (
+        "0 or more, and finite",
+        lambda x: 0 <= x < math.inf,
+        "kl_coef vf_coef temperature eval_temperature diversity_temperature warmup_steps",
+    ),
     ("greater than 0, and finite", lambda x: 0 < x < math.inf, "lr max_grad_norm cliprange cliprange_value"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam"),
     ("a finite number", math.isfinite, "missing_eos_score"),
@@ -159,7 +164,7 @@ def parse(Config: type, presets: dict[str, dict], doc: str, argv: list[str] | No
     cfg = Config(**(values | {"preset": preset}))
     cfg.preset_reason, cfg.argv = reason, argv
     if getattr(cfg, "resume", False):
-        _restore(cfg, explicit={flag.removeprefix("--").removeprefix("no_") for flag, _ in flags})
+        _restore(cfg, explicit={flag.removeprefix("--").removeprefix("no_") for flag, *_ in flags})
     for expected, holds, names in RULES:
         for name in names.split():
             value = getattr(cfg, name, None)
@@ -226,9 +231,11 @@ def unread_fields(Config: type, *sources: str | Path) -> list[str]:
     return [field.name for field in fields(Config) if field.name not in read]
 
 
-def _read_flags(Config: type, comments: dict[str, str], argv: list[str]) -> tuple[list[tuple[str, str | None]], bool]:
-    """argv as [("--name", value or None for a switch)] with our spelling, and whether help was asked for.
-    tyro converts the values later; here every flag is known, has a value if it needs one, and nothing is left over."""
+def _read_flags(Config: type, comments: dict[str, str], argv: list[str]) -> tuple[list[tuple[str, ...]], bool]:
+    """argv as [("--name", value or None for a switch)] with our spelling, and whether help was asked for. A flag whose
+    type is a tuple takes all words up to the next flag. tyro converts the values later; here every flag is known, has a
+    value if it needs one, and nothing is left over."""
+    lists = {name for name, kind in typing.get_type_hints(Config).items() if typing.get_origin(kind) is tuple}
     switches = {name for name, kind in typing.get_type_hints(Config).items() if kind is bool}
     flags, words = [], list(argv)
     wants_help = bool({"-h", "--help"} & set(words))
@@ -251,7 +258,13 @@ def _read_flags(Config: type, comments: dict[str, str], argv: list[str]) -> tupl
                 if not words or words[0].startswith("--"):
                     raise UserError(f"{typed} needs a value: {comments[name]}")
                 value = words.pop(0)
-            flags.append((f"--{name}", value))
+            more = []
+            while name in lists and words and not words[0].startswith("-"):
+                more.append(words.pop(0))
+            if name in lists:  # given twice, the words add up
+                more = [word for flag in flags if flag[0] == f"--{name}" for word in flag[1:]] + [value, *more]
+                flags, value, more = [flag for flag in flags if flag[0] != f"--{name}"], more[0], more[1:]
+            flags.append((f"--{name}", value, *more))
         else:
             raise UserError(f"unknown flag {typed}: {_nearest(name, comments)}")
     return flags, wants_help
@@ -267,9 +280,9 @@ def _nearest(name: str, comments: dict[str, str]) -> str:
     return f"did you mean --{similar[0]} ({comments[similar[0]]})?" if similar else "--help lists all flags"
 
 
-def _resolve_preset(presets: dict[str, dict], flags: list[tuple[str, str | None]]) -> tuple[str, str]:
+def _resolve_preset(presets: dict[str, dict], flags: list[tuple[str, ...]]) -> tuple[str, str]:
     """(name, reason): the preset asked for, or llama-1b where its GPU is present, else tiny."""
-    typed = dict(flags)  # the last one counts, as everywhere on a command line
+    typed = {flag: values[0] for flag, *values in flags}  # the last one counts, as everywhere on a command line
     preset = typed.get("--preset", "auto")
     if preset != "auto":
         check(preset in presets, "preset", preset, f"one of auto, {', '.join(presets)}", "see --help")

@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import median
 
 from nanorlhf.errors import UserError
-from nanorlhf.report import NAMES, Table, console, interval, number
 from nanorlhf.run import read_metrics
+from nanorlhf.tables import NAMES, Table, console, interval, number
 
 STAGES = ("sft", "rm", "ppo", "eval")
 RELATIONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
@@ -127,7 +127,7 @@ def results_table(runs: dict) -> Table:
     for row in results.get("win_rates", []):
         name = f"win rate, {NAMES[row['ours']]} vs {NAMES[row['theirs']]}"
         rows.append([name, f"{number(row['rate'])} ({interval(row['interval'])})"])
-    rows.append(["words a summary, SFT -> PPO", change(of("sft", "words"), of("ppo", "words"), ".1f")])
+    rows.append(["words a summary, SFT -> PPO", change(of("sft", "length"), of("ppo", "length"), ".1f")])
     judge = results.get("about", {}).get("judge", "-")
     return Table("Results", ["", "measured"], rows, f"in brackets: 95% intervals; the judge of win rates: {judge}")
 

@@ -10,16 +10,17 @@ from nanorlhf.config import check
 from nanorlhf.errors import UserError
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a file; raises UserError with file and line for anything else but an unfinished last line."""
+def read_jsonl(path: Path, having: str = "step") -> list[dict]:
+    """The objects of a file, each with the key `having`; raises UserError with file and line for anything else but an
+    unfinished last line."""
     check(path.is_file(), "file", path, "there", "start the run first, or check the folder's name")
     *whole, rest = path.read_bytes().split(b"\n")  # rest is empty, or a line without its end
     rows = []
     for number, line in enumerate([*whole, rest], start=1):
         try:
             row = json.loads(line)
-            if not (isinstance(row, dict) and "step" in row):
-                raise ValueError("no object with a step")
+            if not (isinstance(row, dict) and having in row):
+                raise ValueError(f"no object with a {having}")
         except ValueError as error:  # bad JSON, bad UTF-8
             if number > len(whole):
                 break

@@ -1,32 +1,35 @@
 """Judges: which of two summaries of a post is better?
 
-    judge.compare(pairs) -> verdicts        a list of Pair in; WIN, TIE or LOSS of `ours`, one a pair, out
+    judge.compare(pairs) -> judgements      a list of Pair in; a Judgement of `ours`, one a pair, out
 
-    gold   looks the facts up: the truth, in the tiny world only
-    rm     a reward model scores both; PPO was trained to please it, so a win shows that it optimised, not improved
+    gold     looks the facts up: the truth, in the tiny world only
+    rm       a reward model scores both; PPO was trained to please it, so a win shows that it optimised, not improved
+    claude   a language model reads both, in both orders (claude.py)
 
-A judge that scores each summary by itself (both of these) is a ScoreJudge; one that has to see the two side by side
-needs `name` and `compare` and nothing else.
+A judge that scores each summary by itself (gold, rm) is a ScoreJudge; one that has to see the two side by side needs
+`name` and `compare` and nothing else.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from nanorlhf.errors import UserError
-from nanorlhf.models import ScalarModel
-from nanorlhf.packing import split_by_tokens
 from nanorlhf.tiny.gold import judge as gold_of_id
 from nanorlhf.tiny.posts import facts_from_id, make_post
 from nanorlhf.tldr import Post, encode_query, encode_response
 from nanorlhf.tokenizer import Tokenizer
 
+if TYPE_CHECKING:  # torch takes seconds to import, and only one of the judges needs it
+    from nanorlhf.models import ScalarModel
+
 WIN, TIE, LOSS = "win", "tie", "loss"  # of `ours`
+UNPARSED = "unparsed"  # the judge answered, but not the question: counted and shown, never guessed
 OUTCOMES = {WIN: 1.0, TIE: 0.5, LOSS: 0.0}  # what a verdict adds to a win rate
 EQUAL = 1e-9  # scores that differ by less are a tie: gold scores are sums of tenths
 
-JUDGES = ("gold", "rm")
+JUDGES = ("gold", "rm", "claude")
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,50 @@ class Pair:
     theirs: str
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What a judge said of `ours`, once shown before `theirs` and once after: WIN, TIE, LOSS or UNPARSED each."""
+
+    ours_first: str
+    theirs_first: str
+
+    @property
+    def verdict(self) -> str:
+        """What it said both times; TIE where the order decided; UNPARSED where either answer is."""
+        if UNPARSED in (self.ours_first, self.theirs_first):
+            return UNPARSED
+        return self.ours_first if self.ours_first == self.theirs_first else TIE
+
+
 class Judge(Protocol):
     name: str
 
-    def compare(self, pairs: Sequence[Pair]) -> list[str]: ...
+    def compare(self, pairs: Sequence[Pair]) -> list[Judgement]: ...
+
+
+def order_effects(judgements: Sequence[Judgement]) -> dict[str, float | int]:
+    """How much the order of the two summaries decided.
+
+    -> first_seat: of the answers that name a winner, the share that names the first shown (0.5: no bias; nan: none);
+    swap_agreement: share of pairs, both answers readable, judged the same in both orders; unparsed: pairs left out
+    """
+    readable = [j for j in judgements if j.verdict != UNPARSED]
+    decided = [first for j in readable for first in (_first_won(j.ours_first), _first_won(_swap(j.theirs_first)))]
+    decided = [won for won in decided if won is not None]
+    same = sum(j.ours_first == j.theirs_first for j in readable)
+    return {
+        "first_seat": sum(decided) / len(decided) if decided else float("nan"),
+        "swap_agreement": same / len(readable) if readable else float("nan"),
+        "unparsed": len(judgements) - len(readable),
+    }
+
+
+def _swap(verdict: str) -> str:
+    return {WIN: LOSS, LOSS: WIN}.get(verdict, verdict)
+
+
+def _first_won(verdict: str) -> bool | None:
+    return {WIN: True, LOSS: False}.get(verdict)
 
 
 @dataclass(frozen=True)
@@ -51,11 +94,12 @@ class ScoreJudge:
     name: str
     scores: Callable[[Sequence[Post], Sequence[str]], list[float]]
 
-    def compare(self, pairs: Sequence[Pair]) -> list[str]:
+    def compare(self, pairs: Sequence[Pair]) -> list[Judgement]:
         posts = [pair.post for pair in pairs]
         ours = self.scores(posts, [pair.ours for pair in pairs])
         theirs = self.scores(posts, [pair.theirs for pair in pairs])
-        return [verdict(a, b) for a, b in zip(ours, theirs, strict=True)]
+        verdicts = [verdict(a, b) for a, b in zip(ours, theirs, strict=True)]
+        return [Judgement(v, v) for v in verdicts]  # it never sees an order
 
 
 def verdict(our_score: float, their_score: float) -> str:
@@ -103,10 +147,12 @@ def of_tiny_world(posts: Sequence[Post]) -> bool:
 
 
 def reward_model_judge(
-    model: ScalarModel, tokenizer: Tokenizer, max_query_length: int, microbatch_tokens: int, progress=None
+    model: "ScalarModel", tokenizer: Tokenizer, max_query_length: int, microbatch_tokens: int, progress=None
 ) -> ScoreJudge:
     """A reward model as a judge. A summary is scored as a finished one, EOS included, whether or not its policy stopped
     by itself. What it has scored it remembers."""
+    from nanorlhf.packing import split_by_tokens
+
     walk = progress or (lambda items, what: items)
     known: dict[tuple[Post, str], float] = {}
 

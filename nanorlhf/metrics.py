@@ -12,6 +12,9 @@ from statistics import NormalDist
 
 import numpy as np
 
+from nanorlhf.cores import over_cores
+
+ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
 RIDGE = 1e-3  # of the logistic regression; see `_fit_logistic`
 
 
@@ -27,18 +30,31 @@ def ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
 # --- against a text ---------------------------------------------------------------------------------------------------
 
 
-def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L, without a stemmer (N+ section 5.5; a stemmer adds 0.01 to 0.02).
+def rouge(
+    predictions: Sequence[str], references: Sequence[str], stemmer: bool = False, progress=None
+) -> dict[str, float]:
+    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L (N+ section 5.5: without a stemmer; one adds 0.01 to 0.02).
 
-    -> {"rouge1", "rouge2", "rougeL"}, 0 to 1. An empty prediction scores 0.
+    -> {"rouge1", "rouge2", "rougeL"}, 0 to 1. An empty prediction scores 0. Thousands of texts go over all cores.
     """
+    _same_length(predictions=predictions, references=references)
+    items = list(zip(predictions, references, strict=True))
+    walk = {"progress": progress} if progress else {}
+    rows = over_cores(rouge_rows_stemmed if stemmer else rouge_rows, items, what="ROUGE", **walk)
+    return dict(zip(ROUGE_NAMES, np.mean(rows, axis=0).tolist(), strict=True))
+
+
+def rouge_rows(pairs: Sequence[tuple[str, str]], stemmer: bool = False) -> list[tuple[float, float, float]]:
+    """F-measures (ROUGE-1, ROUGE-2, ROUGE-L) of each (prediction, reference)."""
     from rouge_score.rouge_scorer import RougeScorer  # here: it imports nltk, which every script would wait for
 
-    _same_length(predictions=predictions, references=references)
-    names = ("rouge1", "rouge2", "rougeL")
-    scorer = RougeScorer(names, use_stemmer=False)
-    rows = [scorer.score(reference, prediction) for prediction, reference in zip(predictions, references, strict=True)]
-    return {name: sum(row[name].fmeasure for row in rows) / len(rows) for name in names}
+    scorer = RougeScorer(ROUGE_NAMES, use_stemmer=stemmer)
+    rows = (scorer.score(reference, prediction) for prediction, reference in pairs)
+    return [tuple(row[name].fmeasure for name in ROUGE_NAMES) for row in rows]
+
+
+def rouge_rows_stemmed(pairs: Sequence[tuple[str, str]]) -> list[tuple[float, float, float]]:
+    return rouge_rows(pairs, stemmer=True)
 
 
 def title_copy(summary: str, title: str) -> float:
@@ -52,6 +68,12 @@ def copied_ngrams(summary: str, source: str, n: int = 4) -> float:
     """Share of the summary's n-grams that occur in the source; nan for a summary of fewer than n words."""
     mine, theirs = ngrams(words(summary), n), set(ngrams(words(source), n))
     return sum(gram in theirs for gram in mine) / len(mine) if mine else float("nan")
+
+
+def repetition(text: str, n: int = 2) -> float:
+    """Share of the text's n-grams that stood in it before: 0 where nothing repeats; nan for fewer than n words."""
+    grams = ngrams(words(text), n)
+    return 1 - len(set(grams)) / len(grams) if grams else float("nan")
 
 
 def common_subsequence(a: Sequence, b: Sequence) -> int:
@@ -92,6 +114,11 @@ def mean_pairwise_edit_distance(texts: Sequence[str]) -> float:
     lists = [words(text) for text in texts]
     distances = [edit_distance(a, b) / max(len(a), len(b), 1) for a, b in combinations(lists, 2)]
     return sum(distances) / len(distances)
+
+
+def mean_pairwise_edit_distances(groups: Sequence[Sequence[str]]) -> list[float]:
+    """`mean_pairwise_edit_distance` of each group: the samples of one post each."""
+    return [mean_pairwise_edit_distance(texts) for texts in groups]
 
 
 def mean(values: Sequence[float]) -> float:
@@ -139,6 +166,26 @@ def accuracy_interval(correct: int, n: int, level: float = 0.95) -> tuple[float,
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def win_rate_by_length(
+    outcomes: Sequence[float], lengths: Sequence[float], other_lengths: Sequence[float], bins: int = 10
+) -> list[dict[str, float | int | None]]:
+    """The win rate in `bins` equal steps of ln(length / other length), from the smallest to the largest there is.
+
+    -> [{"low", "high", "n", "rate"}]; the rate of an empty bin is None, not 0 (which would pull a curve down, as in N+
+    section 5.3).
+    """
+    y, x = _length_regression(outcomes, lengths, other_lengths)
+    edges = np.linspace(x.min(), x.max() if x.max() > x.min() else x.min() + 1e-9, bins + 1)
+    which = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, bins - 1)
+    counts = np.bincount(which, minlength=bins)
+    sums = np.bincount(which, weights=y, minlength=bins)
+    return [
+        {"low": float(edges[i]), "high": float(edges[i + 1]), "n": int(counts[i]),
+         "rate": float(sums[i] / counts[i]) if counts[i] else None}
+        for i in range(bins)
+    ]  # fmt: skip
+
+
 def length_controlled_win_rate(
     outcomes: Sequence[float], lengths: Sequence[float], other_lengths: Sequence[float]
 ) -> float:
@@ -149,8 +196,16 @@ def length_controlled_win_rate(
     args: outcomes (n,) 1, 0.5 or 0, a tie being half a win and half a loss; lengths, other_lengths (n,) in words or in
     tokens; a text of length 0 counts as 1. Where all ratios lie on one side of 1, the answer is an extrapolation.
     """
+    return float(_sigmoid(length_fit(outcomes, lengths, other_lengths)[0]))
+
+
+def length_fit(
+    outcomes: Sequence[float], lengths: Sequence[float], other_lengths: Sequence[float]
+) -> tuple[float, float]:
+    """(a, b) of `length_controlled_win_rate`: log-odds at equal length, and their change a unit of ln(length ratio)."""
     y, x = _length_regression(outcomes, lengths, other_lengths)
-    return float(_sigmoid(_fit_logistic(x[None], y[None])[0, 0]))
+    a, b = _fit_logistic(x[None], y[None])[0]
+    return float(a), float(b)
 
 
 def length_controlled_interval(

@@ -5,14 +5,20 @@ version stands beside ours with the suffix `_paper`: there a padded slot adds 0 
 and clipfrac, 1 to the ratio, and -1 to the entropy of a response (traps T51 and T53).
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nanorlhf.metrics import copied_ngrams, distinct_n, mean, title_copy
-from nanorlhf.rollout import Summary
+from nanorlhf import hacks
+from nanorlhf.metrics import mean, mean_pairwise_edit_distances
+from nanorlhf.models import Policy
+from nanorlhf.ppo import masked_mean
+from nanorlhf.rollout import Summary, generate, read_responses
 from nanorlhf.tiny import gold
 from nanorlhf.tldr import Post
+from nanorlhf.tokenizer import Tokenizer
+
+DIVERSITY_POSTS, DIVERSITY_SAMPLES = 8, 4  # of a batch, and of each: a quarter of a tiny batch's rollout
+DIVERSITY_NOISE = 1 << 62  # episodes from here on: numbers that no rollout uses
 
 
 def objective(
@@ -69,23 +75,48 @@ def critic(
     }
 
 
-def texts(summaries: list[Summary], posts: list[Post], scores: Tensor) -> dict[str, float]:
+def texts(
+    summaries: list[Summary], posts: list[Post], scores: Tensor, entropy: Tensor, action_mask: Tensor
+) -> dict[str, float]:
     """What can be seen in the text itself: whether it stops, and the ways in which a policy games a reward model.
 
-    In the tiny world, where the truth is known, also its gold score. scores (B,)
+    In the tiny world, where the truth is known, also its gold score. scores (B,); entropy, action_mask (B, R)
     """
-    pairs = list(zip(summaries, posts, strict=True))
-    lengths = [len(s.text.split()) for s in summaries]
-    vary = min(lengths) < max(lengths) and scores.min() < scores.max()  # otherwise a correlation is not defined
+    written = [s.text for s in summaries]
     metrics = {
         "val/num_eos_tokens": sum(s.has_eos for s in summaries),
         "val/eos_rate": sum(s.has_eos for s in summaries) / len(summaries),
-        "hack/length": mean(lengths),
-        "hack/length_score_corr": float(np.corrcoef(lengths, scores.tolist())[0, 1]) if vary else 0.0,
-        "hack/title_copy": mean([title_copy(s.text, p.title) for s, p in pairs]),
-        "hack/copy4": mean([copied_ngrams(s.text, p.post) for s, p in pairs]),
-        "hack/distinct2": distinct_n([s.text for s in summaries]),
+        "hack/entropy": masked_mean(entropy, action_mask).item(),  # nats a token, when it was sampled
     }
+    metrics |= {f"hack/{name}": value for name, value in hacks.panel(written, posts, scores.tolist()).items()}
     if posts[0].id.startswith("tiny-"):
-        metrics["objective/gold"] = mean([gold.judge(p.id, s.text) for s, p in pairs])
+        metrics["objective/gold"] = mean([gold.judge(p.id, text) for p, text in zip(posts, written, strict=True)])
     return metrics
+
+
+def diversity(
+    policy: Policy, tokenizer: Tokenizer, queries: list[list[int]], response_length: int, temperature: float, seed: int
+) -> dict[str, float]:
+    """How much several samples of one post differ: mean over posts of the mean pairwise edit distance, 0 to 1."""
+    queries = [query for query in queries[:DIVERSITY_POSTS] for _ in range(DIVERSITY_SAMPLES)]
+    noise = range(DIVERSITY_NOISE, DIVERSITY_NOISE + len(queries))
+    responses, _ = generate(policy, queries, response_length, temperature, seed, list(noise))
+    written = [s.text for s in read_responses(tokenizer, responses)]
+    groups = [written[i : i + DIVERSITY_SAMPLES] for i in range(0, len(written), DIVERSITY_SAMPLES)]
+    return {"hack/edit_distance": mean(mean_pairwise_edit_distances(groups))}
+
+
+def trace(
+    tokenizer: Tokenizer, post: Post, response: Tensor, action_mask: Tensor, value_mask: Tensor, **tensors: Tensor
+) -> dict:
+    """One episode, token by token, from the very tensors that PPO learns from: response and all others (R,).
+
+    Ends at the state after EOS, whose value is trained and which receives the score.
+    """
+    shown = int(value_mask.sum())
+    ids = response[:shown].tolist()
+    masks = {"action_mask": action_mask[:shown].tolist(), "value_mask": value_mask[:shown].tolist()}
+    numbers = {name: tensor[:shown].tolist() for name, tensor in tensors.items()}
+    about = {"id": post.id, "title": post.title, "post": post.post}
+    pieces = ["<EOS>" if i == tokenizer.eos_id else tokenizer.decode([i]) for i in ids]
+    return about | {"ids": ids, "tokens": pieces} | numbers | masks

@@ -9,7 +9,7 @@ episode, t) only. So the same episode gets the same noise in any batch order, in
 of the batch, and after a resume, and nothing has to be saved.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -123,13 +123,21 @@ class Summary:
     text: str  # up to the first EOS, without specials, outer blanks removed
     tokens: int  # up to and with the first EOS, or all R
     has_eos: bool
+    # Of those tokens together, nats at the sampling temperature; nan: not asked for. Rounding differs with the batch.
+    logprob: float = field(default=float("nan"), compare=False)
 
 
-def read_responses(tokenizer: Tokenizer, responses: Tensor) -> list[Summary]:
-    """Cut each response (B, R) after its first EOS and decode it."""
-    lengths = (last_token(responses, tokenizer.eos_id) + 1).tolist()
-    rows = [row[:length] for row, length in zip(responses.tolist(), lengths, strict=True)]
-    return [Summary(tokenizer.decode(row).strip(), len(row), row[-1] == tokenizer.eos_id) for row in rows]
+def read_responses(tokenizer: Tokenizer, responses: Tensor, logprobs: Tensor | None = None) -> list[Summary]:
+    """Cut each response after its first EOS and decode it. responses, logprobs (B, R)."""
+    last = last_token(responses, tokenizer.eos_id)  # (B,)
+    sums = [float("nan")] * len(responses)
+    if logprobs is not None:
+        sums = logprobs.cumsum(dim=1).gather(1, last[:, None])[:, 0].tolist()
+    rows = [row[: end + 1] for row, end in zip(responses.tolist(), last.tolist(), strict=True)]
+    return [
+        Summary(tokenizer.decode(row).strip(), len(row), row[-1] == tokenizer.eos_id, total)
+        for row, total in zip(rows, sums, strict=True)
+    ]
 
 
 def summarise(
@@ -150,6 +158,7 @@ def summarise(
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     summaries: dict[int, Summary] = {}
     for batch in progress(batches, what="generating summaries"):
-        responses, _ = generate(policy, [queries[i] for i in batch], response_length, temperature, seed, episodes=batch)
-        summaries |= dict(zip(batch, read_responses(tokenizer, responses), strict=True))
+        batch_queries = [queries[i] for i in batch]
+        responses, logprobs = generate(policy, batch_queries, response_length, temperature, seed, episodes=batch)
+        summaries |= dict(zip(batch, read_responses(tokenizer, responses, logprobs), strict=True))
     return [summaries[i] for i in range(len(queries))]

@@ -10,6 +10,7 @@ runs/<run_name>/
     metrics.jsonl    one object a log(): step, time (Unix seconds), then the metrics. JSON has no NaN: a value that is
                      not finite is null and is named: {"loss": null, "not_finite": {"loss": "nan"}}
     samples.jsonl    what the policy wrote: step, then the row's own names
+    trace.jsonl      PPO only: one episode of some updates, token by token
     tb/              TensorBoard
 
 A file here only grows, a whole line at a time; truncate_metrics, on resume, is the one exception.
@@ -200,9 +201,9 @@ class Run:
             self.say(f"{what} {done} done in {_clock(time.monotonic() - start)}")
 
     def truncate_metrics(self, last_step: float) -> None:
-        """On resume: drops the lines of metrics.jsonl and samples.jsonl after `last_step`, the checkpoint's step."""
+        """On resume: drops the lines of metrics, samples and trace.jsonl after `last_step`, the checkpoint's step."""
         self.begin()
-        for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
+        for path in (self.folder / f"{name}.jsonl" for name in ("metrics", "samples", "trace")):
             if path.exists():
                 rows = [row for row in read_jsonl(path) if row["step"] <= last_step]
                 write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))

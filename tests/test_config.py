@@ -428,3 +428,36 @@ def test_a_script_run_with_an_unknown_flag_prints_one_line_and_exits_2(tmp_path)
     assert wrong.stderr == "error: unknown flag --learning_rate: use --lr (peak learning rate)\n"
     right = run("--preset", "tiny", "--lr", "3")
     assert right.stdout == "3.0 False\n", "flags alone should not import torch"
+
+
+# -- lists
+
+
+@dataclass
+class ListConfig:
+    # -- run
+    preset: str = "auto"  # which preset
+    policy: tuple[str, ...] = ()  # name=DIR ...
+    seed: int = 1  # a seed
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("", ()),
+        ("--policy a=x", ("a=x",)),
+        ("--policy a=x b=y --seed 2", ("a=x", "b=y")),
+        ("--policy a=x --seed 2 --policy b=y", ("a=x", "b=y")),
+        ("--policy=a=x b", ("a=x", "b")),
+    ],
+)
+def test_a_list_flag_takes_all_words_up_to_the_next_flag(line, expected):
+    cfg = parse(ListConfig, {"tiny": {}}, "Doc.", ["--preset", "tiny", *line.split()])
+    assert cfg.policy == expected and cfg.seed == (2 if "--seed" in line else 1)
+
+
+def test_a_list_flag_needs_a_word_and_other_flags_take_only_one():
+    with pytest.raises(UserError, match="--policy needs a value: name=DIR"):
+        parse(ListConfig, {"tiny": {}}, "Doc.", ["--preset", "tiny", "--policy"])
+    with pytest.raises(UserError, match="unexpected argument '3'"):
+        parse(ListConfig, {"tiny": {}}, "Doc.", ["--preset", "tiny", "--seed", "2", "3"])

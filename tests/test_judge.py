@@ -11,11 +11,14 @@ from nanorlhf.judge import (
     LOSS,
     OUTCOMES,
     TIE,
+    UNPARSED,
     WIN,
+    Judgement,
     Pair,
     ScoreJudge,
     gold_judge,
     of_tiny_world,
+    order_effects,
     reward_model_judge,
     verdict,
 )
@@ -37,20 +40,24 @@ TOKENIZER = load_tokenizer(Path(__file__).parent.parent / "nanorlhf" / "tiny")
 REDDIT = Post("t3_abc", "AskReddit", "A title", "A post.", "A summary.")
 
 
+def said(judge, pairs: list[Pair]) -> list[str]:
+    return [judgement.verdict for judgement in judge.compare(pairs)]
+
+
 def test_the_higher_gold_score_wins_and_equal_ones_tie():
     posts = [tiny_post(i) for i in range(20)]
     pairs = [Pair(post, post.summary, "nothing to see") for post in posts]
-    verdicts = gold_judge().compare(pairs)
+    verdicts = said(gold_judge(), pairs)
     for pair, got in zip(pairs, verdicts, strict=True):
         assert got == (WIN if gold(pair.post.id, pair.ours) > gold(pair.post.id, pair.theirs) else LOSS)
     assert verdicts.count(WIN) > 15
-    assert gold_judge().compare([Pair(post, post.summary, post.summary) for post in posts]) == [TIE] * 20
+    assert said(gold_judge(), [Pair(post, post.summary, post.summary) for post in posts]) == [TIE] * 20
 
 
 def test_swapping_the_two_summaries_swaps_the_verdict():
     pairs = [Pair(tiny_post(i), tiny_post(i).summary, tiny_post(i + 1).summary) for i in range(30)]
     swapped = [Pair(pair.post, pair.theirs, pair.ours) for pair in pairs]
-    there, back = gold_judge().compare(pairs), gold_judge().compare(swapped)
+    there, back = said(gold_judge(), pairs), said(gold_judge(), swapped)
     assert [OUTCOMES[a] + OUTCOMES[b] for a, b in zip(there, back, strict=True)] == [1.0] * 30
 
 
@@ -63,8 +70,21 @@ def test_scores_that_differ_by_rounding_are_a_tie():
 
 def test_a_judge_that_always_ties_gives_one_half():
     judge = ScoreJudge("constant", lambda posts, summaries: [0.0] * len(posts))
-    verdicts = judge.compare([Pair(REDDIT, "a", "b")] * 8)
+    verdicts = said(judge, [Pair(REDDIT, "a", "b")] * 8)
     assert win_rate(*(verdicts.count(v) for v in OUTCOMES)) == 0.5
+
+
+def test_a_pair_is_won_only_when_it_is_won_in_both_orders():
+    expected = {(WIN, WIN): WIN, (LOSS, LOSS): LOSS, (TIE, TIE): TIE, (WIN, LOSS): TIE, (WIN, TIE): TIE,
+                (UNPARSED, WIN): UNPARSED, (LOSS, UNPARSED): UNPARSED}  # fmt: skip
+    assert {orders: Judgement(*orders).verdict for orders in expected} == expected
+
+
+def test_order_effects_by_hand():
+    """Shown first and won, shown second and lost: the first seat won both times. Then a pair without such a liking."""
+    judged = [(WIN, LOSS), (WIN, LOSS), (WIN, WIN), (TIE, TIE), (UNPARSED, WIN)]  # ours first, ours second
+    effects = order_effects([Judgement(*orders) for orders in judged])
+    assert effects == {"first_seat": 5 / 6, "swap_agreement": 2 / 4, "unparsed": 1}
 
 
 @pytest.mark.parametrize("id", ["t3_abc", "tiny-nowhere-000001", "tiny-valid-9999999", "tiny-valid-x"])
@@ -80,7 +100,7 @@ def test_the_gold_judge_refuses_another_text_under_a_tiny_id():
 
 def test_the_gold_judge_takes_the_posts_of_comparisons():
     post = tiny_post(5, split="comparison_valid1")
-    assert gold_judge().compare([Pair(post, post.summary, "")]) == [WIN]
+    assert said(gold_judge(), [Pair(post, post.summary, "")]) == [WIN]
 
 
 def test_the_tiny_world_is_recognised():
@@ -113,7 +133,7 @@ def test_the_reward_model_judge_prefers_what_the_reward_model_scores_higher(rewa
     assert judge.scores(posts, ours) == pytest.approx(alone, abs=1e-5)  # several a batch, in any order
     assert judge.scores(posts[::-1], ours[::-1]) == pytest.approx(alone[::-1], abs=1e-5)
     expected = [verdict(score(p, a), score(p, b)) for p, a, b in zip(posts, ours, theirs, strict=True)]
-    assert judge.compare([Pair(p, a, b) for p, a, b in zip(posts, ours, theirs, strict=True)]) == expected
+    assert said(judge, [Pair(p, a, b) for p, a, b in zip(posts, ours, theirs, strict=True)]) == expected
 
 
 def test_the_reward_model_judge_scores_a_summary_once(reward_model, monkeypatch):

@@ -1,13 +1,17 @@
 """Metrics against hand counts, brute force and simulations with a known answer."""
 
 import math
+import subprocess
+import sys
 import time
+from functools import cache
 
 import numpy as np
 import pytest
 
 from nanorlhf.metrics import (
     RIDGE,
+    ROUGE_NAMES,
     _fit_logistic,
     accuracy_interval,
     bootstrap_interval,
@@ -17,11 +21,14 @@ from nanorlhf.metrics import (
     edit_distance,
     length_controlled_interval,
     length_controlled_win_rate,
+    length_fit,
     mean,
     mean_pairwise_edit_distance,
+    repetition,
     rouge,
     title_copy,
     win_rate,
+    win_rate_by_length,
     words,
 )
 
@@ -50,6 +57,31 @@ def test_rouge_of_two_thousand_summaries_takes_seconds():
     began = time.monotonic()
     rouge([text] * 2000, [text + " or not"] * 2000)
     assert time.monotonic() - began < 8
+
+
+def test_rouge_equals_the_command_line_of_rouge_score(tmp_path):
+    """On hard cases, one text a line: rouge_score.rouge reads files and writes mean scores as CSV."""
+    pairs = [
+        ("", "the cat sat"), ("My boss left", "My boss left"), ("MY BOSS, left!", "my boss left"), ("🙂", "a 🙂 b"),
+        (" ".join(f"w{i}" for i in range(1000)), " ".join(f"w{i}" for i in range(0, 1000, 3))),
+        ("running runs quickly", "run ran quick"), ("naïve café", "naive cafe"),
+    ]  # fmt: skip
+    files = {name: tmp_path / f"{name}.txt" for name in ("prediction", "target")}
+    for name, texts in zip(files, zip(*pairs, strict=True), strict=True):
+        files[name].write_text("\n".join(texts) + "\n", encoding="utf-8")
+    for stemmer in (False, True):
+        csv = tmp_path / f"{stemmer}.csv"
+        command = ["-m", "rouge_score.rouge", f"--target_filepattern={files['target']}", f"--output_filename={csv}"]
+        command += [f"--prediction_filepattern={files['prediction']}", f"--use_stemmer={stemmer}", "--aggregate=false"]
+        subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=60)
+        rows = [line.split(",") for line in csv.read_text().splitlines()]
+        names = rows[0]
+        theirs = {name: np.mean([float(row[names.index(f"{name}-F")]) for row in rows[1:]]) for name in ROUGE_NAMES}
+        assert rouge(*map(list, zip(*pairs, strict=True)), stemmer=stemmer) == pytest.approx(theirs, abs=1e-6)
+
+
+def test_a_stemmer_counts_inflections_as_equal():
+    assert rouge(["the cats sat"], ["the cat sat"], stemmer=True)["rouge1"] == 1.0
 
 
 @pytest.mark.parametrize("predictions, references", [([], []), (["a"], ["a", "b"])])
@@ -96,6 +128,33 @@ def test_copied_ngrams_by_hand():
     post = "yesterday my boss broke my laptop at work"
     assert copied_ngrams("My boss broke my laptop and left", post) == pytest.approx(2 / 4)
     assert math.isnan(copied_ngrams("my boss broke", post))
+
+
+def test_repetition_by_hand():
+    assert repetition("a b a b a") == pytest.approx(2 / 4)  # ab ba ab ba
+    assert repetition("all words differ here") == 0.0
+    assert math.isnan(repetition("one"))
+
+
+def test_common_subsequence_and_edit_distance_agree_with_the_definition():
+    """The recursion of the textbook, without a table."""
+
+    @cache
+    def lcs(a, b):
+        if not a or not b:
+            return 0
+        return lcs(a[1:], b[1:]) + 1 if a[0] == b[0] else max(lcs(a[1:], b), lcs(a, b[1:]))
+
+    @cache
+    def distance(a, b):
+        if not a or not b:
+            return len(a) + len(b)
+        return min(distance(a[1:], b) + 1, distance(a, b[1:]) + 1, distance(a[1:], b[1:]) + (a[0] != b[0]))
+
+    rng = np.random.default_rng(1)
+    for _ in range(150):
+        a, b = (tuple(rng.integers(3, size=rng.integers(0, 8)).tolist()) for _ in range(2))
+        assert common_subsequence(a, b) == lcs(a, b) and edit_distance(a, b) == distance(a, b)
 
 
 # -- of a set of texts
@@ -207,6 +266,23 @@ def test_length_control_recovers_a_planted_effect():
     outcomes, lengths, others = planted(40_000, intercept=0.3, slope=1.5, seed=0)
     assert outcomes.mean() > 0.7  # the raw win rate is mostly length
     assert length_controlled_win_rate(outcomes, lengths, others) == pytest.approx(1 / (1 + math.exp(-0.3)), abs=0.01)
+
+
+def test_win_rates_by_length_by_hand_with_an_empty_bin():
+    """Log ratios 0, 0, ln 2, ln 8 in three bins of ln 2: two rows, one, and one in the last."""
+    rows = win_rate_by_length([1, 0, 0.5, 1], [5, 5, 10, 40], [5, 5, 5, 5], bins=3)
+    assert [(row["n"], row["rate"]) for row in rows] == [(2, 0.5), (1, 0.5), (1, 1.0)]
+    rows = win_rate_by_length([1, 0], [5, 40], [5, 5], bins=4)
+    assert [row["rate"] for row in rows] == [1.0, None, None, 0.0]  # empty is not 0
+    assert rows[0]["low"] == 0.0 and rows[-1]["high"] == pytest.approx(math.log(8))
+    assert sum(row["n"] for row in win_rate_by_length([1, 0, 1], [5] * 3, [5] * 3)) == 3  # all equally long
+
+
+def test_the_fit_is_the_curve_whose_value_at_0_is_the_length_controlled_rate():
+    outcomes, lengths, others = planted(20_000, intercept=0.3, slope=1.5, seed=5)
+    a, b = length_fit(outcomes, lengths, others)
+    assert (a, b) == pytest.approx((0.3, 1.5), abs=0.08)
+    assert length_controlled_win_rate(outcomes, lengths, others) == pytest.approx(1 / (1 + math.exp(-a)))
 
 
 def test_length_control_solves_the_likelihood_equations():

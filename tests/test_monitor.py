@@ -132,7 +132,9 @@ def texts(written: list[str], titles: list[str], scores: list[float], has_eos=(T
     summaries = [Summary(text, tokens=9, has_eos=eos) for text, eos in zip(written, has_eos, strict=True)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # numpy's word for a division by 0
-        return monitor.texts(summaries, posts(*titles), torch.tensor(scores))
+        entropy = torch.tensor([[0.5, 0.25, 100.0]] * len(written))
+        mask = torch.tensor([[True, True, False]] * len(written))
+        return monitor.texts(summaries, posts(*titles), torch.tensor(scores), entropy, mask)
 
 
 def test_texts_by_hand():
@@ -141,7 +143,13 @@ def test_texts_by_hand():
     expected = {
         "val/num_eos_tokens": 2,
         "val/eos_rate": 2 / 3,
+        "hack/entropy": 0.375,  # of the tokens that count
         "hack/length": (5 + 2 + 4) / 3,
+        "hack/empty": 0.0,
+        "hack/repetition": 0.0,
+        "hack/title_copy_50": 1 / 2,
+        "hack/title_copy_80": 1 / 2,
+        "hack/title_copy_100": 1 / 2,
         "hack/title_copy": (1 + 0) / 2,  # a post without a title does not count
         "hack/copy4": (0.5 + 0) / 2,  # nor does a summary of fewer than four words
         "hack/distinct2": 7 / 8,  # "one two" stands twice among 4 + 1 + 3
@@ -179,6 +187,40 @@ def test_the_gold_score_is_logged_in_the_tiny_world_only():
     tiny = [Post(id=p.id, subreddit=p.subreddit, title=p.title, post=p.post, summary="") for p in world]
     written = ["my cat left.", "i asked for help?"]
     summaries = [Summary(text, tokens=4, has_eos=True) for text in written]
-    metrics = monitor.texts(summaries, tiny, torch.tensor([0.0, 1.0]))
+    metrics = monitor.texts(summaries, tiny, torch.tensor([0.0, 1.0]), torch.ones(2, 1), torch.ones(2, 1).bool())
     expected = sum(gold.judge(p.id, text) for p, text in zip(tiny, written, strict=True)) / 2
     assert tiny[0].id.startswith("tiny-") and metrics["objective/gold"] == pytest.approx(expected)
+
+
+# --- diversity and trace ---------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer whose token i reads " w<i>"."""
+
+    eos_id = 2
+
+    def decode(self, ids) -> str:
+        return "".join(f" w{i}" for i in ids if i > 2)
+
+
+def test_diversity_is_0_for_samples_that_agree_and_grows_with_the_temperature(make_policy, make_sequences):
+    policy, queries = make_policy(), make_sequences([5, 9, 7])
+    cold, warm = (
+        monitor.diversity(policy, Letters(), queries, 8, temperature, seed=0)["hack/edit_distance"]
+        for temperature in (1e-4, 2.0)
+    )
+    assert cold == 0.0 and 0.3 < warm <= 1.0
+    assert monitor.diversity(policy, Letters(), queries, 8, 2.0, seed=0)["hack/edit_distance"] == warm
+
+
+def test_the_trace_is_the_tensors_up_to_the_state_after_eos():
+    response = torch.tensor([5, 6, 2, 7, 8])
+    action = torch.tensor([True, True, True, False, False])
+    value = torch.tensor([True, True, True, True, False])
+    numbers = torch.tensor([0.5, -0.25, 1.0, 2.0, 99.0])
+    row = monitor.trace(Letters(), posts("a title")[0], response, action, value, rewards=numbers)
+    assert row["tokens"] == [" w5", " w6", "<EOS>", " w7"] and row["ids"] == [5, 6, 2, 7]
+    assert row["rewards"] == [0.5, -0.25, 1.0, 2.0]
+    assert row["action_mask"] == [True, True, True, False] and row["value_mask"] == [True] * 4
+    assert row["title"] == "a title"

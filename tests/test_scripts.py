@@ -1,6 +1,7 @@
 """The scripts, end to end on the tiny world for a few steps: alone, resumed, into transformers, and with bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ import eval as eval_script
 import train_ppo
 import train_rm
 import train_sft
+from nanorlhf import hacks
 from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_scalar, save_policy, save_scalar
 from nanorlhf.config import parse, unread_fields
 from nanorlhf.errors import UserError
+from nanorlhf.jsonl import read_jsonl
 from nanorlhf.llama import LlamaConfig, initialise
 from nanorlhf.models import Policy, reward_model_from
 from nanorlhf.run import Run, read_metrics
@@ -394,3 +397,45 @@ def test_ppo_refuses_a_reward_model_with_another_tokenizer_before_it_loads_anyth
     with pytest.raises(UserError, match="that of the reward model has other tokens"):
         run("train_ppo", world, models["train_ppo"])
     assert not Path("runs").exists()
+
+
+# -- what PPO watches
+
+
+def test_ppo_writes_the_trace_of_an_episode_and_a_resume_drops_what_came_after_its_checkpoint(world, models):
+    flags = f"{models['train_ppo']} --max_updates 4 --save_every 2 --sample_every 1"
+    folder = run("train_ppo", world, flags)
+    rows = read_jsonl(folder / "trace.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        n = sum(row["action_mask"])
+        assert row["kl"] == pytest.approx([a - b for a, b in zip(row["logprobs"], row["ref_logprobs"], strict=True)][:n]
+                                          + [0.0] * (len(row["ids"]) - n), abs=1e-6)  # fmt: skip
+        paid = -0.15 * sum(row["kl"])  # the tiny preset's kl_coef
+        assert sum(row["rewards"]) == pytest.approx(row["score"] + paid, abs=1e-5)
+    (folder / "checkpoints" / "step_2").rename(folder / "checkpoints" / "kept")
+    for checkpoint in (folder / "checkpoints").glob("step_*"):
+        shutil.rmtree(checkpoint)
+    (folder / "checkpoints" / "kept").rename(folder / "checkpoints" / "step_2")
+    start("train_ppo", "--resume --device cpu")
+    assert read_jsonl(folder / "trace.jsonl") == rows
+
+
+def test_ppo_says_an_alarm_aloud_and_knows_after_a_resume_how_the_run_began(world, models, monkeypatch, capsys):
+    """Length is measured against the first update, also by a process that did not see it."""
+    monkeypatch.setattr("nanorlhf.hacks.ALARMS", (("hack/length", "times", 1.5, "they have grown"),))
+    panel, grown = hacks.panel, [1.0]
+    monkeypatch.setattr(hacks, "panel", lambda *args: panel(*args) | {"length": 10.0 * grown[0]})
+    flags = f"{models['train_ppo']} --max_updates 3 --save_every 1"
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ppo, "save_policy", die)
+        with pytest.raises(Killed):
+            run("train_ppo", world, flags)
+    assert "they have grown" not in capsys.readouterr().out
+    grown[0] = 2.0
+    start("train_ppo", "--resume --device cpu")
+    assert "warning hack/length is 20, above 15: they have grown" in capsys.readouterr().out

@@ -4,8 +4,9 @@
     python -m nanorlhf.tiny.build --start sft       keep the embedded base
 
 Reads nothing; writes nanorlhf/tiny/checkpoints/{base,sft,rm,ppo}: Hugging Face folders in bf16, each with the
-metrics.jsonl of the run that made it. Change the grammar and everything has to be rebuilt: first the bigrams
-(`python -m nanorlhf.tiny.gold`) and the tokenizer (`python -m nanorlhf.tiny.build_tokenizer`), then this.
+metrics.jsonl of the run that made it, PPO's with its trace.jsonl. Change the grammar and everything has to be rebuilt:
+first the bigrams (`python -m nanorlhf.tiny.gold`) and the tokenizer (`python -m nanorlhf.tiny.build_tokenizer`), then
+this.
 """
 
 import shutil
@@ -55,13 +56,15 @@ def main(cfg: Config) -> None:
 
 
 def embed(stage: str, run: Path) -> None:
-    """Copy a run's final model, in bf16, and its metrics to the embedded checkpoints."""
+    """Copy a run's final model, in bf16, its metrics and its trace to the embedded checkpoints."""
     tokenizer = load_tokenizer(run / "final")
     if stage == "rm":
         save_scalar(load_scalar(run / "final"), EMBEDDED / stage, tokenizer, dtype=torch.bfloat16)
     else:
         save_policy(load_policy(run / "final"), EMBEDDED / stage, tokenizer, dtype=torch.bfloat16)
-    shutil.copy(run / "metrics.jsonl", EMBEDDED / stage / "metrics.jsonl")
+    for name in ("metrics.jsonl", "trace.jsonl"):
+        if (run / name).is_file():
+            shutil.copy(run / name, EMBEDDED / stage / name)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from nanorlhf.tiny.annotator import prefer_probability, utility
 from nanorlhf.tiny.grammar import Facts, alter, draw_facts, write_incomplete, write_summary, write_verbose
 from nanorlhf.tiny.lexicon import WORLD_VERSION
 from nanorlhf.tiny.posts import TinyPost, facts_from_id, make_post, seeded, write_reference
+from nanorlhf.tiny.title_world import by_title, with_long_title
 
 __all__ = [
     "WORLD_VERSION", "Facts", "TinyPost", "POLICIES",
@@ -29,11 +30,16 @@ VALID_BATCH = "batch9"
 WORKERS = 20
 
 
-def make_comparison(split: str, index: int) -> dict:
-    """Returns comparison number `index` of split train or valid1; its post occurs in no other split."""
+def make_comparison(split: str, index: int, annotator: str = "facts") -> dict:
+    """Returns comparison number `index` of split train or valid1; its post occurs in no other split.
+
+    `annotator` "title" is the one of title_world.py, on posts with its longer titles.
+    """
     if split not in ("train", "valid1"):
         raise ValueError(f"comparison split {split!r} is not in the tiny world: choose train or valid1")
     post = make_post(f"comparison_{split}", index)
+    if annotator == "title":
+        post = with_long_title(post)
     rng = seeded(f"comparison:{split}", index)
     while True:
         policies = rng.sample(POLICIES, 2)
@@ -42,6 +48,8 @@ def make_comparison(split: str, index: int) -> dict:
             break
     p_first = prefer_probability(*(utility(post.facts, post.title, text) for text in texts))
     choice = 0 if rng.random() < p_first else 1
+    if annotator == "title" and (by_overlap := by_title(index, post.title, texts)) is not None:
+        choice, p_first = by_overlap, 1.0 - by_overlap
     return {
         "info": {"id": post.id, "post": post.post, "title": post.title, "subreddit": post.subreddit},
         "summaries": [
