@@ -72,8 +72,8 @@ class Config:
     # fmt: on
     track: bool = False  # mirror the metrics to Weights & Biases
     # -- inputs
-    sft_model: str | None = None  # Hugging Face folder of the SFT model: policy and reference
-    reward_model: str | None = None  # Hugging Face folder of the reward model: reward model and critic
+    sft_model: str | None = None  # folder or hub id of the SFT model: policy and reference
+    reward_model: str | None = None  # folder or hub id of the reward model: reward model and critic
     data: str | None = None  # folder with tldr/train.jsonl in OpenAI's format
     max_query_length: int = 512  # tokens; longer posts lose their last lines (N+ detail 2)
     # -- rollout (N+ detail 23)

@@ -61,7 +61,7 @@ class Config:
     dtype: str = "auto"  # of weights and activations: bfloat16 on CUDA, float32 on CPU; masters and losses are float32
     track: bool = False  # mirror the metrics to Weights & Biases
     # -- inputs
-    sft_model: str | None = None  # Hugging Face folder of the SFT model
+    sft_model: str | None = None  # folder or hub id of the SFT model
     data: str | None = None  # folder with comparisons/batch*.json and tldr/train.jsonl in OpenAI's formats
     max_query_length: int = 512  # tokens; longer posts lose their last lines (N+ detail 2)
     # -- optimisation (N+ detail 10)

@@ -53,8 +53,8 @@ class Config:
     dtype: str = "auto"  # of weights and activations: bfloat16 on CUDA, float32 on CPU; masters and losses are float32
     track: bool = False  # mirror the metrics to Weights & Biases
     # -- inputs
-    model: str | None = None  # Hugging Face folder of the base model
-    data: str | None = None  # folder with tldr/{train,valid}.jsonl in OpenAI's format
+    model: str | None = None  # folder or hub id of the base model [llama-1b: meta-llama/Llama-3.2-1B]
+    data: str | None = None  # folder with tldr/{train,valid}.jsonl in OpenAI's format [llama-1b: data/openai]
     max_query_length: int = 512  # tokens; longer posts lose their last lines (N+ detail 2)
     response_length: int = 53  # tokens sampled in the evaluation, EOS included (N+ detail 4)
     # -- optimisation (N+ detail 9)
