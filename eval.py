@@ -31,6 +31,7 @@ from pathlib import Path
 import kernels
 from nanorlhf.checkpoint import load_policy, load_scalar
 from nanorlhf.config import check, cli
+from nanorlhf.encoding import encode_posts
 from nanorlhf.errors import UserError
 from nanorlhf.inputs import find_data, find_model
 from nanorlhf.jsonl import append, finite, write_whole
@@ -45,7 +46,7 @@ from nanorlhf.report import console, sample_table, tables, write_report
 from nanorlhf.rollout import summarise
 from nanorlhf.run import Run
 from nanorlhf.tiny.annotator import ceilings
-from nanorlhf.tldr import Comparison, batch_indices, encode_posts, load_comparisons, load_posts
+from nanorlhf.tldr import Comparison, batch_indices, load_comparisons, load_posts
 from nanorlhf.tokenizer import check_matches, check_same, load_tokenizer
 
 
@@ -134,18 +135,19 @@ def main(cfg: Config) -> None:
     if cfg.judge == "gold":
         check_gold(posts)
     tokenizer = load_tokenizer(models[policies[0]][0])
+    first = f"that of the {policies[0]} policy ({models[policies[0]][0]}, {models[policies[0]][1]})"
 
     with Run("eval", cfg, show=SHOWN, kernels=kernels.chosen()) as run:
         run.say(f"data    {data} ({data_from}): {len(posts):,} posts of split {cfg.split}")
         for stage in found:
             where = f"{models[stage][0]} ({models[stage][1]})" if stage in models else "not found, left out"
             run.say(f"model   {stage}: {where}")
-        queries, references = encode_posts(run.progress(posts, what="encoding posts"), tokenizer, cfg.max_query_length)
+        queries, references = encode_posts(posts, tokenizer, cfg.max_query_length, run.progress)
         reward_model = None
         if "rm" in models:
             scalar = load_scalar(models["rm"][0], run.device, run.dtype)
             check_matches(tokenizer, scalar.config.vocab_size, scalar.config.eos_token_id)
-            check_same(tokenizer, load_tokenizer(models["rm"][0]), "the reward model")
+            check_same(tokenizer, load_tokenizer(models["rm"][0]), "the reward model", first)
             limits = cfg.max_query_length, cfg.microbatch_tokens
             reward_model = reward_model_judge(scalar, tokenizer, *limits, run.progress)
 
@@ -157,7 +159,7 @@ def main(cfg: Config) -> None:
         for stage in policies:
             policy = load_policy(models[stage][0], run.device, run.dtype)
             check_matches(tokenizer, policy.config.vocab_size, policy.config.eos_token_id)
-            check_same(tokenizer, load_tokenizer(models[stage][0]), f"the {stage} policy")
+            check_same(tokenizer, load_tokenizer(models[stage][0]), f"the {stage} policy", first)
             # Shared random numbers would make similar policies write the same text, and count their agreement as ties.
             noise = len(POLICIES) * cfg.seed + POLICIES.index(stage)
             sampling = cfg.response_length, cfg.temperature, noise

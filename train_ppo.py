@@ -45,6 +45,7 @@ from nanorlhf.checkpoint import (
 )
 from nanorlhf.config import check, cli
 from nanorlhf.device import now, peak_gib
+from nanorlhf.encoding import encode_posts, length_report
 from nanorlhf.inputs import find_data, find_model
 from nanorlhf.models import Policy, ScalarModel, critic_from, parameter_count
 from nanorlhf.optim import SCHEDULES, AdamW
@@ -53,7 +54,7 @@ from nanorlhf.ppo import Experience
 from nanorlhf.preflight import preflight
 from nanorlhf.rollout import generate, read_responses
 from nanorlhf.run import Run
-from nanorlhf.tldr import batch_indices, encode_posts, load_posts
+from nanorlhf.tldr import batch_indices, load_posts
 from nanorlhf.tokenizer import check_matches, check_same, load_tokenizer
 
 
@@ -179,7 +180,8 @@ def main(cfg: Config) -> None:
     show = ["objective/scores", "objective/kl", "objective/gold", "val/eos_rate", "policy/clipfrac_avg"]
     with Run("ppo", cfg, total_steps=total_updates, unit="update", show=show, kernels=kernels.chosen()) as run:
         run.say(f"data    {data} ({data_from}): {len(posts):,} posts")
-        queries, _ = encode_posts(run.progress(posts, what="encoding posts"), tokenizer, cfg.max_query_length)
+        queries, references = encode_posts(posts, tokenizer, cfg.max_query_length, run.progress)
+        run.say(f"tokens  {length_report(queries, [references], R)}")
 
         # 2. models
         policy = load_policy(sft_folder, run.device, run.dtype)

@@ -29,6 +29,7 @@ from kernels import linear_cross_entropy
 from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_state, save_checkpoint, save_policy
 from nanorlhf.config import check, cli
 from nanorlhf.device import now
+from nanorlhf.encoding import encode_posts, length_report
 from nanorlhf.inputs import find_data, find_model
 from nanorlhf.losses import next_token_labels, sequence_mean_weights
 from nanorlhf.metrics import rouge
@@ -37,7 +38,7 @@ from nanorlhf.optim import SCHEDULES, AdamW
 from nanorlhf.packing import pack, split_by_tokens
 from nanorlhf.rollout import summarise
 from nanorlhf.run import Run
-from nanorlhf.tldr import batch_indices, describe, encode_posts, load_posts
+from nanorlhf.tldr import batch_indices, load_posts
 from nanorlhf.tokenizer import check_matches, load_tokenizer
 
 
@@ -97,15 +98,8 @@ def main(cfg: Config) -> None:
     show = ["train/sft/loss", "lr", "perf/tokens_per_s"]
     with Run("sft", cfg, total_steps=total_steps, show=show, kernels=kernels.chosen()) as run:
         run.say(f"data    {data} ({data_from}): {len(train):,} posts, {len(valid):,} held out")
-        queries, responses = encode_posts(run.progress(train, what="encoding posts"), tokenizer, cfg.max_query_length)
-        query_mean = describe([len(query) for query in queries])["mean"]
-        lengths = describe([len(response) for response in responses], cfg.response_length)
-        run.say(f"tokens  query mean {query_mean:.0f}, response mean {lengths['mean']:.0f} max {lengths['max']:.0f}")
-        if lengths["share_over_limit"]:
-            share = lengths["share_over_limit"]
-            run.say(
-                f"note    {share:.1%} of the references are longer than response_length {cfg.response_length} (trap T9)"
-            )
+        queries, responses = encode_posts(train, tokenizer, cfg.max_query_length, run.progress)
+        run.say(f"tokens  {length_report(queries, [responses], cfg.response_length)}")
 
         # 2. model and optimizer
         policy = load_policy(folder, run.device, run.dtype)

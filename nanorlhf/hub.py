@@ -50,8 +50,8 @@ def fetch(model_id: str) -> Path:
         ) from None
     except errors.LocalEntryNotFoundError:
         raise UserError(
-            f"{model_id}: not a folder here, not complete in the cache, and the hub cannot be reached: go online (unset "
-            "HF_HUB_OFFLINE if it is set) and run the same command again, or pass a folder"
+            f"{model_id}: not a folder here, not complete in the cache, and the hub cannot be reached: go online "
+            "(unset HF_HUB_OFFLINE if it is set) and run the same command again, or pass a folder"
         ) from None
     except (errors.HTTPError, OSError, xet_error) as error:
         if getattr(error, "errno", None) in SERIOUS:
@@ -63,7 +63,7 @@ def fetch(model_id: str) -> Path:
         ) from None
     if not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"{model_id}: holds no safetensors, expected {WEIGHTS[0]} or shards: pass a model that has them, nothing is "
-            "unpickled here"
+            f"{model_id}: holds no safetensors, expected {WEIGHTS[0]} or shards: pass a model that has them, nothing "
+            "is unpickled here"
         )
     return folder

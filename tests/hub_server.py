@@ -65,9 +65,7 @@ def hub(files: dict[str, bytes], model_id: str = "someone/llama", faults: dict[s
                 content = files[name]
                 todo = faults.get(name) if self.command == "GET" else None
                 cut = todo.pop(0) if todo else None
-                start = (
-                    int(self.headers["Range"].removeprefix("bytes=").split("-")[0]) if "Range" in self.headers else 0
-                )
+                start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
                 headers = {"ETag": f'"{etag(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
                 if start:
                     headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"

@@ -266,6 +266,8 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tokenizers
     size = tokenizers["llama2"].vocab_size
     check_matches(tokenizers["llama2"], size)
     check_matches(tokenizers["llama2"], size + 7)
+    with pytest.raises(UserError, match=f"has {size} ids but the model has 32000 embedding rows, expected an id a row"):
+        check_matches(tokenizers["llama2"], 32_000)  # the special ids are the same: only the size tells
     with pytest.raises(UserError, match=f"has {size} ids but the model has {size - 1} embedding rows"):
         check_matches(tokenizers["llama2"], size - 1)
 
