@@ -34,6 +34,7 @@ import torch
 
 import kernels
 from nanorlhf import monitor, ppo
+from nanorlhf.card import write_card
 from nanorlhf.checkpoint import (
     latest_checkpoint,
     load_policy,
@@ -281,8 +282,10 @@ def main(cfg: Config) -> None:
             if cfg.save_every and (update + 1) % cfg.save_every == 0 and update + 1 < total_updates:
                 save_checkpoint(run.folder, update + 1, optimizer.state())
 
-        save_policy(policy, run.folder / "final", tokenizer)
+        save_policy(policy, run.folder / "final", tokenizer, temperature=cfg.temperature)
         save_scalar(critic, run.folder / "final_critic", tokenizer)
+        for final in ("final", "final_critic"):
+            write_card(run.folder, final)
         run.say(f"policy  saved to {run.folder / 'final'}; next: python eval.py")
 
 

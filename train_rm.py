@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 
 import kernels
+from nanorlhf.card import write_card
 from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_state, save_checkpoint, save_scalar
 from nanorlhf.config import check, cli
 from nanorlhf.device import now
@@ -208,6 +209,7 @@ def main(cfg: Config) -> None:
             for c, a, b in scored
         ]
         run.samples(total_steps, rows)
+        write_card(run.folder)
         run.say("next    python train_ppo.py")
 
 

@@ -26,6 +26,7 @@ import torch
 
 import kernels
 from kernels import linear_cross_entropy
+from nanorlhf.card import write_card
 from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_state, save_checkpoint, save_policy
 from nanorlhf.config import check, cli
 from nanorlhf.device import now
@@ -162,6 +163,7 @@ def main(cfg: Config) -> None:
         run.log(total_steps, metrics)
         pairs = zip(valid, summaries, strict=True)
         run.samples(total_steps, [{"post": p.post, "reference": p.summary, "sft": s.text} for p, s in pairs])
+        write_card(run.folder)
         run.say("next    python train_rm.py")
 
 

@@ -89,9 +89,10 @@ def atomic_folder(folder: str | Path):
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    """safetensors' save_file, with a full disk as the OSError that it is."""
+    """safetensors' save_file, with a full disk as the OSError that it is, readable by whoever may read the folder."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors writes 0600, and a server often runs as another user
     except SafetensorError as error:
         if "No space left" in str(error):
             raise OSError(errno.ENOSPC, "No space left on device", str(path)) from None
@@ -105,7 +106,9 @@ def _file_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     return tensors
 
 
-def _save_model(folder: Path, model: nn.Module, raw_config: dict, dtype: torch.dtype, tokenizer) -> None:
+def _save_model(
+    folder: Path, model: nn.Module, raw_config: dict, dtype: torch.dtype, tokenizer, temperature: float = 0.7
+) -> None:
     with atomic_folder(folder) as partial:
         (partial / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")
         shards: list[dict[str, Tensor]] = [{}]
@@ -129,15 +132,19 @@ def _save_model(folder: Path, model: nn.Module, raw_config: dict, dtype: torch.d
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         if "CausalLM" in raw_config["architectures"][0]:
             generation = {key: raw_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            generation |= {"do_sample": True, "temperature": 0.7, "top_p": 1.0, "top_k": 0}
+            generation |= {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
             (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         tokenizer.save(partial)
 
 
-def save_policy(policy: Policy, folder: str | Path, tokenizer, dtype: torch.dtype | None = None) -> None:
-    """Write a policy as a Hugging Face folder, whole or not at all. dtype: that of the file (default: the weights')."""
+def save_policy(
+    policy: Policy, folder: str | Path, tokenizer, dtype: torch.dtype | None = None, temperature: float = 0.7
+) -> None:
+    """Write a policy as a Hugging Face folder, whole or not at all. dtype: that of the file (default: the weights').
+    temperature: what others sample it at unless told (generation_config.json)."""
     dtype = dtype or policy.head_weight.dtype
-    _save_model(Path(folder), policy, config_json(policy.config, "policy", dtype, tokenizer.pad_id), dtype, tokenizer)
+    raw = config_json(policy.config, "policy", dtype, tokenizer.pad_id)
+    _save_model(Path(folder), policy, raw, dtype, tokenizer, temperature)
 
 
 def save_scalar(model: ScalarModel, folder: str | Path, tokenizer, dtype: torch.dtype | None = None) -> None:
