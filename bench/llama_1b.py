@@ -158,7 +158,10 @@ def alone(function: str, *arguments) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.llama_1b", description=__doc__.split("\n")[0])
     parser.add_argument("steps", nargs="*", choices=[*STEPS, []], help=f"of {', '.join(STEPS)}; default: all")
-    steps = parser.parse_args().steps or STEPS
+    steps = list(parser.parse_args().steps or STEPS)
+    for stage, before in (("ppo", "rm"), ("rm", "sft")):  # a stage starts from the models of those before it
+        if stage in steps and before not in steps:
+            steps.append(before)
     results = {}
 
     def say(step: str, result: dict) -> None:
