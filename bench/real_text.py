@@ -85,16 +85,15 @@ def main() -> None:
         rows = train("sft", data, folder, "--model", folder / "base", *SFT, "--max_updates", str(args.updates))
         sft = [row["train/sft/loss"] for row in rows if "train/sft/loss" in row]
         held_out = rows[-1]["validation/sft/loss"]
-        print(f"SFT: loss {sft[0]:.2f} -> {sum(sft[-10:]) / 10:.2f} in {len(sft)} steps, held out {held_out:.2f}; "
-              f"token frequencies alone {unigram:.2f}; {time.monotonic() - began:.0f} s so far", flush=True)  # fmt: skip
+        fell = f"loss {sft[0]:.2f} -> {sum(sft[-10:]) / 10:.2f} in {len(sft)} steps, held out {held_out:.2f}"
+        print(f"SFT: {fell}; token frequencies alone {unigram:.2f}; {time.monotonic() - began:.0f} s", flush=True)
         rows = train("rm", data, folder, "--sft_model", folder / "runs" / "sft" / "final", *RM, "--num_epochs", "2")
         accuracy = rows[-1]["eval/rm/validation/accuracy"]
         longer = rows[-1]["eval/rm/validation/accuracy_longer_wins"]
-        print(
-            f"RM: {accuracy:.3f} of held-out comparisons; the longer wins {longer:.3f}; {time.monotonic() - began:.0f} s"
-        )
+        seconds = time.monotonic() - began
+        print(f"RM: {accuracy:.3f} of held-out comparisons; the longer wins {longer:.3f}; {seconds:.0f} s")
     result = {"sft_first": sft[0], "sft_last": sum(sft[-10:]) / 10, "sft_held_out": held_out, "frequencies": unigram}
-    result |= {"rm_accuracy": accuracy, "rm_longer_wins": longer, "seconds": time.monotonic() - began}
+    result |= {"rm_accuracy": accuracy, "rm_longer_wins": longer, "seconds": seconds}
     print(json.dumps({"bench": "real_text", **result}))
 
 
