@@ -4,9 +4,9 @@ It holds how to load and serve the model, the run's last metrics and its whole c
 """
 
 import json
-import re
 from pathlib import Path
 
+from nanorlhf.hub import hub_id_of
 from nanorlhf.jsonl import read_jsonl, write_whole
 
 WHAT = {  # architecture -> what it is, transformers' class, the hub's name for the task
@@ -88,9 +88,3 @@ def _use(model: dict, auto: str, folder: Path) -> list[str]:
             "own summaries have mean 0. The input is the prompt, one space, the summary and EOS.",
         ]
     return load + ["The value of the state after token t is `model(ids).logits[0, t, 0]`."]
-
-
-def hub_id_of(path: str) -> str | None:
-    """The hub's id of a model whose folder lies in its cache (.../models--someone--llama/snapshots/...)."""
-    found = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", path)
-    return f"{found[1]}/{found[2]}" if found else None

@@ -181,11 +181,15 @@ def _restore(cfg: Any, explicit: set[str]) -> None:
         began_with = dict(json.loads(path.read_text())["config"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return  # there is no such run: Run says so
+    from nanorlhf.hub import hub_id_of  # here: --help should not wait for the tokenizers
+
     for name in _names(type(cfg)) & set(began_with):
         if name in FREE_ON_RESUME and (name in explicit or name not in KEPT_UNLESS_GIVEN):
             continue
         now, then = getattr(cfg, name), began_with[name]
-        equal = Path(now) == Path(then) if isinstance(now, str) and isinstance(then, str) else now == then
+        equal = now == then
+        if isinstance(now, str) and isinstance(then, str):
+            equal = Path(now) == Path(then) or now == hub_id_of(then)  # a hub id, and where it was fetched to
         check(
             name not in explicit or equal, f"--{name}", now, f"{then!r}, as when {path.parent} began",
             "leave the flag out to resume, or start a new run with --run_name",

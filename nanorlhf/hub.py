@@ -67,3 +67,9 @@ def fetch(model_id: str) -> Path:
             "is unpickled here"
         )
     return folder
+
+
+def hub_id_of(path: str) -> str | None:
+    """The hub's id of a model whose folder lies in its cache (.../models--someone--llama/snapshots/...)."""
+    found = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", path)
+    return f"{found[1]}/{found[2]}" if found else None

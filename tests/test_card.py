@@ -2,7 +2,7 @@
 
 import json
 
-from nanorlhf.card import card, hub_id_of, write_card
+from nanorlhf.card import card, write_card
 from nanorlhf.checkpoint import save_policy, save_scalar
 from nanorlhf.models import critic_from
 
@@ -46,9 +46,3 @@ def test_each_kind_of_model_says_how_its_output_is_read(make_scalar, tokenizer, 
     save_scalar(critic_from(reward_model), tmp_path / "critic", tokenizer)
     text = card(RECORD | {"git": None}, {}, tmp_path / "critic")
     assert "AutoModelForTokenClassification" in text and "logits[0, t, 0]" in text and "commit unknown" in text
-
-
-def test_a_hub_id_is_read_from_the_caches_folder_names_only():
-    cached = "/root/.cache/huggingface/hub/models--meta-llama--Llama-3.2-1B/snapshots/0123abc"
-    assert hub_id_of(cached) == "meta-llama/Llama-3.2-1B"
-    assert hub_id_of("runs/sft/final") is None and hub_id_of("models--x/y") is None

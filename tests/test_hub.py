@@ -1,5 +1,6 @@
 """Models from the hub, with the real huggingface_hub against a hub on this machine (tests/hub_server.py)."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,10 @@ from pathlib import Path
 import pytest
 from hub_server import COMMIT, hub
 
-from nanorlhf.hub import LLAMA, UNGATED
+import train_sft
+from nanorlhf.config import parse
+from nanorlhf.errors import UserError
+from nanorlhf.hub import LLAMA, UNGATED, hub_id_of
 
 ROOT = Path(__file__).parents[1]
 FILES = {
@@ -111,3 +115,21 @@ def test_without_a_network_and_a_cache_the_sentence_says_so(fetch):
     for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
         folder, said = fetch(NO_HUB, **environment)
         assert folder is None and "not a folder here, not complete in the cache, and the hub cannot be reached" in said
+
+
+def test_a_hub_id_is_read_from_the_caches_folder_names_only():
+    cached = "/root/.cache/huggingface/hub/models--meta-llama--Llama-3.2-1B/snapshots/0123abc"
+    assert hub_id_of(cached) == "meta-llama/Llama-3.2-1B"
+    assert hub_id_of("runs/sft/final") is None and hub_id_of("models--x/y") is None
+
+
+def test_a_run_that_began_with_a_hub_id_is_resumed_with_it_or_without(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cached = f"/cache/hub/models--someone--llama/snapshots/{COMMIT}"
+    Path("runs/sft").mkdir(parents=True)
+    Path("runs/sft/config.json").write_text(json.dumps({"config": {"model": cached, "run_name": "sft"}}))
+    for flags in ([], ["--model", "someone/llama"], ["--model", cached]):
+        cfg = parse(train_sft.Config, train_sft.PRESETS, "", ["--preset", "tiny", "--resume", *flags])
+        assert cfg.model == cached
+    with pytest.raises(UserError, match="--model someone/other is not"):
+        parse(train_sft.Config, train_sft.PRESETS, "", ["--preset", "tiny", "--resume", "--model", "someone/other"])
