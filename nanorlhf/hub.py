@@ -6,7 +6,9 @@ original/. A connection that breaks is resumed; a file that is complete is never
 """
 
 import errno
+import hashlib
 import re
+import time
 from pathlib import Path
 
 from nanorlhf.errors import UserError
@@ -34,6 +36,7 @@ def fetch(model_id: str) -> Path:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
         raise UserError("--model with a hub id needs huggingface_hub: pip install huggingface_hub") from error
+    began = time.time()
     xet_error = getattr(errors, "XetDownloadError", OSError)  # of the hub's own transfer protocol, in newer versions
     try:
         folder = Path(snapshot_download(model_id, allow_patterns=list(WANTED)))
@@ -61,12 +64,30 @@ def fetch(model_id: str) -> Path:
             f"{model_id}: the download broke off ({type(error).__name__}: {said}): run the same command again, "
             "files that are complete are kept"
         ) from None
+    _verify(folder, began)
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"{model_id}: holds no safetensors, expected {WEIGHTS[0]} or shards: pass a model that has them, nothing "
             "is unpickled here"
         )
     return folder
+
+
+def _verify(folder: Path, since: float) -> None:
+    """Check what was fetched since then against its SHA-256, which is the name of a large file in the cache (2 s for
+    2.5 GB; huggingface_hub compares lengths only). Raises UserError for a file that arrived damaged, and drops it."""
+    for path in folder.iterdir():
+        stored = path.resolve()
+        if re.fullmatch(r"[0-9a-f]{64}", stored.name) and stored.stat().st_mtime >= since - 1:
+            with open(stored, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != stored.name:
+                path.unlink()
+                stored.unlink()
+                raise UserError(
+                    f"{folder}/{path.name}: arrived damaged (SHA-256 {found[:12]}..., expected {stored.name[:12]}...) "
+                    "and was dropped: run the same command again"
+                )
 
 
 def hub_id_of(path: str) -> str | None:

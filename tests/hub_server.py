@@ -12,7 +12,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @contextmanager
 def hub(files: dict[str, bytes], model_id: str = "someone/llama", faults: dict[str, list] | None = None):
     """Serve `files` as the model; yields (address, requests seen). faults: path in the model, or "api" -> what becomes
-    of its next GETs, in turn: a status, "gated", or a number of bytes after which the connection is cut."""
+    of its next GETs, in turn: a status, "gated", "damaged" (one byte is another), or a number of bytes after which the
+    connection is cut."""
     seen, faults = [], {path: list(todo) for path, todo in (faults or {}).items()}
 
     class Handler(BaseHTTPRequestHandler):
@@ -34,7 +35,7 @@ def hub(files: dict[str, bytes], model_id: str = "someone/llama", faults: dict[s
         def refused(self, path) -> bool:
             """Answers for a fault that is a status; leaves a cut to the caller."""
             todo = faults.get(path)
-            if not todo or self.command == "HEAD" or not (todo[0] == "gated" or 400 <= todo[0] < 600):
+            if not todo or self.command == "HEAD" or not (todo[0] == "gated" or todo[0] in range(400, 600)):
                 return False
             fault = todo.pop(0)
             gated = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}
@@ -52,7 +53,7 @@ def hub(files: dict[str, bytes], model_id: str = "someone/llama", faults: dict[s
                 if self.refused("api"):
                     return
                 if "/tree/" in path:
-                    rows = [{"type": "file", "path": name, "size": len(content), "oid": etag(content)}
+                    rows = [{"type": "file", "path": name, "size": len(content), "oid": etag(name, content)}
                             for name, content in files.items()]  # fmt: skip
                     self.answer(body=json.dumps(rows).encode())
                 else:
@@ -65,11 +66,13 @@ def hub(files: dict[str, bytes], model_id: str = "someone/llama", faults: dict[s
                 content = files[name]
                 todo = faults.get(name) if self.command == "GET" else None
                 cut = todo.pop(0) if todo else None
+                body = content[:-1] + bytes([content[-1] ^ 1]) if cut == "damaged" else content
+                cut = None if cut == "damaged" else cut
                 start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-                headers = {"ETag": f'"{etag(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+                headers = {"ETag": f'"{etag(name, content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
                 if start:
                     headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-                self.answer(206 if start else 200, content[start:], headers, cut)
+                self.answer(206 if start else 200, body[start:], headers, cut)
             else:
                 self.answer(404, headers={"X-Error-Code": "EntryNotFound" if model_id in path else "RepoNotFound"})
 
@@ -84,5 +87,6 @@ def hub(files: dict[str, bytes], model_id: str = "someone/llama", faults: dict[s
         server.server_close()
 
 
-def etag(content: bytes) -> str:
-    return hashlib.sha1(content).hexdigest()
+def etag(name: str, content: bytes) -> str:
+    """As on the hub: SHA-256 of large files, git's hash of small ones."""
+    return (hashlib.sha256 if name.endswith(".safetensors") else hashlib.sha1)(content).hexdigest()

@@ -88,6 +88,13 @@ def test_a_download_that_breaks_off_is_one_sentence_and_a_second_try_keeps_what_
         assert len(fetched) == 1
 
 
+def test_a_file_that_arrives_damaged_is_dropped_and_fetched_again_by_the_next_try(fetch):
+    with hub(FILES, faults={"model.safetensors": ["damaged"]}) as (address, _):
+        folder, said = fetch(address)
+        assert folder is None and "model.safetensors: arrived damaged" in said and "run the same command again" in said
+        assert stored(fetch(address)[0]) == {name: FILES[name] for name in READ}
+
+
 def test_a_gated_model_names_its_licence_page_and_an_ungated_one(fetch):
     faults = {name: ["gated"] * 3 for name in FILES}
     with hub(FILES, LLAMA, faults) as (address, _):
