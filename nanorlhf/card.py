@@ -37,7 +37,8 @@ def card(record: dict, metrics: dict, folder: Path) -> str:
     model, settings = json.loads((folder / "config.json").read_text()), record["config"]
     what, auto, task = WHAT[model["architectures"][0]]
     commit = (record.get("git") or {}).get("commit") or "unknown"
-    kept = {name: value for name, value in metrics.items() if name.startswith(SHOWN) and "/batch/" not in name}
+    kept = {name: value for name, value in metrics.items() if name.startswith(SHOWN) and "accuracy/" not in name}
+    command = " ".join([Path(record["argv"][0]).name, *record["argv"][1:]])
     front = ["---", "library_name: transformers", f"pipeline_tag: {task}", "tags: [rlhf, ppo, tldr, nanorlhf]"]
     if base := hub_id_of(settings.get("model") or ""):
         front.append(f"base_model: {base}")
@@ -46,7 +47,7 @@ def card(record: dict, metrics: dict, folder: Path) -> str:
         "---",
         f"# {settings['run_name']}: stage {record['stage']} of nanorlhf",
         "",
-        f"{what} Made by `{' '.join(record['argv'])}` at commit {commit}; preset {settings['preset']}, "
+        f"{what} Made by `{command}` at commit {commit}; preset {settings['preset']}, "
         f"{record['device']}, {record['dtype']}. The licences of its base model and its data apply.",
         "",
         "## Use",
@@ -84,7 +85,7 @@ def _use(model: dict, auto: str, folder: Path) -> list[str]:
     if auto == "AutoModelForSequenceClassification":
         shift = model["score_shift"]
         return load + [
-            f"The score is `model(ids).logits[0, 0] - {shift!r}`, the `score_shift` of config.json: then the authors' "
+            f"The score is `model(ids).logits[0, 0]` minus config.json's `score_shift`, {shift!r}: then the authors' "
             "own summaries have mean 0. The input is the prompt, one space, the summary and EOS.",
         ]
     return load + ["The value of the state after token t is `model(ids).logits[0, t, 0]`."]

@@ -75,14 +75,15 @@ def fetch(url: str, path: Path, rows: int | None = None) -> bool:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    failures, known = 0, _size(partial)
+    failures, furthest = 0, _size(partial)
     while True:
         try:
             md5 = _continue(url, partial)
             break
         except Broken as error:
             size = _size(partial)
-            failures, known = (1 if size > known else failures + 1), size
+            failures = 1 if size > furthest else failures + 1
+            furthest = max(furthest, size)
             if failures >= ATTEMPTS:
                 raise UserError(
                     f"{url}: the download broke off at {size:,} bytes ({error}), expected the whole file: run the same "

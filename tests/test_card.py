@@ -7,7 +7,7 @@ from nanorlhf.checkpoint import save_policy, save_scalar
 from nanorlhf.models import critic_from
 
 RECORD = {
-    "stage": "ppo", "argv": ["train_ppo.py", "--lr", "1e-6"], "git": {"commit": "abc123", "dirty": False},
+    "stage": "ppo", "argv": ["/home/me/nanorlhf/train_ppo.py", "--lr", "1e-6"], "git": {"commit": "abc123"},
     "device": "cpu (1 threads)", "dtype": "float32",
     "config": {"preset": "tiny", "run_name": "mine", "lr": 1e-6, "model": "/c/models--someone--llama-1b/snapshots/0/"},
 }  # fmt: skip
@@ -42,7 +42,11 @@ def test_each_kind_of_model_says_how_its_output_is_read(make_scalar, tokenizer, 
     reward_model = make_scalar(bias=False, score_shift=0.625)
     save_scalar(reward_model, tmp_path / "rm", tokenizer)
     text = card(RECORD, {}, tmp_path / "rm")
-    assert "AutoModelForSequenceClassification" in text and "logits[0, 0] - 0.625" in text and "vllm" not in text
+    assert (
+        "AutoModelForSequenceClassification" in text
+        and "minus config.json's `score_shift`, 0.625" in text
+        and "vllm" not in text
+    )
     save_scalar(critic_from(reward_model), tmp_path / "critic", tokenizer)
     text = card(RECORD | {"git": None}, {}, tmp_path / "critic")
     assert "AutoModelForTokenClassification" in text and "logits[0, t, 0]" in text and "commit unknown" in text

@@ -125,6 +125,14 @@ def test_a_download_that_never_gets_on_ends_in_one_sentence_and_the_next_goes_on
     assert server.seen == [("/a", "bytes=100000-")] and (tmp_path / "a.jsonl").read_bytes() == LINES
 
 
+def test_a_server_without_ranges_that_always_cuts_does_not_keep_us_for_ever(serve, tmp_path):
+    server = serve({"/a": LINES}, ranges=False)
+    server.faults = [("cut", size) for size in (100_000, 50_000) * 50]
+    with pytest.raises(UserError, match="the download broke off at (50|100),000 bytes"):
+        fetch(server.url + "/a", tmp_path / "a.jsonl", PUBLISHED)
+    assert len(server.seen) == module.ATTEMPTS
+
+
 def test_a_file_that_was_whole_when_the_last_run_ended_is_only_checked(serve, tmp_path):
     server = serve({"/a": LINES})
     (tmp_path / "a.jsonl.partial").write_bytes(LINES)
