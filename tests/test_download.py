@@ -125,6 +125,13 @@ def test_a_download_that_never_gets_on_ends_in_one_sentence_and_the_next_goes_on
     assert server.seen == [("/a", "bytes=100000-")] and (tmp_path / "a.jsonl").read_bytes() == LINES
 
 
+def test_a_slow_connection_may_be_cut_any_number_of_times_as_long_as_it_gets_on(serve, tmp_path):
+    server = serve({"/a": LINES})
+    server.faults = [("cut", 10_000)] * 3 * module.ATTEMPTS
+    fetch(server.url + "/a", tmp_path / "a.jsonl", PUBLISHED)
+    assert (tmp_path / "a.jsonl").read_bytes() == LINES and len(server.seen) == 3 * module.ATTEMPTS + 1
+
+
 def test_a_server_without_ranges_that_always_cuts_does_not_keep_us_for_ever(serve, tmp_path):
     server = serve({"/a": LINES}, ranges=False)
     server.faults = [("cut", size) for size in (100_000, 50_000) * 50]
