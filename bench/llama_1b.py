@@ -7,7 +7,8 @@
     load      time and peak memory of load_policy, in bf16 and fp32, beside a plain read of the file
     forward   all 16 layers: logits and log-probs of a few sequences against transformers'
     sft, rm   one optimizer step of the real script on a 2-layer model of the same width and vocabulary (7 GB)
-    ppo       the same; its four models and two optimizers take 15 GB, so it is left out where less is free
+    ppo       the same; its four models and two optimizers take 15 GB, so it is left out where less is free:
+              --vocabulary 16000 makes the 2-layer model smaller (6 GB)
 
 Each step runs in a process of its own. Prints a line for each and one JSON line last.
 """
@@ -24,7 +25,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 STEPS = ("load", "forward", "sft", "rm", "ppo")
-PPO_GB = 16
 LENGTHS = (5, 64, 300)  # tokens of the sequences of the forward pass
 
 
@@ -35,20 +35,21 @@ def peak_gib() -> float:
 # --- steps, each in its own process -----------------------------------------------------------------------------------
 
 
-def make(folder: Path) -> dict:
+def make(folder: Path, vocabulary: int, whole: bool) -> dict:
+    """The folders the steps need. whole: also the one with all layers, which `load` and `forward` read."""
     from bench.stand_ins import write_llama, write_llama3_tokenizer
     from nanorlhf.tiny.data import write_world
     from nanorlhf.tldr import load_posts
 
     began = time.perf_counter()
     world = write_world(folder / "data", {"train": 64, "valid": 4, "test": 4}, {"train": 16, "valid1": 8})
-    learned = write_llama3_tokenizer(folder / "1b", [p.post for p in load_posts(world, "train")])
-    parameters = write_llama(folder / "1b")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / "2_layers").mkdir(exist_ok=True)
-        (folder / "2_layers" / name).write_bytes((folder / "1b" / name).read_bytes())
-    write_llama(folder / "2_layers", layers=2)
-    return {"parameters": parameters, "learned_tokens": learned, "seconds": time.perf_counter() - began}
+    texts = [post.post for post in load_posts(world, "train")]
+    learned = write_llama3_tokenizer(folder / "2_layers", texts, vocabulary)
+    result = {"learned_tokens": learned, "parameters_2_layers": write_llama(folder / "2_layers", 2, vocabulary)}
+    if whole:
+        write_llama3_tokenizer(folder / "1b", texts)
+        result["parameters"] = write_llama(folder / "1b")
+    return result | {"seconds": time.perf_counter() - began}
 
 
 def load(folder: Path, dtype: str) -> dict:
@@ -142,7 +143,9 @@ def train(folder: Path, stage: str) -> dict:
 
 
 def free_gb() -> float:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    """Memory that a new process can have (Linux: what is free and what the page cache would give up)."""
+    lines = dict(line.split(":") for line in open("/proc/meminfo"))
+    return int(lines["MemAvailable"].split()[0]) * 1024 / 1e9
 
 
 def alone(function: str, *arguments) -> dict:
@@ -158,7 +161,9 @@ def alone(function: str, *arguments) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.llama_1b", description=__doc__.split("\n")[0])
     parser.add_argument("steps", nargs="*", choices=[*STEPS, []], help=f"of {', '.join(STEPS)}; default: all")
-    steps = list(parser.parse_args().steps or STEPS)
+    parser.add_argument("--vocabulary", type=int, default=128_256, help="ids of the 2-layer model")
+    args = parser.parse_args()
+    steps = list(args.steps or STEPS)
     for stage, before in (("ppo", "rm"), ("rm", "sft")):  # a stage starts from the models of those before it
         if stage in steps and before not in steps:
             steps.append(before)
@@ -170,7 +175,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        say("make", alone("make", folder))
+        say("make", alone("make", folder, args.vocabulary, bool({"load", "forward"} & set(steps))))
+        ppo_gb = 10 * 4 * results["make"]["parameters_2_layers"] / 1e9  # 4 models; gradient and two moments for 2
         if "load" in steps:
             for dtype in ("bfloat16", "float32"):
                 say(f"load {dtype}", alone("load", folder, dtype))
@@ -180,8 +186,8 @@ def main() -> None:
             say("compare", alone("compare", folder))
         for stage in ("sft", "rm", "ppo"):
             if stage in steps:
-                if stage == "ppo" and free_gb() < PPO_GB:
-                    print(f"ppo            left out: {free_gb():.0f} GB of memory are free, it takes {PPO_GB}")
+                if stage == "ppo" and free_gb() < ppo_gb + 1:
+                    print(f"ppo            left out: {free_gb():.0f} GB of memory are free, it takes {ppo_gb:.0f}")
                     continue
                 say(stage, alone("train", folder, stage))
     print(json.dumps({"bench": "llama_1b", "cores": len(os.sched_getaffinity(0)), "results": results}))

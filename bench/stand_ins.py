@@ -18,7 +18,8 @@ from nanorlhf.models import Policy
 from nanorlhf.tokenizer import LLAMA3_SPLIT, llama3_specials
 from nanorlhf.weights import file_parts
 
-ORDINARY = 128_000  # tokens of Llama 3's vocabulary; 256 special ones follow
+VOCABULARY = 128_256  # ids of Llama 3: 128,000 ordinary tokens, then 256 special ones
+SPECIALS = 256
 LLAMA_32_1B = {  # its config.json on the hub
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -53,8 +54,9 @@ LLAMA_32_1B = {  # its config.json on the hub
 }
 
 
-def write_llama3_tokenizer(folder: Path, texts: Iterable[str]) -> int:
+def write_llama3_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int = VOCABULARY) -> int:
     """tokenizer.json and original/tokenizer.model of Llama 3's size; returns how many tokens the texts taught."""
+    ordinary = vocabulary - SPECIALS
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
@@ -63,12 +65,12 @@ def write_llama3_tokenizer(folder: Path, texts: Iterable[str]) -> int:
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     learner.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    learner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=ORDINARY, initial_alphabet=alphabet))
+    learner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=ordinary, initial_alphabet=alphabet))
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     by_rank = sorted(learner.get_vocab().items(), key=lambda item: item[1])
     tokens = [bytes(byte_of[c] for c in token) for token, _ in by_rank]
     learned, known, rng = len(tokens), set(tokens), np.random.default_rng(0)
-    while len(tokens) < ORDINARY:  # a word and a word with its space: no text is split so that it could be used
+    while len(tokens) < ordinary:  # a word and a word with its space: no text is split so that it could be used
         a, b = (tokens[i] for i in rng.integers(256, learned, 2))
         if b[:1] == b" " and a + b not in known:
             tokens.append(a + b)
@@ -76,17 +78,19 @@ def write_llama3_tokenizer(folder: Path, texts: Iterable[str]) -> int:
     (folder / "original").mkdir(parents=True, exist_ok=True)
     path = folder / "original" / "tokenizer.model"
     path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
-    specials = list(llama3_specials(ORDINARY))
+    specials = list(llama3_specials(ordinary))
     TikTokenConverter(str(path), extra_special_tokens=specials).converted().save(str(folder / "tokenizer.json"))
     about = {"bos_token": specials[0], "eos_token": specials[1], "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
     return learned
 
 
-def write_llama(folder: Path, layers: int = 16, seed: int = 0) -> int:
+def write_llama(folder: Path, layers: int = 16, vocabulary: int = VOCABULARY, seed: int = 0) -> int:
     """config.json and a random model.safetensors in bf16 of Llama-3.2-1B's shape; returns the number of parameters."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(LLAMA_32_1B | {"num_hidden_layers": layers}, indent=2) + "\n")
+    bos = vocabulary - SPECIALS
+    changes = {"num_hidden_layers": layers, "vocab_size": vocabulary, "bos_token_id": bos, "eos_token_id": bos + 1}
+    (folder / "config.json").write_text(json.dumps(LLAMA_32_1B | changes, indent=2) + "\n")
     with torch.device("meta"):
         model = Policy(read_config(folder))
     generator = torch.Generator().manual_seed(seed)
