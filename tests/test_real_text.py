@@ -10,6 +10,7 @@ from test_tokenizer import reference_ids, train_sentencepiece, write_llama3_fold
 from nanorlhf.encoding import encode_comparisons, encode_posts
 from nanorlhf.packing import pack, split_by_tokens
 from nanorlhf.tldr import (
+    BETWEEN_WORDS,
     ComparisonStats,
     fit_query,
     format_query,
@@ -96,6 +97,20 @@ def test_real_posts_are_cut_as_the_slow_rule_cuts_them(posts, tokenizers, encode
         if checked == 25:
             return
     raise AssertionError(f"only {checked} posts to compare")
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_real_text_may_be_encoded_in_parts_that_are_cut_between_words(posts, tokenizers, name):
+    encode, cuts = tokenizers[name].encode, 0
+    for post in posts[::12]:
+        text = post.post[:1500]
+        for found in list(BETWEEN_WORDS.finditer(text))[::15]:
+            begin = max(0, found.start() - 100)
+            assert encode("x" + text[begin : found.start()]) + encode(text[found.start() :]) == encode(
+                "x" + text[begin:]
+            )
+            cuts += 1
+    assert cuts > 5000
 
 
 @pytest.mark.parametrize("name", BOTH)
