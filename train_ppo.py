@@ -34,6 +34,7 @@ import torch
 
 import kernels
 from nanorlhf import monitor, ppo, preflight
+from nanorlhf.card import write_card
 from nanorlhf.checkpoint import (
     latest_checkpoint,
     load_policy,
@@ -45,6 +46,7 @@ from nanorlhf.checkpoint import (
 )
 from nanorlhf.config import check, cli
 from nanorlhf.device import now, peak_gib
+from nanorlhf.encoding import encode_posts, length_report
 from nanorlhf.hacks import Alarms
 from nanorlhf.inputs import find_data, find_model
 from nanorlhf.jsonl import append, finite
@@ -54,7 +56,7 @@ from nanorlhf.packing import in_microbatches, pack, split_by_tokens
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate, read_responses
 from nanorlhf.run import Run, read_metrics
-from nanorlhf.tldr import batch_indices, encode_posts, load_posts
+from nanorlhf.tldr import batch_indices, load_posts
 from nanorlhf.tokenizer import check_matches, check_same, load_tokenizer
 
 
@@ -73,8 +75,8 @@ class Config:
     # fmt: on
     track: bool = False  # mirror the metrics to Weights & Biases
     # -- inputs
-    sft_model: str | None = None  # Hugging Face folder of the SFT model: policy and reference
-    reward_model: str | None = None  # Hugging Face folder of the reward model: reward model and critic
+    sft_model: str | None = None  # folder or hub id of the SFT model: policy and reference
+    reward_model: str | None = None  # folder or hub id of the reward model: reward model and critic
     data: str | None = None  # folder with tldr/train.jsonl in OpenAI's format
     max_query_length: int = 512  # tokens; longer posts lose their last lines (N+ detail 2)
     # -- rollout (N+ detail 23)
@@ -186,7 +188,8 @@ def main(cfg: Config) -> None:
     show = ["objective/scores", "objective/kl", "objective/gold", "val/eos_rate", "policy/clipfrac_avg"]
     with Run("ppo", cfg, total_steps=total_updates, unit="update", show=show, kernels=kernels.chosen()) as run:
         run.say(f"data    {data} ({data_from}): {len(posts):,} posts")
-        queries, references = encode_posts(run.progress(posts, what="encoding posts"), tokenizer, cfg.max_query_length)
+        queries, references = encode_posts(posts, tokenizer, cfg.max_query_length, run.progress)
+        run.say(f"tokens  {length_report(queries, [references], R)}")
 
         # 2. models
         policy = load_policy(sft_folder, run.device, run.dtype)
@@ -314,8 +317,10 @@ def main(cfg: Config) -> None:
             if cfg.save_every and (update + 1) % cfg.save_every == 0 and update + 1 < total_updates:
                 save_checkpoint(run.folder, update + 1, optimizer.state())
 
-        save_policy(policy, run.folder / "final", tokenizer)
+        save_policy(policy, run.folder / "final", tokenizer, temperature=cfg.temperature)
         save_scalar(critic, run.folder / "final_critic", tokenizer)
+        for final in ("final", "final_critic"):
+            write_card(run.folder, final)
         run.say(f"policy  saved to {run.folder / 'final'}; next: python eval.py")
 
 

@@ -29,9 +29,11 @@ import torch
 
 import kernels
 from nanorlhf import preflight
+from nanorlhf.card import write_card
 from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_state, save_checkpoint, save_scalar
 from nanorlhf.config import check, cli
 from nanorlhf.device import now
+from nanorlhf.encoding import encode_comparisons, encode_posts, length_report
 from nanorlhf.inputs import find_data, find_model
 from nanorlhf.losses import bradley_terry_loss, pair_accuracy
 from nanorlhf.models import ScalarModel, parameter_count, reward_model_from
@@ -42,10 +44,9 @@ from nanorlhf.tldr import (
     Comparison,
     ComparisonStats,
     batch_indices,
-    encode_comparisons,
-    encode_posts,
     load_comparisons,
     load_posts,
+    without_posts_of,
 )
 from nanorlhf.tokenizer import check_matches, load_tokenizer
 
@@ -62,7 +63,7 @@ class Config:
     dtype: str = "auto"  # of weights and activations: bfloat16 on CUDA, float32 on CPU; masters and losses are float32
     track: bool = False  # mirror the metrics to Weights & Biases
     # -- inputs
-    sft_model: str | None = None  # Hugging Face folder of the SFT model
+    sft_model: str | None = None  # folder or hub id of the SFT model
     data: str | None = None  # folder with comparisons/batch*.json and tldr/train.jsonl in OpenAI's formats
     max_query_length: int = 512  # tokens; longer posts lose their last lines (N+ detail 2)
     # -- optimisation (N+ detail 10)
@@ -116,7 +117,12 @@ def main(cfg: Config) -> None:
     cfg.data, cfg.sft_model = str(data), str(folder)  # what --resume goes on with
     tokenizer = load_tokenizer(folder)
     stats = ComparisonStats()
-    train, valid = load_comparisons(data, "train", stats), load_comparisons(data, "valid")
+    train, held_out = load_comparisons(data, "train", stats), load_comparisons(data, "valid")
+    valid = without_posts_of(train, held_out)
+    shared = len(held_out) - len(valid)
+    check(
+        len(valid) > 0, "data", data, "split by post", "every held-out comparison is about a post of the training split"
+    )
     if len(valid) > cfg.eval_pairs:
         valid = [valid[i] for i in batch_indices(len(valid), cfg.eval_pairs, seed=0, step=0)]  # not by batch: at random
     total_steps = cfg.num_epochs * (len(train) // cfg.batch_size)
@@ -126,8 +132,10 @@ def main(cfg: Config) -> None:
     show = ["train/rm/loss", "train/rm/accuracy", "train/rm/margin", "lr", "perf/tokens_per_s"]
     with Run("rm", cfg, total_steps=total_steps, show=show, kernels=kernels.chosen()) as run:
         run.say(f"data    {data} ({data_from}): {stats}; {len(valid):,} held out")
-        encoding = run.progress(train, what="encoding comparisons")
-        queries, chosen, rejected = encode_comparisons(encoding, tokenizer, cfg.max_query_length)
+        if shared:
+            run.say(f"note    {shared:,} held-out comparisons are left out: the training split has their posts too")
+        queries, chosen, rejected = encode_comparisons(train, tokenizer, cfg.max_query_length, run.progress)
+        run.say(f"tokens  {length_report(queries, [chosen, rejected])}")
 
         # 2. model and optimizer
         policy = load_policy(folder, run.device, run.dtype)
@@ -205,6 +213,7 @@ def main(cfg: Config) -> None:
             for c, a, b in scored
         ]
         run.samples(total_steps, rows)
+        write_card(run.folder)
         run.say("next    python train_ppo.py")
 
 

@@ -27,9 +27,11 @@ import torch
 import kernels
 from kernels import linear_cross_entropy
 from nanorlhf import preflight
+from nanorlhf.card import write_card
 from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_state, save_checkpoint, save_policy
 from nanorlhf.config import check, cli
 from nanorlhf.device import now
+from nanorlhf.encoding import encode_posts, length_report
 from nanorlhf.inputs import find_data, find_model
 from nanorlhf.losses import next_token_labels, sequence_mean_weights
 from nanorlhf.metrics import rouge
@@ -38,7 +40,7 @@ from nanorlhf.optim import SCHEDULES, AdamW
 from nanorlhf.packing import pack, split_by_tokens
 from nanorlhf.rollout import summarise
 from nanorlhf.run import Run
-from nanorlhf.tldr import batch_indices, describe, encode_posts, load_posts
+from nanorlhf.tldr import batch_indices, load_posts
 from nanorlhf.tokenizer import check_matches, load_tokenizer
 
 
@@ -54,8 +56,8 @@ class Config:
     dtype: str = "auto"  # of weights and activations: bfloat16 on CUDA, float32 on CPU; masters and losses are float32
     track: bool = False  # mirror the metrics to Weights & Biases
     # -- inputs
-    model: str | None = None  # Hugging Face folder of the base model
-    data: str | None = None  # folder with tldr/{train,valid}.jsonl in OpenAI's format
+    model: str | None = None  # folder or hub id of the base model [llama-1b: meta-llama/Llama-3.2-1B]
+    data: str | None = None  # folder with tldr/{train,valid}.jsonl in OpenAI's format [llama-1b: data/openai]
     max_query_length: int = 512  # tokens; longer posts lose their last lines (N+ detail 2)
     response_length: int = 53  # tokens sampled in the evaluation, EOS included (N+ detail 4)
     # -- optimisation (N+ detail 9)
@@ -99,15 +101,8 @@ def main(cfg: Config) -> None:
     show = ["train/sft/loss", "lr", "perf/tokens_per_s"]
     with Run("sft", cfg, total_steps=total_steps, show=show, kernels=kernels.chosen()) as run:
         run.say(f"data    {data} ({data_from}): {len(train):,} posts, {len(valid):,} held out")
-        queries, responses = encode_posts(run.progress(train, what="encoding posts"), tokenizer, cfg.max_query_length)
-        query_mean = describe([len(query) for query in queries])["mean"]
-        lengths = describe([len(response) for response in responses], cfg.response_length)
-        run.say(f"tokens  query mean {query_mean:.0f}, response mean {lengths['mean']:.0f} max {lengths['max']:.0f}")
-        if lengths["share_over_limit"]:
-            share = lengths["share_over_limit"]
-            run.say(
-                f"note    {share:.1%} of the references are longer than response_length {cfg.response_length} (trap T9)"
-            )
+        queries, responses = encode_posts(train, tokenizer, cfg.max_query_length, run.progress)
+        run.say(f"tokens  {length_report(queries, [responses], cfg.response_length)}")
 
         # 2. model and optimizer
         policy = load_policy(folder, run.device, run.dtype)
@@ -174,6 +169,7 @@ def main(cfg: Config) -> None:
         run.log(total_steps, metrics)
         pairs = zip(valid, summaries, strict=True)
         run.samples(total_steps, [{"post": p.post, "reference": p.summary, "sft": s.text} for p, s in pairs])
+        write_card(run.folder)
         run.say("next    python train_rm.py")
 
 

@@ -24,12 +24,13 @@ import train_ppo
 from nanorlhf import ppo
 from nanorlhf.checkpoint import load_policy
 from nanorlhf.config import parse
+from nanorlhf.encoding import encode_posts
 from nanorlhf.inputs import EMBEDDED
 from nanorlhf.packing import pack
 from nanorlhf.rollout import generate
 from nanorlhf.run import read_metrics
 from nanorlhf.tiny.data import ensure_world
-from nanorlhf.tldr import encode_posts, load_posts
+from nanorlhf.tldr import load_posts
 from nanorlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]

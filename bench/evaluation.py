@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from nanorlhf.encoding import encode_posts
 from nanorlhf.evaluation import REFERENCE, compare, describe, describe_reference
 from nanorlhf.inputs import EMBEDDED
 from nanorlhf.jsonl import append
@@ -23,7 +24,7 @@ from nanorlhf.report import write_report
 from nanorlhf.rollout import Summary
 from nanorlhf.summaries import Written
 from nanorlhf.tiny.posts import make_post
-from nanorlhf.tldr import Post, encode_posts
+from nanorlhf.tldr import Post
 from nanorlhf.tokenizer import load_tokenizer
 
 SAMPLE_POSTS, SAMPLES = 512, 4

@@ -6,8 +6,6 @@ their index) and the tokenizer's files. What we save loads as
     policy        AutoModelForCausalLM                  same logits
     reward model  AutoModelForSequenceClassification    our score + score_shift, which is kept in config.json
     critic        AutoModelForTokenClassification       the same values
-
-Our q, k, v and gate, up are one matrix each; in the files they are Hugging Face's separate ones.
 """
 
 import contextlib
@@ -23,206 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nanorlhf.errors import UserError
-from nanorlhf.llama import LlamaConfig
+from nanorlhf.model_config import ARCHITECTURES, config_json, read_config, read_json
 from nanorlhf.models import Policy, ScalarModel
+from nanorlhf.weights import file_parts, load_weights
 
 MAX_SHARD_BYTES = 5 * 10**9
 KEEP = 2  # checkpoints of a run: the newest, and the one before in case the newest is damaged
-ARCHITECTURES = {
-    "policy": "LlamaForCausalLM",
-    "reward_model": "LlamaForSequenceClassification",
-    "critic": "LlamaForTokenClassification",
-}
-
-# --- config.json -----------------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises UserError when the file is missing or is not JSON."""
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found, expected a Hugging Face model folder with a {path.name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}), copy the file again") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: got a JSON {type(raw).__name__}, expected an object")
-    return raw
-
-
-def read_config(folder: str | Path) -> LlamaConfig:
-    """LlamaConfig from a folder's config.json. Raises UserError, naming the field, for anything that is no Llama."""
-    path = Path(folder) / "config.json"
-    raw = read_json(path)
-
-    def refuse(field: str, got, expected: str):
-        raise UserError(f"{path}: {field} is {got!r}, expected {expected}: only the Llama architecture is implemented")
-
-    if raw.get("model_type") != "llama":
-        refuse("model_type", raw.get("model_type"), "'llama'")
-    if raw.get("hidden_act", "silu") != "silu":
-        refuse("hidden_act", raw["hidden_act"], "'silu'")
-    for field in ("attention_bias", "mlp_bias"):
-        if raw.get(field, False):
-            refuse(field, raw[field], "false")
-    if raw.get("attention_dropout", 0.0) != 0.0:
-        refuse("attention_dropout", raw["attention_dropout"], "0.0 (N+ detail 7)")
-    required = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "rms_norm_eps",
-    )
-    for field in required:
-        if field not in raw:
-            raise UserError(f"{path}: {field} is missing, expected every field of a Llama config.json")
-
-    heads = raw["num_attention_heads"]
-    # Llama 1 and 2 (7B, 13B) leave it out: one key head a query head.
-    kv_heads = raw.get("num_key_value_heads") or heads
-    if heads % kv_heads:
-        refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
-    theta, scaling = _read_rope(raw, path)
-    eos = raw.get("eos_token_id", 2)
-    return LlamaConfig(
-        **{field: raw[field] for field in required},
-        num_key_value_heads=kv_heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        bos_token_id=raw.get("bos_token_id", 1),
-        eos_token_id=eos[0] if isinstance(eos, list) else eos,
-        pad_token_id=raw.get("pad_token_id"),
-    )
-
-
-def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
-    """(theta, scaling or None) from the hub's rope_theta + rope_scaling, or from transformers 5's rope_parameters."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", raw.get("rope_theta"))
-    if theta is None:
-        raise UserError(
-            f"{path}: rope_theta is missing (and rope_parameters too): without it positions would be wrong, "
-            "so it is not guessed"
-        )
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    if kind == "default":
-        return float(theta), None
-    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if kind != "llama3" or any(field not in rope for field in fields):
-        raise UserError(
-            f"{path}: rope_scaling is {kind!r} with {sorted(rope)}, "
-            f"expected 'default', or 'llama3' with {sorted(fields)}"
-        )
-    return float(theta), {"rope_type": "llama3", **{field: rope[field] for field in fields}}
-
-
-def config_json(
-    config: LlamaConfig, kind: str, dtype: torch.dtype, pad_id: int, score_shift: float | None = None
-) -> dict:
-    """What we write: the hub's spelling, readable by transformers 4 and 5, vLLM and llama.cpp."""
-    raw = {
-        "architectures": [ARCHITECTURES[kind]],
-        "model_type": "llama",
-        **{k: v for k, v in vars(config).items() if k != "pad_token_id"},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "pad_token_id": pad_id,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-    if kind != "policy":
-        raw |= {
-            "id2label": {"0": "score"},
-            "label2id": {"score": 0},
-            "classifier_dropout": 0.0,
-            "tie_word_embeddings": False,
-        }
-    if kind == "reward_model":
-        raw["score_shift"] = score_shift  # the normalised score is the head's output minus this (N+ detail 15)
-    return raw
-
-
-# --- names -----------------------------------------------------------------------------------------------------------
-
-
-def file_tensors(name: str, config: LlamaConfig) -> list[tuple[str, int | None]]:
-    """Where a parameter of ours lives in a Hugging Face file: [(tensor name, rows)], in order.
-
-    rows is None for the whole parameter.
-    """
-    for merged, parts, sizes in (
-        ("qkv_proj", ("q_proj", "k_proj", "v_proj"), config.qkv_sizes),
-        ("gate_up_proj", ("gate_proj", "up_proj"), (config.intermediate_size,) * 2),
-    ):
-        if merged in name:
-            return [(name.replace(merged, part), rows) for part, rows in zip(parts, sizes, strict=True)]
-    return [(name, None)]
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _open_tensors(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, for one model.safetensors or for shards with an index."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{index}: weight_map is missing, expected a file for each tensor, copy the file again")
-        return {name: folder / file for name, file in weight_map.items()}
-    if not single.exists():
-        raise UserError(
-            f"{folder}: no model.safetensors and no model.safetensors.index.json, expected a Hugging Face model folder"
-        )
-    try:
-        with safe_open(single, framework="pt") as tensors:
-            return dict.fromkeys(tensors.keys(), single)
-    except SafetensorError as error:
-        raise UserError(f"{single}: not a complete safetensors file ({error}), copy or download it again") from None
-
-
-def load_weights(model: nn.Module, folder: str | Path, ignore: tuple[str, ...] = ()) -> None:
-    """Fill a model's parameters from a folder, one tensor at a time, cast to the parameter's dtype.
-
-    Raises UserError that names the tensor when one is missing, misshapen, or in the file but in no parameter (unless it
-    starts with a prefix in `ignore`).
-    """
-    folder = Path(folder)
-    where = _open_tensors(folder)
-    unused = {name for name in where if "rotary_emb.inv_freq" not in name and not name.startswith(ignore)}
-    handles: dict[Path, object] = {}
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        for ours, parameter in model.named_parameters():
-            begin = 0
-            for name, rows in file_tensors(ours, model.config):
-                if name not in where:
-                    raise UserError(f"{folder}: tensor {name} is missing, expected it for the config.json beside it")
-                path = where[name]
-                try:
-                    if path not in handles:
-                        handles[path] = stack.enter_context(safe_open(path, framework="pt"))
-                    tensor = handles[path].get_tensor(name)
-                except (SafetensorError, FileNotFoundError) as error:
-                    raise UserError(f"{path}: cannot be read ({error}), copy or download it again") from None
-                target = parameter if rows is None else parameter[begin : begin + rows]
-                if tensor.shape != target.shape:
-                    raise UserError(
-                        f"{path}: tensor {name} has shape {tuple(tensor.shape)}, "
-                        f"expected {tuple(target.shape)} for the config.json beside it"
-                    )
-                target.copy_(tensor)
-                unused.discard(name)
-                begin += rows or 0
-    if unused:
-        raise UserError(
-            f"{folder}: unexpected tensors {sorted(unused)[:4]}, expected exactly those of the config.json beside them"
-        )
 
 
 def _empty(build, device: str, dtype: torch.dtype) -> nn.Module:
@@ -282,9 +89,10 @@ def atomic_folder(folder: str | Path):
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    """safetensors' save_file, with a full disk as the OSError that it is."""
+    """safetensors' save_file, with a full disk as the OSError that it is, readable by whoever may read the folder."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors writes 0600, and a server often runs as another user
     except SafetensorError as error:
         if "No space left" in str(error):
             raise OSError(errno.ENOSPC, "No space left on device", str(path)) from None
@@ -293,16 +101,14 @@ def _write(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _file_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {}
-    for ours, parameter in model.named_parameters():
-        begin = 0
-        for name, rows in file_tensors(ours, model.config):
-            part = parameter if rows is None else parameter[begin : begin + rows]
-            tensors[name] = part.detach().to("cpu", torch.float32 if ours.startswith("score.") else dtype).contiguous()
-            begin += rows or 0
+    for ours, name, part in file_parts(model):
+        tensors[name] = part.detach().to("cpu", torch.float32 if ours.startswith("score.") else dtype).contiguous()
     return tensors
 
 
-def _save_model(folder: Path, model: nn.Module, raw_config: dict, dtype: torch.dtype, tokenizer) -> None:
+def _save_model(
+    folder: Path, model: nn.Module, raw_config: dict, dtype: torch.dtype, tokenizer, temperature: float = 0.7
+) -> None:
     with atomic_folder(folder) as partial:
         (partial / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")
         shards: list[dict[str, Tensor]] = [{}]
@@ -326,15 +132,19 @@ def _save_model(folder: Path, model: nn.Module, raw_config: dict, dtype: torch.d
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         if "CausalLM" in raw_config["architectures"][0]:
             generation = {key: raw_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            generation |= {"do_sample": True, "temperature": 0.7, "top_p": 1.0, "top_k": 0}
+            generation |= {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
             (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         tokenizer.save(partial)
 
 
-def save_policy(policy: Policy, folder: str | Path, tokenizer, dtype: torch.dtype | None = None) -> None:
-    """Write a policy as a Hugging Face folder, whole or not at all. dtype: that of the file (default: the weights')."""
+def save_policy(
+    policy: Policy, folder: str | Path, tokenizer, dtype: torch.dtype | None = None, temperature: float = 0.7
+) -> None:
+    """Write a policy as a Hugging Face folder, whole or not at all. dtype: that of the file (default: the weights').
+    temperature: what others sample it at unless told (generation_config.json)."""
     dtype = dtype or policy.head_weight.dtype
-    _save_model(Path(folder), policy, config_json(policy.config, "policy", dtype, tokenizer.pad_id), dtype, tokenizer)
+    raw = config_json(policy.config, "policy", dtype, tokenizer.pad_id)
+    _save_model(Path(folder), policy, raw, dtype, tokenizer, temperature)
 
 
 def save_scalar(model: ScalarModel, folder: str | Path, tokenizer, dtype: torch.dtype | None = None) -> None:

@@ -20,6 +20,7 @@ the preset. `# -- name` opens a group in --help.
 """
 
 import ast
+import contextlib
 import difflib
 import errno
 import inspect
@@ -31,7 +32,7 @@ import sys
 import textwrap
 import tokenize
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,8 +111,15 @@ def check(ok: bool, name: str, got: Any, expected: str, fix: str = "") -> None:
 
 def cli(main: Callable, Config: type, presets: dict[str, dict], doc: str, argv: list[str] | None = None) -> None:
     """Parses the flags and calls main(cfg). What a user can cause ends in one sentence on stderr and exit status 2."""
-    try:
+    with one_sentence("continue with --resume" if "resume" in _names(Config) else ""):
         main(parse(Config, presets, doc, argv))
+
+
+@contextlib.contextmanager
+def one_sentence(again: str = "") -> Iterator[None]:
+    """What a user can cause inside ends in one sentence on stderr and exit status 2. again: how to go on after it."""
+    try:
+        yield
     except UserError as error:
         _stop(2, f"error: {error}")
     except OSError as error:
@@ -124,10 +132,9 @@ def cli(main: Callable, Config: type, presets: dict[str, dict], doc: str, argv: 
         if error.errno not in remedy:
             raise
         where = f": {error.filename}" if error.filename else ""
-        again = " and continue with --resume" if "resume" in _names(Config) else ""
-        _stop(2, f"error: {error.strerror}{where}: {remedy[error.errno]}{again}")
+        _stop(2, f"error: {error.strerror}{where}: {remedy[error.errno]}" + (f" and {again}" if again else ""))
     except KeyboardInterrupt:
-        _stop(130, "interrupted" + (": continue with --resume" if "resume" in _names(Config) else ""))
+        _stop(130, "interrupted" + (f": {again}" if again else ""))
 
 
 def parse(Config: type, presets: dict[str, dict], doc: str, argv: list[str] | None = None) -> Any:
@@ -179,11 +186,15 @@ def _restore(cfg: Any, explicit: set[str]) -> None:
         began_with = dict(json.loads(path.read_text())["config"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return  # there is no such run: Run says so
+    from nanorlhf.hub import hub_id_of  # here: --help should not wait for the tokenizers
+
     for name in _names(type(cfg)) & set(began_with):
         if name in FREE_ON_RESUME and (name in explicit or name not in KEPT_UNLESS_GIVEN):
             continue
         now, then = getattr(cfg, name), began_with[name]
-        equal = Path(now) == Path(then) if isinstance(now, str) and isinstance(then, str) else now == then
+        equal = now == then
+        if isinstance(now, str) and isinstance(then, str):
+            equal = Path(now) == Path(then) or now == hub_id_of(then)  # a hub id, and where it was fetched to
         check(
             name not in explicit or equal, f"--{name}", now, f"{then!r}, as when {path.parent} began",
             "leave the flag out to resume, or start a new run with --run_name",

@@ -16,13 +16,14 @@ import torch
 
 from kernels import linear_cross_entropy
 from nanorlhf.checkpoint import load_policy
+from nanorlhf.encoding import encode_posts
 from nanorlhf.errors import UserError
 from nanorlhf.jsonl import append, read_jsonl
 from nanorlhf.losses import next_token_labels
 from nanorlhf.models import Policy
 from nanorlhf.packing import pack, split_by_tokens
 from nanorlhf.rollout import Summary, summarise
-from nanorlhf.tldr import Post, encode_posts
+from nanorlhf.tldr import Post
 from nanorlhf.tokenizer import check_matches, load_tokenizer
 
 STORE = Path("runs/summaries")
@@ -68,7 +69,7 @@ def write(folder: Path, posts: list[Post], plan: Plan, device, dtype, microbatch
     tokenizer = load_tokenizer(folder)
     policy = load_policy(folder, device, dtype)
     check_matches(tokenizer, policy.config.vocab_size, policy.config.eos_token_id)
-    queries, references = encode_posts(progress(posts, what="encoding posts"), tokenizer, plan.max_query_length)
+    queries, references = encode_posts(posts, tokenizer, plan.max_query_length, progress)
     R = plan.response_length
     summaries = summarise(policy, tokenizer, queries, R, plan.temperature, plan.noise, progress=progress)
     asked = [query for query in queries[: plan.sample_posts] for _ in range(plan.samples)]

@@ -2,12 +2,15 @@
 
 A query is the formatted post, BOS first, cut to a number of tokens without losing its beginning or its end. A response
 is one space, the summary, EOS. Both are lists of token ids that are joined as they are and never decoded and encoded
-again. Left out: the CNN/DM rows of the comparisons (they are counted), padding (there is none), downloading.
+again. Left out: the CNN/DM rows of the comparisons (they are counted), padding (there is none).
+
+    python -m nanorlhf.tldr download       fetches OpenAI's files (nanorlhf/download.py)
 """
 
 import json
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +19,6 @@ import numpy as np
 from nanorlhf.errors import UserError
 from nanorlhf.tokenizer import Tokenizer
 
-SOURCE = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
 SPLITS = ("train", "valid", "test")
 CNNDM_BATCHES = ("batch0_cnndm", "cnndm0", "cnndm2")
 
@@ -69,14 +71,21 @@ class ComparisonStats:
 
 # ------------------------------------------------------------------------------------------------------ text to tokens
 
+FRAME = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: "
+CLOSING = "\n\nTL;DR:"  # no space at the end: it belongs to the response (N+ detail 2.3)
+
 # Encoding a longer post never gives fewer tokens than a shorter one, up to the few that its last word or two re-merge
 # into. `encode_query` searches with this margin, in tokens, so that its answer is the one of the slow rule.
 SLACK = 16
+# No token of a Llama reaches across a single space between two words, so a text may be encoded in parts that are cut
+# there, and the tokens of a shorter post counted from the last such place on.
+BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z0-9.,!?]) (?=[A-Za-z])")
+PART = 400  # characters
 
 
 def format_query(subreddit: str, title: str, post: str) -> str:
-    """The text of a query, fields raw, no space at the end: it belongs to the response (N+ details 2.1, 2.3)."""
-    return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+    """The text of a query, fields raw (N+ detail 2.1)."""
+    return FRAME.format(subreddit=subreddit, title=title) + post + CLOSING
 
 
 def encode_query(tokenizer: Tokenizer, subreddit: str, title: str, post: str, max_length: int) -> list[int]:
@@ -85,63 +94,55 @@ def encode_query(tokenizer: Tokenizer, subreddit: str, title: str, post: str, ma
     While it is too long, the post loses its last newline and what follows, or, where it has none, one character; the
     subreddit, the title and "TL;DR:" stay whole. Raises UserError when it does not fit even with an empty post.
     """
+    return fit_query(tokenizer, subreddit, title, post, max_length)[0]
 
-    def encode(length: int) -> list[int]:
-        return [tokenizer.bos_id, *tokenizer.encode(format_query(subreddit, title, post[:length]))]
 
-    if len(query := encode(len(post))) <= max_length:
-        return query
+def fit_query(tokenizer: Tokenizer, subreddit: str, title: str, post: str, max_length: int) -> tuple[list[int], int]:
+    """`encode_query`, and how many characters of the post are in it."""
+    whole = [tokenizer.bos_id, *tokenizer.encode(format_query(subreddit, title, post))]
+    if len(whole) <= max_length:
+        return whole, len(post)
+    length = _fitting_length(tokenizer, FRAME.format(subreddit=subreddit, title=title), post, max_length)
+    if length is None:
+        empty = 1 + len(tokenizer.encode(format_query(subreddit, title, "")))
+        raise UserError(
+            f"query: {empty} tokens with an empty post, expected at most max_length {max_length}: its title "
+            f"({title[:40]!r}) is too long; drop the post or raise the maximum query length"
+        )
+    return [tokenizer.bos_id, *tokenizer.encode(format_query(subreddit, title, post[:length]))], length
 
-    # The rule tries each line end, from the last; then, if not even the first line fits, each character of that line.
-    # Bisect to a length from which on everything is too long for sure, then walk down as the rule does.
+
+def _fitting_length(tokenizer: Tokenizer, frame: str, post: str, max_length: int) -> int | None:
+    """Characters of a too long post that the rule of detail 2.2 keeps; None when not even 0 fit.
+
+    The rule tries each line end, from the last; then, if not even the first line fits, each character of that line.
+    Here both are bisected to a length from which on everything is too long for sure, and walked down as the rule does.
+    """
+    starts, before = [0], [1]  # where a part of the post begins; tokens before it, BOS and, from the second on, frame
+    while before[-1] <= max_length + SLACK and (found := BETWEEN_WORDS.search(post, starts[-1] + PART)):
+        part = (frame if len(starts) == 1 else "") + post[starts[-1] : found.start()]
+        before.append(before[-1] + len(tokenizer.encode(part)))
+        starts.append(found.start())
+
+    def count(length: int) -> int:
+        k = max(0, bisect_right(starts, length - 2) - 1)  # the last part that begins with its space and a letter
+        return before[k] + len(tokenizer.encode((frame if k == 0 else "") + post[starts[k] : length] + CLOSING))
+
     newlines = [i for i, character in enumerate(post) if character == "\n"]
     for lengths in (newlines, range(newlines[0] if newlines else len(post))):
-        start = bisect_left(lengths, True, key=lambda length: len(encode(length)) > max_length + SLACK)
+        if before[-1] > max_length + SLACK:
+            lengths = lengths[: bisect_left(lengths, starts[-1])]
+        start = bisect_left(lengths, True, key=lambda length: count(length) > max_length + SLACK)
         for length in reversed(lengths[:start]):
-            if len(query := encode(length)) <= max_length:
-                return query
-    raise UserError(
-        f"query: {len(encode(0))} tokens with an empty post, expected at most max_length {max_length}: its title "
-        f"({title[:40]!r}) is too long; drop the post or raise the maximum query length"
-    )
+            if count(length) <= max_length:
+                return length
+    return None
 
 
 def encode_response(tokenizer: Tokenizer, summary: str) -> list[int]:
     """One space, the summary, EOS; no BOS (N+ detail 3). The space is added only where the text does not bring it:
     authors' summaries have none, comparison texts have one (N+ trap T2)."""
     return [*tokenizer.encode(summary if summary.startswith(" ") else " " + summary), tokenizer.eos_id]
-
-
-def encode_posts(
-    posts: Iterable[Post], tokenizer: Tokenizer, max_query_length: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Posts -> queries, responses: a token list a post, in the posts' order."""
-    queries, responses = [], []
-    for p in posts:
-        queries.append(encode_query(tokenizer, p.subreddit, p.title, p.post, max_query_length))
-        responses.append(encode_response(tokenizer, p.summary))
-    return queries, responses
-
-
-def encode_comparisons(
-    comparisons: Iterable[Comparison], tokenizer: Tokenizer, max_query_length: int
-) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
-    """Comparisons -> queries, chosen, rejected: a token list a comparison, in their order."""
-    queries, chosen, rejected = [], [], []
-    for c in comparisons:
-        queries.append(encode_query(tokenizer, c.post.subreddit, c.post.title, c.post.post, max_query_length))
-        chosen.append(encode_response(tokenizer, c.chosen))
-        rejected.append(encode_response(tokenizer, c.rejected))
-    return queries, chosen, rejected
-
-
-def describe(lengths: Sequence[int], limit: int | None = None) -> dict[str, float]:
-    """Mean, 99th percentile and maximum of token counts and, given a `limit`, the share above it: what a cut at the
-    limit would touch."""
-    if len(lengths) == 0:
-        raise UserError("lengths: got none, expected at least one sequence to describe")
-    stats = {"mean": float(np.mean(lengths)), "p99": float(np.percentile(lengths, 99)), "max": float(np.max(lengths))}
-    return stats if limit is None else stats | {"share_over_limit": float(np.mean(np.asarray(lengths) > limit))}
 
 
 # ---------------------------------------------------------------------------------------------------------- data order
@@ -174,16 +175,12 @@ def load_posts(data: str | Path, split: str) -> list[Post]:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise UserError(
-            f"data: no {paths[0]} (or {paths[1]}), expected one post a line; get it with "
-            f"`curl --create-dirs -o {paths[0]} {SOURCE}/datasets/tldr_3_filtered/{split}.jsonl`"
+            f"data: no {paths[0]} (or {paths[1]}), expected one post a line: get it with "
+            f"`python -m nanorlhf.tldr download --data {data}`"
         )
     posts = []
-    for where, row in _rows(path):
-        post = _post(where, row, summary=_text(where, row, "summary"))
-        for name in ("post", "summary"):
-            if not getattr(post, name).strip():
-                raise UserError(f"{where}: {name} is empty, expected text: remove the line or fill it in")
-        posts.append(post)
+    for where, row in json_rows(path):
+        posts.append(_not_empty(where, _post(where, row, summary=_text(where, row, "summary")), "post", "summary"))
     if not posts:
         raise UserError(f"{path}: no posts, expected one JSON object a line: fetch the file again")
     return posts
@@ -203,13 +200,13 @@ def load_comparisons(data: str | Path, split: str, stats: ComparisonStats | None
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise UserError(
-            f"data: no {folder}/batch*.json, expected one comparison a line; get batch3 to batch20 and batch22 with "
-            f"`curl --create-dirs -o {folder}/batch3.json {SOURCE}/dataset/comparisons/batch3.json` and so on"
+            f"data: no {folder}/batch*.json, expected one comparison a line: get them with "
+            f"`python -m nanorlhf.tldr download --data {data}`"
         )
     stats = ComparisonStats() if stats is None else stats
     comparisons = []
     for path in paths:
-        for where, row in _rows(path):
+        for where, row in json_rows(path):
             info = row.get("info")
             if not isinstance(info, dict):
                 raise UserError(f"{where}: info is {info!r}, expected an object with id, subreddit, title, post")
@@ -229,8 +226,15 @@ def load_comparisons(data: str | Path, split: str, stats: ComparisonStats | None
     return comparisons
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """("path:line", object) for each line that is not blank."""
+def without_posts_of(train: Sequence[Comparison], held_out: Sequence[Comparison]) -> list[Comparison]:
+    """The held-out comparisons about posts that no comparison of the training split is about: one post is in many rows,
+    and a split by rows would test what was learned by heart (N+ section 2C.7)."""
+    seen = {comparison.post.id for comparison in train}
+    return [comparison for comparison in held_out if comparison.post.id not in seen]
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """("path:line", object) for each line that is not blank. Raises UserError for a line that is no JSON object."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -259,6 +263,13 @@ def _post(where: str, row: dict, summary: str) -> Post:
     return Post(id, subreddit, title, post, summary)
 
 
+def _not_empty(where: str, post: Post, *names: str) -> Post:
+    for name in names:
+        if not getattr(post, name).strip():
+            raise UserError(f"{where}: {name} is empty, expected text: remove the line or fill it in")
+    return post
+
+
 def _comparison(where: str, row: dict) -> Comparison:
     summaries, choice, split = row.get("summaries"), row.get("choice"), row.get("split")
     if not (isinstance(summaries, list) and len(summaries) == 2 and all(isinstance(s, dict) for s in summaries)):
@@ -275,7 +286,7 @@ def _comparison(where: str, row: dict) -> Comparison:
         raise UserError(f"{where}: extra.confidence is {confidence!r}, expected a whole number from 1 to 9 or null")
     chosen, rejected = summaries[choice], summaries[1 - choice]
     return Comparison(
-        post=_post(where, row["info"], summary=""),
+        post=_not_empty(where, _post(where, row["info"], summary=""), "post"),
         chosen=_text(where, chosen, "text"),
         rejected=_text(where, rejected, "text"),
         chosen_policy=str(chosen.get("policy")),
@@ -285,3 +296,9 @@ def _comparison(where: str, row: dict) -> Comparison:
         confidence=confidence,
         worker=str(row.get("worker")),
     )
+
+
+if __name__ == "__main__":
+    from nanorlhf.download import main  # which imports this module
+
+    main()

@@ -11,6 +11,7 @@ templates, training a tokenizer, offsets.
 
 import base64
 import binascii
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -83,6 +84,14 @@ class Tokenizer:
         text = b"".join(self._tokens[i] if 0 <= i < n else UNKNOWN for i in map(int, ids)).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._dummy_prefix else text
 
+    @property
+    def fingerprint(self) -> str:
+        """A name for what `encode` does: two tokenizers with the same files have the same."""
+        digest = hashlib.sha256()
+        for name, content in sorted(self._files.items()):
+            digest.update(f"{name} {len(content)} ".encode() + content)
+        return digest.hexdigest()
+
     def save(self, folder: str | Path) -> None:
         """Write the original tokenizer files into `folder`, byte for byte."""
         for name, content in self._files.items():
@@ -120,20 +129,21 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def check_matches(tokenizer: Tokenizer, vocab_size: int, eos_id: int | None = None) -> None:
     """Raise UserError when a model of `vocab_size` rows has no row for one of the ids, or stops at another EOS."""
     fix = "use the tokenizer files that came with the model"
-    if tokenizer.vocab_size > vocab_size:
+    if not tokenizer.vocab_size <= vocab_size <= 1.25 * tokenizer.vocab_size + 64:  # rows may be rounded up, not more
         raise UserError(
-            f"tokenizer: it has {tokenizer.vocab_size} ids but the model has {vocab_size} embedding rows, expected at "
-            f"most as many ids as rows: {fix}"
+            f"tokenizer: it has {tokenizer.vocab_size} ids but the model has {vocab_size} embedding rows, expected an "
+            f"id a row: {fix}"
         )
     if eos_id is not None and tokenizer.eos_id != eos_id:
         raise UserError(f"tokenizer: its EOS is {tokenizer.eos_id}, expected the model's eos_token_id {eos_id}: {fix}")
 
 
-def check_same(tokenizer: Tokenizer, other: Tokenizer, what: str) -> None:
+def check_same(tokenizer: Tokenizer, other: Tokenizer, what: str, than: str = "that of the policy") -> None:
     """Raise UserError when two models that read each other's token ids were trained with different tokenizers."""
     if tokenizer._tokens != other._tokens:
         raise UserError(
-            f"tokenizer: that of {what} has other tokens, expected the same one: train both from the same base model"
+            f"tokenizer: that of {what} has other tokens than {than}, expected the same: pass models that were trained "
+            "from the same base model"
         )
 
 

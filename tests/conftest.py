@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nanorlhf.checkpoint import save_policy
 from nanorlhf.llama import LlamaConfig
 from nanorlhf.models import Policy, ScalarModel
 
@@ -99,3 +100,11 @@ def make_sequences():
 def tokenizer():
     """What saving a model needs of a tokenizer."""
     return SimpleNamespace(bos_id=1, eos_id=2, pad_id=0, save=lambda folder: None)
+
+
+@pytest.fixture
+def saved(make_policy, tokenizer, tmp_path):
+    """(a policy with a head of its own, the folder it was saved to)."""
+    policy = make_policy(tie_word_embeddings=False)
+    save_policy(policy, tmp_path / "final", tokenizer)
+    return policy, tmp_path / "final"

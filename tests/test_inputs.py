@@ -7,6 +7,7 @@ import pytest
 
 from nanorlhf import inputs
 from nanorlhf.errors import UserError
+from nanorlhf.hub import LLAMA
 from nanorlhf.inputs import find_data, find_model
 
 PRESETS = ["tiny", "llama-1b", "paper"]
@@ -14,7 +15,9 @@ PRESETS = ["tiny", "llama-1b", "paper"]
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
+    """Without a network: the hub is a folder name (tests/test_hub.py has the real one)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inputs, "fetch", lambda model_id: Path("cache") / model_id)
 
 
 def finished(stage: str, preset: str | None, folder: str = "runs"):
@@ -56,10 +59,26 @@ def test_a_run_that_has_not_finished_is_not_taken():
 def test_a_base_model_comes_from_no_run():
     finished("base", "tiny")
     assert find_model("base", None, "model", "tiny") == (inputs.EMBEDDED / "base", "embedded")
-    with pytest.raises(
-        UserError, match=r"model: no base model found, expected a Hugging Face folder: pass --model DIR"
-    ):
-        find_model("base", None, "model", "llama-1b")
+    assert find_model("base", None, "model", "llama-1b") == (
+        Path("cache/meta-llama/Llama-3.2-1B"),
+        LLAMA + " on the hub",
+    )
+
+
+def test_a_model_may_be_named_by_its_hub_id_unless_a_folder_has_that_name():
+    assert find_model("sft", "someone/sft", "sft_model", "tiny") == (
+        Path("cache/someone/sft"),
+        "someone/sft on the hub",
+    )
+    Path("someone/sft").mkdir(parents=True)
+    assert find_model("sft", "someone/sft", "sft_model", "tiny") == (Path("someone/sft"), "--sft_model")
+
+
+@pytest.mark.parametrize("typed", ["nowhere", "/nowhere/x", "./nowhere/x", "runs/sfft", "a/b/c", "a/ b", "-a/b"])
+def test_a_mistyped_path_is_not_looked_up_on_the_hub(typed):
+    finished("sft", "tiny")
+    with pytest.raises(UserError, match="is not a folder, expected a Hugging Face model folder or a hub id"):
+        find_model("sft", typed, "sft_model", "tiny")
 
 
 def test_data_is_the_flags_or_in_the_tiny_world_its_own(monkeypatch):
@@ -67,6 +86,11 @@ def test_data_is_the_flags_or_in_the_tiny_world_its_own(monkeypatch):
     assert find_data("mine", "llama-1b") == (Path("mine"), "--data")
     monkeypatch.setattr(inputs, "ensure_world", lambda folder: folder)
     assert find_data(None, "tiny") == (Path("data/tiny"), "the embedded tiny world")
-    for flag, preset, said in (("nowhere", "tiny", "nowhere is not a folder"), (None, "paper", "pass --data DIR")):
+    for flag, preset, said in (
+        ("nowhere", "tiny", "nowhere is not a folder"),
+        (None, "paper", "python -m nanorlhf.tldr download"),
+    ):
         with pytest.raises(UserError, match=said):
             find_data(flag, preset)
+    Path("data/openai").mkdir(parents=True)
+    assert find_data(None, "paper") == (Path("data/openai"), "as downloaded")

@@ -1,12 +1,9 @@
 """Queries, responses, files and data order (N+ details 2, 3, 21; traps T1 to T8, T10, T11, T45)."""
 
 import json
-import os
 import random
 import time
 from collections import Counter
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,20 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import CORPUS, train_sentencepiece, write_llama3_folders
 
+from nanorlhf import tldr
 from nanorlhf.errors import UserError
 from nanorlhf.tldr import (
+    BETWEEN_WORDS,
+    CLOSING,
     SLACK,
     ComparisonStats,
     Post,
     batch_indices,
-    describe,
-    encode_comparisons,
-    encode_posts,
     encode_query,
     encode_response,
+    fit_query,
     format_query,
     load_comparisons,
     load_posts,
+    without_posts_of,
 )
 from nanorlhf.tokenizer import load_tokenizer
 
@@ -144,6 +143,27 @@ def test_a_query_has_one_bos_counted_in_its_length_and_keeps_both_ends(tokenizer
             assert text.endswith("\n\nTL;DR:")
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    words=st.lists(st.one_of(st.sampled_from("the cat's, 123 n't 'll I. \n \n\n -- wow! é 🙂 ▁ \t  x".split(" ")),
+                             st.text(max_size=6)), max_size=60),
+    name=st.sampled_from(["llama3", "llama2", "plain", "characters", "words"]),
+)  # fmt: skip
+def test_a_text_may_be_encoded_in_parts_that_are_cut_between_words(tokenizers, words, name):
+    text = " ".join(words)
+    for found in BETWEEN_WORDS.finditer(text):
+        for end in (found.end() + 1, len(text)):  # also where the text ends after the first letter
+            whole, cut = text[:end] + CLOSING, found.start()
+            ids = tokenizers[name].encode(whole[:cut]) + tokenizers[name].encode(whole[cut:])
+            assert ids == tokenizers[name].encode(whole)
+
+
+def test_how_much_of_a_post_is_kept_is_told():
+    assert fit_query(Characters(), "s", "t", "ab\ncd", FRAME + 8)[1] == 5
+    assert fit_query(Characters(), "s", "t", "ab\ncdefghi", FRAME + 8)[1] == 2
+    assert fit_query(Characters(), "s", "t", "abcdefghi", FRAME + 8)[1] == 8
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     post=st.text(st.one_of(st.sampled_from("  \n\nabcdethis.é🙂"), st.characters(codec="utf-8")), max_size=150),
@@ -154,7 +174,10 @@ def test_the_fast_search_gives_the_slow_rules_answer_on_any_text(tokenizers, pos
     tokenizer = tokenizers[name]
     max_length = room + len(naive_query(tokenizer, "cats", "t", "", 10_000))
     args = (tokenizer, "cats", "t", post, max_length)
-    assert outcome(encode_query, *args) == outcome(naive_query, *args)
+    for part in (5, 400):  # characters: short texts have parts too
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tldr, "PART", part)
+            assert outcome(encode_query, *args) == outcome(naive_query, *args)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -165,7 +188,9 @@ def test_the_fast_search_gives_the_slow_rules_answer_on_prose(tokenizers, name):
         separators = rng.choice([" ", "  ", " \n", "  \n\n"])
         post = "".join(rng.choice(words) + rng.choice(separators) for _ in range(rng.randint(1, 150)))
         args = (tokenizers[name], "cats", "My cat", post, rng.randint(60, 150))
-        assert outcome(encode_query, *args) == outcome(naive_query, *args)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tldr, "PART", rng.choice([1, 20, 100, 400]))
+            assert outcome(encode_query, *args) == outcome(naive_query, *args)
 
 
 def test_a_word_that_is_cheaper_when_finished_is_kept_whole():
@@ -231,38 +256,6 @@ def test_query_and_response_decode_to_the_joined_text(tokenizers, name, summary)
     expected = format_query("cats", "My cat", "It does n't . ") + " " + summary.removeprefix(" ")
     assert tokenizer.decode(query + response) == expected
     assert response.index(tokenizer.eos_id) == len(response) - 1
-
-
-def test_posts_and_comparisons_are_encoded_in_their_order(tmp_path):
-    posts = [Post(str(n), "s", "t" * n, "post", "summary" * n) for n in range(1, 4)]
-    tokenizer = Characters()
-    queries, responses = encode_posts(posts, tokenizer, 512)
-    assert queries == [encode_query(tokenizer, "s", p.title, "post", 512) for p in posts]
-    assert responses == [encode_response(tokenizer, p.summary) for p in posts]
-
-    write_comparisons(tmp_path, [comparison(), comparison(choice=1)])
-    queries, chosen, rejected = encode_comparisons(load_comparisons(tmp_path, "train"), tokenizer, 512)
-    assert queries == [encode_query(tokenizer, "cats", "My cat", "It hates me.", 512)] * 2
-    assert [tokenizer.decode(ids) for ids in chosen] == [" zero", " one"]
-    assert [tokenizer.decode(ids) for ids in rejected] == [" one", " zero"]
-
-
-def test_comparisons_are_cut_to_the_same_length_as_posts(tmp_path):
-    write_comparisons(tmp_path, [comparison()])
-    (loaded,) = load_comparisons(tmp_path, "train")
-    long = replace(loaded, post=replace(loaded.post, post="one line\n" * 50))
-    tokenizer = Characters()
-    (query,), _, _ = encode_comparisons([long], tokenizer, 100)
-    assert query == encode_query(tokenizer, "cats", "My cat", "one line\n" * 50, 100) and len(query) <= 100
-
-
-def test_describe_gives_mean_p99_max_and_the_share_over_a_limit():
-    lengths = list(range(1, 101))
-    assert describe(lengths) == {"mean": 50.5, "p99": pytest.approx(99.01), "max": 100.0}
-    assert describe(lengths, limit=90)["share_over_limit"] == 0.1
-    assert describe([53], limit=53)["share_over_limit"] == 0
-    with pytest.raises(UserError, match="lengths: got none"):
-        describe([])
 
 
 # -------------------------------------------------------------------------------------------------------- data order
@@ -389,9 +382,9 @@ def test_bytes_that_are_no_utf_8_are_named_by_file_and_line(tmp_path):
 
 
 def test_missing_or_empty_files_say_what_was_expected_and_how_to_get_it(tmp_path):
-    with pytest.raises(UserError, match=r"no .*tldr.test\.jsonl .*curl .*openaipublic.*tldr_3_filtered/test\.jsonl"):
+    with pytest.raises(UserError, match=r"no .*tldr.test\.jsonl .*python -m nanorlhf.tldr download --data "):
         load_posts(tmp_path, "test")
-    with pytest.raises(UserError, match=r"no .*comparisons.batch\*\.json.*curl .*openaipublic.*batch3\.json"):
+    with pytest.raises(UserError, match=r"no .*comparisons.batch\*\.json.*python -m nanorlhf.tldr download --data "):
         load_comparisons(tmp_path, "train")
     with pytest.raises(UserError, match="split: got 'validation', expected one of train, valid, test"):
         load_posts(tmp_path, "validation")
@@ -431,6 +424,16 @@ def test_splits_cnndm_rows_and_equal_summaries_are_told_apart_and_counted(tmp_pa
     assert [c.split for c in load_comparisons(tmp_path, "valid2")] == ["valid2"]
 
 
+def test_held_out_comparisons_are_about_other_posts_than_those_of_the_training_split(tmp_path):
+    def of(post_id, split):
+        return comparison(info={"id": post_id, "subreddit": "s", "title": "t", "post": "p"}, split=split)
+
+    write_comparisons(tmp_path, [of("a", "train"), of("a", "train"), of("a", "valid1"), of("b", "valid2")])
+    train, valid = load_comparisons(tmp_path, "train"), load_comparisons(tmp_path, "valid")
+    assert [c.post.id for c in without_posts_of(train, valid)] == ["b"]
+    assert without_posts_of(valid, valid) == []
+
+
 @pytest.mark.parametrize("extra", ["absent", None, {}, {"confidence": None}])
 def test_confidence_may_be_absent(tmp_path, extra):
     write_comparisons(tmp_path, [comparison(extra=extra)])
@@ -447,6 +450,7 @@ def _texts(*texts):
         ('{"info": {"id"', "malformed JSON"),
         (comparison(info="absent"), "info is None, expected an object"),
         (comparison(info={"id": "x", "title": "t", "post": None, "subreddit": "s"}), "post is None, expected text"),
+        (comparison(info={"id": "x", "title": "t", "post": " \n", "subreddit": "s"}), "post is empty, expected text"),
         (comparison(summaries=_texts("a")), "expected exactly two objects"),
         (comparison(summaries=_texts("a", "b", "c")), "expected exactly two objects"),
         (comparison(summaries=["a", "b"]), "expected exactly two objects"),
@@ -470,48 +474,3 @@ def test_a_split_without_comparisons_is_an_error(tmp_path):
     write_comparisons(tmp_path, [comparison()])
     with pytest.raises(UserError, match="no comparisons of split 'valid' .*1 of other splits"):
         load_comparisons(tmp_path, "valid")
-
-
-# -------------------------------------------------------------------------------------------------- real Reddit posts
-
-DATA = Path(os.environ.get("NANORLHF_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
-real_data = pytest.mark.skipif(
-    not (DATA / "tldr" / "valid.jsonl").is_file(), reason="no real Reddit posts: set NANORLHF_DATA to their folder"
-)
-
-
-@real_data
-@pytest.mark.parametrize("name", ["llama3", "llama2"])
-def test_real_posts_fit_and_keep_both_ends(tokenizers, name):
-    tokenizer = tokenizers[name]
-    posts = load_posts(DATA, "valid")
-    queries, responses = encode_posts(posts, tokenizer, 512)
-    for post, query, response in zip(posts, queries, responses, strict=True):
-        text = tokenizer.decode(query)
-        assert len(query) <= 512 and query.count(tokenizer.bos_id) == 1 and query[0] == tokenizer.bos_id
-        assert text.startswith(f"SUBREDDIT: r/{post.subreddit}\n\nTITLE: {post.title}\n\nPOST: ")
-        assert text.endswith("\n\nTL;DR:")
-        assert tokenizer.decode(query + response) == f"{text} {post.summary.removeprefix(' ')}"
-        assert response[-1] == tokenizer.eos_id and response.count(tokenizer.eos_id) == 1
-    for post, query in zip(posts[:60], queries[:60], strict=True):
-        assert query == naive_query(tokenizer, post.subreddit, post.title, post.post, 512)
-
-
-@real_data
-def test_every_real_post_of_the_training_split_loads():
-    posts = load_posts(DATA, "train")
-    assert len({post.id for post in posts}) == len(posts) > 0
-    assert not {post.id for post in posts} & {post.id for post in load_posts(DATA, "valid")}
-
-
-@real_data
-def test_real_comparisons_load_and_begin_with_one_space(tokenizers):
-    stats = ComparisonStats()
-    comparisons = load_comparisons(DATA, "train", stats) + load_comparisons(DATA, "valid", stats)
-    assert len(comparisons) == stats.kept == 1000 and stats.equal_summaries == stats.cnndm == 0
-    sample = comparisons[::10]
-    queries, chosen, rejected = encode_comparisons(sample, tokenizers["llama3"], 512)
-    for c, query, *pair in zip(sample, queries, chosen, rejected, strict=True):
-        assert len(query) <= 512 and "r/None" not in tokenizers["llama3"].decode(query)
-        assert [tokenizers["llama3"].decode(ids) for ids in pair] == [c.chosen, c.rejected]
-        assert all(text[0] == " " != text[1] for text in (c.chosen, c.rejected))

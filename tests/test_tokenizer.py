@@ -56,7 +56,7 @@ def folders(tmp_path_factory):
     return {folder.name: folder for folder in root.iterdir()}
 
 
-def write_llama3_folders(root):
+def write_llama3_folders(root, corpus=CORPUS, size=600):
     """A byte-level BPE as tiktoken file and, converted by transformers as Llama 3 was, as tokenizer.json."""
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers import models, pre_tokenizers, trainers
@@ -65,8 +65,8 @@ def write_llama3_folders(root):
     trained = FastTokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
-    trained.train_from_iterator(CORPUS.splitlines(), trainer)
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator(corpus.splitlines(), trainer)
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in trained.get_vocab().items()}
     lines = [f"{base64.b64encode(t).decode()} {r}\n" for t, r in sorted(ranks.items(), key=lambda item: item[1])]
@@ -82,10 +82,10 @@ def write_llama3_folders(root):
     (root / "llama3" / "tokenizer_config.json").write_text('{"bos_token": "<|begin_of_text|>"}\r\n')
 
 
-def train_sentencepiece(folder, **options):
+def train_sentencepiece(folder, corpus=CORPUS, **options):
     folder.mkdir()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS.splitlines()),
+        sentence_iterator=iter(corpus.splitlines()),
         model_prefix=str(folder / "tokenizer"),
         model_type="bpe",
         normalization_rule_name="identity",
@@ -266,6 +266,8 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tokenizers
     size = tokenizers["llama2"].vocab_size
     check_matches(tokenizers["llama2"], size)
     check_matches(tokenizers["llama2"], size + 7)
+    with pytest.raises(UserError, match=f"has {size} ids but the model has 32000 embedding rows, expected an id a row"):
+        check_matches(tokenizers["llama2"], 32_000)  # the special ids are the same: only the size tells
     with pytest.raises(UserError, match=f"has {size} ids but the model has {size - 1} embedding rows"):
         check_matches(tokenizers["llama2"], size - 1)
 

@@ -1,0 +1,102 @@
+"""Stand-ins for what cannot be had everywhere: tokenizer and weights of Llama 3's formats and sizes, not its content.
+
+Used by bench.encoding and bench.llama_1b. The tokenizer is learned from the texts at hand and filled up to 128,000
+ordinary tokens; the weights are random.
+"""
+
+import base64
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from nanorlhf.model_config import read_config
+from nanorlhf.models import Policy
+from nanorlhf.tokenizer import LLAMA3_SPLIT, llama3_specials
+from nanorlhf.weights import file_parts
+
+VOCABULARY = 128_256  # ids of Llama 3: 128,000 ordinary tokens, then 256 special ones
+SPECIALS = 256
+LLAMA_32_1B = {  # its config.json on the hub
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+
+
+def write_llama3_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int = VOCABULARY) -> int:
+    """tokenizer.json and original/tokenizer.model of Llama 3's size; returns how many tokens the texts taught."""
+    ordinary = vocabulary - SPECIALS
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
+
+    learner = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    learner.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    learner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=ordinary, initial_alphabet=alphabet))
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    by_rank = sorted(learner.get_vocab().items(), key=lambda item: item[1])
+    tokens = [bytes(byte_of[c] for c in token) for token, _ in by_rank]
+    learned, known, rng = len(tokens), set(tokens), np.random.default_rng(0)
+    while len(tokens) < ordinary:  # a word and a word with its space: no text is split so that it could be used
+        a, b = (tokens[i] for i in rng.integers(256, learned, 2))
+        if b[:1] == b" " and a + b not in known:
+            tokens.append(a + b)
+            known.add(a + b)
+    (folder / "original").mkdir(parents=True, exist_ok=True)
+    path = folder / "original" / "tokenizer.model"
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
+    specials = list(llama3_specials(ordinary))
+    TikTokenConverter(str(path), extra_special_tokens=specials).converted().save(str(folder / "tokenizer.json"))
+    about = {"bos_token": specials[0], "eos_token": specials[1], "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    return learned
+
+
+def write_llama(folder: Path, layers: int = 16, vocabulary: int = VOCABULARY, seed: int = 0) -> int:
+    """config.json and a random model.safetensors in bf16 of Llama-3.2-1B's shape; returns the number of parameters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bos = vocabulary - SPECIALS
+    changes = {"num_hidden_layers": layers, "vocab_size": vocabulary, "bos_token_id": bos, "eos_token_id": bos + 1}
+    (folder / "config.json").write_text(json.dumps(LLAMA_32_1B | changes, indent=2) + "\n")
+    with torch.device("meta"):
+        model = Policy(read_config(folder))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for _, name, part in file_parts(model):
+        tensor = torch.empty(part.shape, dtype=torch.bfloat16)
+        tensors[name] = tensor.fill_(1.0) if part.dim() == 1 else tensor.normal_(0, 0.02, generator=generator)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return sum(tensor.numel() for tensor in tensors.values())

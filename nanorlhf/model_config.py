@@ -1,0 +1,140 @@
+"""config.json of a Hugging Face model folder: read into a LlamaConfig, and written so that others read it.
+
+The hub spells rotary positions as rope_theta and rope_scaling, transformers 5 as rope_parameters; both are read, the
+hub's is written. Anything that is no Llama is refused by the name of the field.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from nanorlhf.errors import UserError
+from nanorlhf.llama import LlamaConfig
+
+# Fields that would change the computation, and the value that leaves it a plain Llama (also where they are absent).
+ORDINARY = (
+    ("model_type", "llama", "'llama'"),
+    ("hidden_act", "silu", "'silu'"),
+    ("attention_bias", False, "false"),
+    ("mlp_bias", False, "false"),
+    ("attention_dropout", 0.0, "0.0 (N+ detail 7)"),
+    ("quantization_config", None, "no such field (the weights as they were trained)"),
+    ("sliding_window", None, "no such field"),
+    ("partial_rotary_factor", 1.0, "1.0"),
+)
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OLD_CONTEXT = 4096  # the longest of Llama 1 and 2, whose config.json may leave out rope_theta
+OLD_THETA = 10000.0
+ARCHITECTURES = {
+    "policy": "LlamaForCausalLM",
+    "reward_model": "LlamaForSequenceClassification",
+    "critic": "LlamaForTokenClassification",
+}
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises UserError when the file is missing or is not JSON."""
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found, expected a Hugging Face model folder with a {path.name}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}), copy the file again") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: got a JSON {type(raw).__name__}, expected an object")
+    return raw
+
+
+def read_config(folder: str | Path) -> LlamaConfig:
+    """LlamaConfig from a folder's config.json. Raises UserError, naming the field, for anything that is no Llama."""
+    path = Path(folder) / "config.json"
+    raw = {"model_type": None} | read_json(path)  # of the fields below, the only one that may not be absent
+
+    def refuse(field: str, got, expected: str):
+        raise UserError(f"{path}: {field} is {got!r}, expected {expected}: only the Llama architecture is implemented")
+
+    for field, ordinary, expected in ORDINARY:
+        got = raw.get(field, ordinary)
+        if got != ordinary:
+            refuse(field, got, expected)
+    for field in SIZES:
+        if field not in raw:
+            raise UserError(f"{path}: {field} is missing, expected every field of a Llama config.json")
+        if type(raw[field]) is not int or raw[field] < 1:
+            raise UserError(f"{path}: {field} is {raw[field]!r}, expected a whole number of at least 1")
+    if not isinstance(raw.get("rms_norm_eps"), float):
+        raise UserError(f"{path}: rms_norm_eps is {raw.get('rms_norm_eps', 'missing')}, expected a number like 1e-5")
+
+    heads = raw["num_attention_heads"]
+    # Llama 1 and 2 (7B, 13B) leave it out: one key head a query head.
+    kv_heads = raw.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
+    theta, scaling = _read_rope(raw, path)
+    eos = raw.get("eos_token_id", 2)
+    return LlamaConfig(
+        **{field: raw[field] for field in (*SIZES, "rms_norm_eps")},
+        num_key_value_heads=kv_heads,
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_position_embeddings=raw.get("max_position_embeddings", 2048),
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        bos_token_id=raw.get("bos_token_id", 1),
+        eos_token_id=eos[0] if isinstance(eos, list) else eos,
+        pad_token_id=raw.get("pad_token_id"),
+    )
+
+
+def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
+    """(theta, scaling or None) from the hub's rope_theta + rope_scaling, or from transformers 5's rope_parameters.
+
+    Llama 1 and 2 were published before the field existed: theta was 10000.
+    """
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", raw.get("rope_theta"))
+    if theta is None and not rope and raw.get("max_position_embeddings", OLD_CONTEXT) <= OLD_CONTEXT:
+        theta = OLD_THETA
+    if theta is None:
+        raise UserError(
+            f"{path}: rope_theta is missing (and rope_parameters too): without it positions would be wrong, and only "
+            "for Llama 1 and 2 is it known to be 10000"
+        )
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    if kind == "default":
+        return float(theta), None
+    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if kind != "llama3" or any(field not in rope for field in fields):
+        raise UserError(
+            f"{path}: rope_scaling is {kind!r} with {sorted(rope)}, "
+            f"expected 'default', or 'llama3' with {sorted(fields)}"
+        )
+    return float(theta), {"rope_type": "llama3", **{field: rope[field] for field in fields}}
+
+
+def config_json(
+    config: LlamaConfig, kind: str, dtype: torch.dtype, pad_id: int, score_shift: float | None = None
+) -> dict:
+    """What we write: the hub's spelling, readable by transformers 4 and 5, vLLM and llama.cpp."""
+    raw = {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": "llama",
+        **{k: v for k, v in vars(config).items() if k != "pad_token_id"},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "pad_token_id": pad_id,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    if kind != "policy":
+        raw |= {
+            "id2label": {"0": "score"},
+            "label2id": {"score": 0},
+            "classifier_dropout": 0.0,
+            "tie_word_embeddings": False,
+        }
+    if kind == "reward_model":
+        raw["score_shift"] = score_shift  # the normalised score is the head's output minus this (N+ detail 15)
+    return raw
