@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 import train_ppo
 from nanorlhf.checkpoint import load_policy, save_policy, save_scalar
 from nanorlhf.config import parse
+from nanorlhf.encoding import encode_posts
 from nanorlhf.llama import LlamaConfig, initialise
 from nanorlhf.models import Policy, reward_model_from
 from nanorlhf.rollout import generate
 from nanorlhf.run import read_metrics
 from nanorlhf.tiny.data import write_world
-from nanorlhf.tldr import batch_indices, encode_posts, load_posts
+from nanorlhf.tldr import batch_indices, load_posts
 from nanorlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
