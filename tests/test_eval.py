@@ -14,13 +14,14 @@ import eval as evaluation
 from nanorlhf import summaries
 from nanorlhf.checkpoint import load_policy, save_policy, save_scalar
 from nanorlhf.config import cli, parse, unread_fields
+from nanorlhf.encoding import encode_posts
 from nanorlhf.errors import UserError
 from nanorlhf.jsonl import read_jsonl
 from nanorlhf.llama import LlamaConfig, initialise
 from nanorlhf.metrics import length_controlled_win_rate, win_rate, words
 from nanorlhf.models import Policy, reward_model_from
 from nanorlhf.tiny.data import ensure_world
-from nanorlhf.tldr import encode_posts, load_posts
+from nanorlhf.tldr import load_posts
 from nanorlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -17,13 +17,14 @@ import train_sft
 from nanorlhf import hacks
 from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_scalar, save_policy, save_scalar
 from nanorlhf.config import parse, unread_fields
+from nanorlhf.encoding import encode_posts
 from nanorlhf.errors import UserError
 from nanorlhf.jsonl import read_jsonl
 from nanorlhf.llama import LlamaConfig, initialise
 from nanorlhf.models import Policy, reward_model_from
 from nanorlhf.run import Run, read_metrics
 from nanorlhf.tiny.data import write_world
-from nanorlhf.tldr import encode_posts, load_posts
+from nanorlhf.tldr import load_posts
 from nanorlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
