@@ -59,7 +59,7 @@ SHOWN = {  # fault -> the four metrics that tell it
     "reference_is_policy": ["objective/gold", "objective/scores", "objective/kl", "hack/length"],
     "eos_is_no_action": ["objective/gold", "objective/scores", "val/eos_rate", "hack/length"],
     "score_on_every_token": ["objective/gold", "objective/scores", "hack/length", "returns_mean"],
-    "policy_min": ["objective/gold", "objective/kl", "policy/approxkl_avg", "policy/clipfrac_avg"],
+    "fused_policy_min": ["objective/gold", "objective/kl", "policy/approxkl_avg", "policy/clipfrac_avg"],
     "returns_after_whitening": ["objective/gold", "hack/length", "returns_mean", "explained_variance"],
 }
 HEALTHY = "healthy"

@@ -135,7 +135,8 @@ def any_update(
     policy, reference, _, reward_model = models
     sequences, responses, mask = episode.sequences, episode.responses, episode.action_mask
     now = fingerprint([reference, reward_model])
-    moved = max(abs(a - b) for a, b in zip(now, frozen, strict=True))
+    # As a tensor, so that a nan is not lost in a maximum; in float64, so that a small step is not lost in rounding.
+    moved = (torch.tensor(now, dtype=torch.float64) - torch.tensor(frozen, dtype=torch.float64)).abs().max().item()
 
     def second_pass(packed, rows):
         return policy.response_logprobs(packed, responses[rows], cfg.temperature)

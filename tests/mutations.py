@@ -15,6 +15,7 @@ TRAIN = "train_ppo.py"
 FUSED_TEST = "test_models.py::test_the_fused_ppo_loss_is_that_of_ppo_policy_loss_in_value_gradient_and_statistics"
 UPDATE = "test_parity.py::test_an_update_equals_the_naive_ppo_in_float64"
 FLIGHT = "test_scripts.py::test_before_the_first_update_ratio_is_one_and_kl_is_zero"  # stopped by the pre-flight
+FULL_KL = f"{UPDATE}[exact_kl"
 SECOND = "test_scripts.py::test_before_the_second_update_the_sampler_and_the_loss_still_agree"  # also by the pre-flight
 
 MUTATIONS = [
@@ -225,6 +226,9 @@ MUTATIONS = [
     M("critic_is_reward_model", "T24", TRAIN, "critic_from(reward_model).requires_grad_(True)",
       "reward_model.requires_grad_(True)", FLIGHT),
     M("score_past_eos", "detail 23.2", TRAIN, "s[: len(s) - R + summary.tokens]", "s", FLIGHT),
+    M("full_kl_after_eos", "T38", TRAIN, "torch.where(action_mask, full_kl, 0.0) if", "full_kl if", FULL_KL),
+    M("full_kl_not_penalised", "detail 20", TRAIN, "penalised_kl = kl if full_kl is None else full_kl",
+      "penalised_kl = kl", FULL_KL),
     M("kl_logged_after_eos", "T38", TRAIN, "kl = torch.where(action_mask, logprobs - ref_logprobs, 0.0)",
       "kl = logprobs - 0.9 * ref_logprobs", UPDATE),
     M("values_not_masked", "T38", TRAIN, "values = torch.where(value_mask, values, 0.0)", "values = values.clone()",

@@ -71,14 +71,20 @@ def hidden_states(w: Weights, config: dict, tokens: list[int]) -> Tensor:
     return norm(x, "model.norm.weight")
 
 
-def response_logprobs(w: Weights, c: dict, query: list[int], response: list[int], temperature: float) -> list[Tensor]:
+def log_distributions(w: Weights, c: dict, query: list[int], response: list[int], temperature: float) -> list[Tensor]:
+    """The log-probs of all tokens, (V,), before each response token."""
     hidden = hidden_states(w, c, query + response)
     head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
     found = []
-    for t, token in enumerate(response):
+    for t in range(len(response)):
         logits = head @ hidden[len(query) + t - 1] / temperature  # the state before the token
-        found.append(logits[token] - logits.logsumexp(0))
+        found.append(logits - logits.logsumexp(0))
     return found
+
+
+def response_logprobs(w: Weights, c: dict, query: list[int], response: list[int], temperature: float) -> list[Tensor]:
+    every = log_distributions(w, c, query, response, temperature)
+    return [log_p[token] for log_p, token in zip(every, response, strict=True)]
 
 
 def values_before(w: Weights, c: dict, query: list[int], tokens: list[int], states: int) -> list[Tensor]:
@@ -95,18 +101,21 @@ def rollout(policy, reference, critic, reward_model, config, queries, responses,
         tokens = raw[: raw.index(hp.eos_id) + 1] if stops else raw
         states = min(len(tokens) + 1, R)  # the state after EOS has a value too, where there is room for it
         with torch.no_grad():
-            logprobs = [x.item() for x in response_logprobs(policy, config, query, tokens, hp.temperature)]
-            ref = [x.item() for x in response_logprobs(reference, config, query, tokens, hp.temperature)]
+            ours, theirs = (log_distributions(w, config, query, tokens, hp.temperature) for w in (policy, reference))
+            logprobs, ref = ([p[token].item() for p, token in zip(d, tokens, strict=True)] for d in (ours, theirs))
+            full_kl = [(p.exp() * (p - q)).sum().item() for p, q in zip(ours, theirs, strict=True)]
             values = [x.item() for x in values_before(critic, config, query, tokens, states)]
             hidden = hidden_states(reward_model, config, query + tokens)
             score = (reward_model["score.weight"][0] @ hidden[-1]).item() - hp.score_shift
         score = score if stops else hp.missing_eos_score
         kl = [a - b for a, b in zip(logprobs, ref, strict=True)]
-        rewards = [-hp.kl_coef * x for x in kl] + [0.0] * (states - len(tokens))
+        penalised = full_kl if hp.kl_estimator == "full" else kl
+        rewards = [-hp.kl_coef * x for x in penalised] + [0.0] * (states - len(tokens))
         rewards[-1] += score
         episodes.append(
             SimpleNamespace(query=query, tokens=tokens, R=R, states=states, logprobs=logprobs, values=values,
-                            score=score, kl=kl, rewards=rewards)
+                            score=score, kl=kl, full_kl=full_kl, penalised=penalised,
+                            rewards=rewards)
         )  # fmt: skip
     if hp.whiten_rewards:
         every = [x for e in episodes for x in e.rewards]
@@ -157,15 +166,19 @@ def losses(policy: Weights, critic: Weights, config: dict, minibatch: list, hp: 
     return mean(policy_terms), 0.5 * mean(value_terms), mean(clipped), mean(squares), mean(ratios)
 
 
-def update(policy, critic, config, episodes, orders, hp: SimpleNamespace) -> dict[str, float]:
+def adam_state(policy: Weights, critic: Weights) -> SimpleNamespace:
+    """What AdamW remembers from step to step: two moments a parameter and the number of steps."""
+    first, second = ([torch.zeros_like(p) for p in (*policy.values(), *critic.values())] for _ in range(2))
+    return SimpleNamespace(first=first, second=second, steps=0)
+
+
+def update(policy, critic, config, episodes, orders, adam, lr: float, hp: SimpleNamespace) -> dict[str, float]:
     """All optimizer steps of one update, in place. orders: for each epoch, its minibatches of episode numbers."""
     parameters = [*policy.values(), *critic.values()]
-    first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     logged = {name: [] for name in ("policy", "value", "clipfrac", "approxkl", "ratio", "grad_norm")}
-    step = 0
     for minibatches in orders:
         for numbers in minibatches:
-            step += 1
+            adam.steps += 1
             for p in parameters:
                 p.requires_grad_().grad = torch.zeros_like(p)
             found = losses(policy, critic, config, [episodes[i] for i in numbers], hp)
@@ -173,12 +186,12 @@ def update(policy, critic, config, episodes, orders, hp: SimpleNamespace) -> dic
             norm = math.sqrt(sum(p.grad.pow(2).sum().item() for p in parameters))
             scale = min(1.0, hp.max_grad_norm / (norm + 1e-6)) if hp.max_grad_norm else 1.0
             with torch.no_grad():
-                for p, m, v in zip(parameters, first, second, strict=True):
+                for p, m, v in zip(parameters, adam.first, adam.second, strict=True):
                     g = p.grad * scale
-                    p -= hp.lr * 0.01 * p  # decoupled weight decay
+                    p -= lr * 0.01 * p  # decoupled weight decay
                     m += (1 - 0.9) * (g - m)
                     v += (1 - 0.999) * (g * g - v)
-                    p -= hp.lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-5)
+                    p -= lr * (m / (1 - 0.9**adam.steps)) / ((v / (1 - 0.999**adam.steps)).sqrt() + 1e-5)
             for name, value in zip(logged, [*found, norm], strict=True):
                 logged[name].append(number(value))
     return {name: sum(values) / len(values) for name, values in logged.items()}

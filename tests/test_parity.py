@@ -1,4 +1,4 @@
-"""One whole update of train_ppo.py against the naive PPO of naive_ppo.py: metrics, losses and every weight after it."""
+"""Two updates of train_ppo.py against the naive PPO of naive_ppo.py: metrics, losses and every weight after them."""
 
 import copy
 import json
@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import train_ppo
-from nanorlhf.checkpoint import load_policy, save_policy, save_scalar
+from nanorlhf.checkpoint import save_policy, save_scalar
 from nanorlhf.config import parse
 from nanorlhf.encoding import encode_posts
 from nanorlhf.llama import LlamaConfig, initialise
 from nanorlhf.models import Policy, reward_model_from
-from nanorlhf.rollout import generate
 from nanorlhf.run import read_metrics
 from nanorlhf.tiny.data import write_world
 from nanorlhf.tldr import batch_indices, load_posts
@@ -25,7 +24,7 @@ from nanorlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = load_tokenizer(ROOT / "nanorlhf" / "tiny")
-R, BATCH, LR = 14, 8, 3e-4
+R, BATCH, LR, UPDATES = 14, 8, 3e-4, 2  # from the second update on KL is not 0
 
 
 @pytest.fixture(scope="module")
@@ -53,42 +52,74 @@ def inputs(tmp_path_factory):
     return SimpleNamespace(world=world, sft=folder / "sft", rm=folder / "rm")
 
 
-def ours(inputs, flags: str):
-    """Run train_ppo.py -> (its config, metrics row, policy weights, critic weights)."""
+def ours(inputs, flags: str, monkeypatch):
+    """Run train_ppo.py -> (its config, sampled responses and metrics of each update, policy and critic weights)."""
     line = f"--preset tiny --device cpu --data {inputs.world} --sft_model {inputs.sft} --reward_model {inputs.rm}"
-    line += f" --batch_size {BATCH} --max_updates 1 --response_length {R} --lr {LR} --no_preflight {flags}"
+    line += f" --batch_size {BATCH} --max_updates {UPDATES} --response_length {R} --lr {LR} --no_preflight {flags}"
     cfg = parse(train_ppo.Config, train_ppo.PRESETS, train_ppo.__doc__, line.split())
+    sample, sampled = train_ppo.generate, []
+
+    def listen(*args):
+        responses, logprobs = sample(*args)
+        sampled.append(responses.tolist())
+        return responses, logprobs
+
+    monkeypatch.setattr(train_ppo, "generate", listen)
     train_ppo.main(cfg)
     files = (Path("runs/ppo") / name / "model.safetensors" for name in ("final", "final_critic"))
-    return cfg, read_metrics("runs/ppo")[0], *(load_file(file) for file in files)
+    return cfg, sampled, read_metrics("runs/ppo"), *(load_file(file) for file in files)
 
 
 def double(weights: dict) -> dict:
     return {name: tensor.double() for name, tensor in weights.items()}
 
 
-def naive(inputs, cfg):
-    """The same update by naive_ppo -> (episodes, logged, policy weights, critic weights)."""
+def naive(inputs, cfg, sampled):
+    """The same updates by naive_ppo -> (episodes and logged numbers of each update, policy and critic weights)."""
     config = json.loads((inputs.sft / "config.json").read_text())
-    policy, reward_model = (
-        double(load_file(inputs.sft / "model.safetensors")),
-        double(load_file(inputs.rm / "model.safetensors")),
-    )
+    policy, reward_model = (double(load_file(folder / "model.safetensors")) for folder in (inputs.sft, inputs.rm))
     shift = json.loads((inputs.rm / "config.json").read_text())["score_shift"]
     reference, critic = copy.deepcopy(policy), copy.deepcopy(reward_model)
     critic["score.bias"] = torch.tensor([-shift], dtype=torch.float64)
     hp = SimpleNamespace(**vars(cfg), eos_id=TOKENIZER.eos_id, score_shift=shift)
+    adam = naive_ppo.adam_state(policy, critic)
 
     posts = load_posts(inputs.world, "train")
     every, _ = encode_posts(posts, TOKENIZER, cfg.max_query_length)
-    queries = [every[i] for i in batch_indices(len(posts), cfg.batch_size, cfg.seed, 0)]
-    responses, _ = generate(load_policy(inputs.sft), queries, R, cfg.temperature, cfg.seed, range(cfg.batch_size))
-    episodes = naive_ppo.rollout(policy, reference, critic, reward_model, config, queries, responses.tolist(), hp)
-    orders = [
-        np.split(np.random.default_rng([cfg.seed, 0, epoch]).permutation(cfg.batch_size), cfg.num_minibatches)
-        for epoch in range(cfg.num_ppo_epochs)
-    ]
-    return episodes, naive_ppo.update(policy, critic, config, episodes, orders, hp), policy, critic
+    updates = []
+    for update, responses in enumerate(sampled):
+        queries = [every[i] for i in batch_indices(len(posts), cfg.batch_size, cfg.seed, update)]
+        episodes = naive_ppo.rollout(policy, reference, critic, reward_model, config, queries, responses, hp)
+        orders = [
+            np.split(np.random.default_rng([cfg.seed, update, epoch]).permutation(cfg.batch_size), cfg.num_minibatches)
+            for epoch in range(cfg.num_ppo_epochs)
+        ]
+        lr = cfg.lr * (1 - update / len(sampled))
+        updates.append((episodes, naive_ppo.update(policy, critic, config, episodes, orders, adam, lr, hp)))
+    return updates, policy, critic
+
+
+def expected_metrics(episodes, logged, cfg) -> dict[str, float]:
+    """What metrics.jsonl should say, from the naive PPO's lists."""
+    mean = lambda x: sum(x) / len(x)  # noqa: E731
+    score, penalty = mean([e.score for e in episodes]), mean([sum(e.penalised) for e in episodes])
+    exact = {"objective/kl_full": mean([sum(e.full_kl) for e in episodes])} if cfg.kl_estimator == "full" else {}
+    return exact | {
+        "objective/scores": score,
+        "objective/kl": mean([sum(e.kl) for e in episodes]),
+        "objective/rlhf_reward": score - cfg.kl_coef * penalty,
+        "objective/entropy": mean([-sum(e.logprobs) for e in episodes]),
+        "objective/entropy_paper": mean([-sum(e.logprobs) - (e.R - len(e.tokens)) for e in episodes]),
+        "returns_mean": mean([x for e in episodes for x in e.returns]),
+        "values_mean": mean([x for e in episodes for x in e.values]),
+        "val/num_eos_tokens": sum(e.tokens[-1] == TOKENIZER.eos_id for e in episodes),
+        "loss/policy_avg": logged["policy"],
+        "loss/value_avg": logged["value"],
+        "policy/clipfrac_avg": logged["clipfrac"],
+        "policy/approxkl_avg": logged["approxkl"],
+        "val/ratio": logged["ratio"],
+        "grad_norm": logged["grad_norm"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -98,36 +129,18 @@ def naive(inputs, cfg):
         "--num_ppo_epochs 2 --num_minibatches 2 --microbatch_tokens 150",
         "--num_ppo_epochs 1 --whiten_rewards --gamma 0.9 --lam 0.5 --vf_coef 0.7 --missing_eos_score -2",
         "--num_ppo_epochs 3 --lr 3e-3 --cliprange 0.02 --cliprange_value 0.01 --temperature 0.8",
+        "--num_ppo_epochs 2 --kl_estimator full --kl_coef 0.3",
     ],
-    ids=["paper", "minibatches", "other settings", "clipped"],
+    ids=["paper", "minibatches", "other settings", "clipped", "exact_kl"],
 )
 def test_an_update_equals_the_naive_ppo_in_float64(inputs, flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cfg, row, policy, critic = ours(inputs, flags)
-    episodes, logged, naive_policy, naive_critic = naive(inputs, cfg)
+    cfg, sampled, rows, policy, critic = ours(inputs, flags, monkeypatch)
+    updates, naive_policy, naive_critic = naive(inputs, cfg, sampled)
 
-    stops = [e.tokens[-1] == TOKENIZER.eos_id for e in episodes]
-    assert 0 < sum(stops) < BATCH and len({len(e.tokens) for e in episodes}) > 2  # the batch has every kind of row
-    mean = lambda x: sum(x) / len(x)  # noqa: E731
-    penalty = cfg.kl_coef * mean([sum(e.kl) for e in episodes])
-    expected = {
-        "objective/scores": mean([e.score for e in episodes]),
-        "objective/kl": mean([sum(e.kl) for e in episodes]),
-        "objective/rlhf_reward": mean([e.score for e in episodes]) - penalty,
-        "objective/entropy": mean([-sum(e.logprobs) for e in episodes]),
-        "objective/entropy_paper": mean([-sum(e.logprobs) - (e.R - len(e.tokens)) for e in episodes]),
-        "returns_mean": mean([x for e in episodes for x in e.returns]),
-        "values_mean": mean([x for e in episodes for x in e.values]),
-        "val/num_eos_tokens": sum(stops),
-        "loss/policy_avg": logged["policy"],
-        "loss/value_avg": logged["value"],
-        "policy/clipfrac_avg": logged["clipfrac"],
-        "policy/approxkl_avg": logged["approxkl"],
-        "val/ratio": logged["ratio"],
-        "grad_norm": logged["grad_norm"],
-    }
-    for name, value in expected.items():
-        assert row[name] == pytest.approx(value, rel=1e-3, abs=2e-6), name
+    for row, (episodes, logged) in zip(rows, updates, strict=True):
+        for name, value in expected_metrics(episodes, logged, cfg).items():
+            assert row[name] == pytest.approx(value, rel=1e-3, abs=5e-6), (row["step"], name)
     for mine, theirs in ((policy, naive_policy), (critic, naive_critic)):
         assert mine.keys() == theirs.keys()
         for name in mine:
@@ -135,4 +148,8 @@ def test_an_update_equals_the_naive_ppo_in_float64(inputs, flags, tmp_path, monk
             assert error < 0.02 * cfg.lr, (
                 f"{name}: {error / cfg.lr:.3f} steps"
             )  # Adam moves a weight by about lr a step
-    assert "clipped" not in flags or logged["clipfrac"] > 0.05
+    # The batch has every kind of row, and what could be 0 by accident is not.
+    episodes, _ = updates[0]
+    assert 0 < sum(e.tokens[-1] == TOKENIZER.eos_id for e in episodes) < BATCH
+    assert len({len(e.tokens) for e in episodes}) > 2 and rows[1]["objective/kl"] != 0
+    assert "0.02" not in flags or updates[0][1]["clipfrac"] > 0.05
