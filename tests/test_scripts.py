@@ -431,7 +431,7 @@ def test_ppo_says_an_alarm_aloud_and_knows_after_a_resume_how_the_run_began(worl
     monkeypatch.setattr(hacks, "panel", lambda *args: panel(*args) | {"length": 10.0 * grown[0]})
     flags = f"{models['train_ppo']} --max_updates 3 --save_every 1"
 
-    def die(*_):
+    def die(*_, **__):
         raise Killed
 
     with monkeypatch.context() as patch:
