@@ -15,6 +15,7 @@ def test_several_processes_give_the_same_in_the_same_order(monkeypatch):
     alone = over_cores(lengths, texts, cores=1)
     monkeypatch.setattr(cores, "LEAST", 10)
     assert over_cores(lengths, texts, cores=2) == alone == [i % 37 for i in range(1000)]
+    assert len(over_cores(lengths, texts[:501], cores=1)) == 501  # a last chunk of one
 
 
 def test_few_items_start_no_process(monkeypatch):

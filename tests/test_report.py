@@ -12,6 +12,8 @@ import pytest
 
 from nanorlhf import figures, report, tables
 from nanorlhf.html_page import html_page
+from nanorlhf.inputs import EMBEDDED
+from nanorlhf.tokenizer import load_tokenizer
 
 HOSTILE = '<script>alert(1)</script> | "><img src=http://evil.example/x.png onerror=alert(2)> [a](javascript:x) *b* '
 HOSTILE += "\u202eabc \ud83d 🙂"
@@ -264,3 +266,15 @@ def test_curves_come_from_the_run_that_made_the_model_or_from_beside_an_embedded
 def test_nan_metrics_are_shown_as_a_dash():
     assert tables.number(math.nan) == tables.number(None) == "-"
     assert tables.interval(None) == "-"
+
+
+def test_the_embedded_checkpoint_brings_the_trace_of_its_own_run():
+    """Rewards add up to the score minus the KL penalty of the tiny preset, and the tokens are its tokenizer's."""
+    folder = EMBEDDED / "ppo"
+    tokenizer, steps = load_tokenizer(folder), {row["step"] for row in report.read_metrics(folder)}
+    traces = report.read_traces({"models": {"ppo": {"folder": str(folder)}}})
+    assert [row["step"] for row in traces] == [max(steps), 1]
+    for row in traces:
+        assert sum(row["rewards"]) == pytest.approx(row["score"] - 0.15 * sum(row["kl"]), abs=1e-5)
+        assert tokenizer.decode(row["ids"][:3]) == "".join(row["tokens"][:3])
+    assert set(map(abs, traces[1]["kl"])) == {0.0}  # before the first update
