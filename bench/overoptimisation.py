@@ -18,6 +18,7 @@ import numpy as np
 
 from nanorlhf.figures import overoptimisation_figure, png
 from nanorlhf.inputs import EMBEDDED
+from nanorlhf.jsonl import finite
 from nanorlhf.run import read_metrics
 
 EPISODES_AN_UPDATE = 128
@@ -70,7 +71,7 @@ def main() -> None:
     args.figure.parent.mkdir(parents=True, exist_ok=True)
     args.figure.write_bytes(png(overoptimisation_figure(groups)))
     print(f"figure {args.figure}")
-    print(json.dumps({"bench": "overoptimisation", "updates": args.updates, "rows": rows}))
+    print(json.dumps({"bench": "overoptimisation", "updates": args.updates, "rows": [finite(row) for row in rows]}))
 
 
 if __name__ == "__main__":

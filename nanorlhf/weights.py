@@ -104,11 +104,12 @@ class TensorFile:
     def _fill(self, flat: Tensor, position: int) -> None:
         """Read a CPU tensor's bytes from a place of the file."""
         view = memoryview(flat.view(torch.uint8).numpy())
+        self._file.seek(position)
         while view:
-            count = os.preadv(self._file.fileno(), [view], position)  # may be less than asked for, above 2 GiB always
+            count = self._file.readinto(view)  # may be less than asked for, above 2 GiB always
             if count == 0:
                 raise UserError(f"{self.path}: became shorter while it was read, {AGAIN}")
-            view, position = view[count:], position + count
+            view = view[count:]
 
     def close(self) -> None:
         self._file.close()

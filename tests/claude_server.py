@@ -90,7 +90,7 @@ class ClaudeServer:
                     if server.hold_after is not None and len(server.answered) >= server.hold_after:
                         server.hold.clear()
                 if fault == "hang":
-                    time.sleep(1.5)
+                    time.sleep(3)
                     return
                 if fault:
                     self.reply(fault[0], fault[2], fault[1])

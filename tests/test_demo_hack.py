@@ -84,6 +84,6 @@ def test_the_sweep_runs_what_is_missing_and_nothing_else(tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["x", "--kl_coefs", "0", "0.2", "--seeds", "1", "--updates", "12"])
     overoptimisation.main()
     assert started == [("kl0.2_seed1_12", "0.2", str(12 * 128))]
-    last = json.loads(capsys.readouterr().out.splitlines()[-1].replace("NaN", "null"))
-    assert [row["kl_coef"] for row in last["rows"]] == [0.0, 0.2]
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(row["kl_coef"], row["kl sd"]) for row in last["rows"]] == [(0.0, None), (0.2, None)]  # one seed: no spread
     assert (tmp_path / "runs" / "overoptimisation.png").is_file()

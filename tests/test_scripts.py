@@ -100,7 +100,9 @@ def test_each_stage_runs_alone_from_the_embedded_checkpoints_and_says_so(world, 
         folder = run(name, world)
         assert "embedded" in capsys.readouterr().out
         assert len(read_metrics(folder)) >= 4
-        assert (folder / "final" / "model.safetensors").is_file()
+        for final in folder.glob("final*"):
+            assert (final / "model.safetensors").is_file() and (final / "README.md").is_file()
+        assert len(list(folder.glob("final*"))) == (2 if name == "train_ppo" else 1)
         record = json.loads((folder / "config.json").read_text())
         assert record["config"]["preset"] == "tiny" and record["config"]["seed"] == 1
         Path("runs").rename(f"{name}_alone")  # the next stage would go on from this one
@@ -429,7 +431,7 @@ def test_ppo_says_an_alarm_aloud_and_knows_after_a_resume_how_the_run_began(worl
     monkeypatch.setattr(hacks, "panel", lambda *args: panel(*args) | {"length": 10.0 * grown[0]})
     flags = f"{models['train_ppo']} --max_updates 3 --save_every 1"
 
-    def die(*_):
+    def die(*_, **__):
         raise Killed
 
     with monkeypatch.context() as patch:
