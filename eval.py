@@ -35,6 +35,7 @@ from nanorlhf import rm_card
 from nanorlhf.checkpoint import load_scalar
 from nanorlhf.claude import MODEL, ClaudeJudge
 from nanorlhf.config import check, cli
+from nanorlhf.divergence import kl_from_sft
 from nanorlhf.errors import UserError
 from nanorlhf.evaluation import (
     REFERENCE, STAGES, compare, describe, describe_reference, disagreement, find_policies, find_samples,
@@ -181,6 +182,13 @@ def main(cfg: Config) -> None:
             else:
                 generated += (len(posts) + sum(map(len, written[name].samples))) * cfg.response_length
         generation_seconds = time.monotonic() - generation_began
+        kls = {}
+        if "sft" in models and cfg.diversity_samples:
+            sampling = cfg.max_query_length, cfg.response_length, cfg.diversity_temperature, cfg.seed
+            for name in run.progress([name for name in models if name != "sft"], what="exact KL from SFT"):
+                pair = models[name][0], models["sft"][0]
+                hardware = cfg.microbatch_tokens, run.device, run.dtype
+                kls[name] = kl_from_sft(*pair, posts[: cfg.diversity_posts], *sampling, *hardware)
         written = {name: written[name] for name in [*files, *models]}
         for name in written:
             check_not_silent(name, written[name].texts)
@@ -193,6 +201,7 @@ def main(cfg: Config) -> None:
         for name in run.progress(written, what="describing"):
             numbers = scores.get(name), gold.get(name)
             described[name] = describe(written[name], posts, *numbers, cfg.rouge_stemmer, run.progress)
+            described[name] |= {"objective/kl_full": mean(kls[name])} if name in kls else {}
 
         # 4. the reward model
         card, example_sets = {}, []

@@ -31,6 +31,7 @@ HACKS = {
     "distinct2": ("distinct-2", ".3f"),
     "edit_distance": ("edit distance of samples of one post", ".2f"),
     "entropy": ("entropy, nats a token", ".3f"),
+    "objective/kl_full": ("exact KL from SFT, nats a summary", ".2f"),
     "length_score_corr": ("correlation of length and RM score", ".2f"),
 }
 
@@ -96,7 +97,7 @@ def hack_table(results: dict) -> Table:
     header, rows = _columns(results, HACKS, "")
     note = "title copied: longest common subsequence of words over title length; 4-grams and bigrams of words"
     if about.get("diversity_samples"):
-        note += "; edit distance (words over the longer text) and entropy:"
+        note += "; edit distance (words over the longer text), entropy and KL:"
         number_of_posts = min(about["diversity_posts"], about["posts"])
         note += f" {about['diversity_samples']} samples of each of {number_of_posts} posts"
         note += f" at temperature {about['diversity_temperature']:g}"
