@@ -171,7 +171,7 @@ def _save(ctx, inputs, output):
 
 def _gradient(ctx, grad_loss, *_):
     grad_hidden, grad_weight = ctx.saved_tensors
-    of_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype) if ctx.of_hidden else None
+    of_hidden = grad_hidden * grad_loss if ctx.of_hidden else None  # 0-dim: stays in the dtype of grad_hidden
     of_weight = None
     if ctx.of_weight:  # scaled and rounded in one pass: at Llama 3's size this is a gigabyte
         of_weight = torch.mul(grad_weight, grad_loss, out=torch.empty_like(grad_weight, dtype=ctx.weight_dtype))
