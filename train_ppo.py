@@ -45,7 +45,7 @@ from nanorlhf.checkpoint import (
     save_scalar,
 )
 from nanorlhf.config import check, cli
-from nanorlhf.device import now, peak_gib
+from nanorlhf.device import now
 from nanorlhf.encoding import encode_posts, length_report
 from nanorlhf.hacks import Alarms
 from nanorlhf.inputs import find_data, find_model
@@ -286,7 +286,6 @@ def main(cfg: Config) -> None:
             learned = now(run.device)
 
             # 7. log
-            tokens = sum(len(s) for s in sequences)
             look = cfg.sample_every and (update == 0 or (update + 1) % cfg.sample_every == 0)  # closer than at others
             metrics = (
                 monitor.objective(scores, logprobs, kl, action_mask, cfg.kl_coef, full_kl)
@@ -295,8 +294,8 @@ def main(cfg: Config) -> None:
                 | monitor.texts(summaries, batch_posts, scores, entropy, action_mask)
                 | {"lr": lr, "episode": (update + 1) * cfg.batch_size}
                 | {"time/rollout": rolled_out - began, "time/score": scored - rolled_out}
-                | {"time/learn": learned - scored, "perf/tokens_per_s": tokens / (learned - began)}
-                | {"perf/peak_gib": peak_gib(run.device)}
+                | {"time/learn": learned - scored}
+                | monitor.speed(policy.config, sequences, finished, R, cfg.num_ppo_epochs, learned - began, run.device)
                 | (monitor.diversity(policy, tokenizer, batch_queries, R, T, cfg.seed) if look else {})
                 | checked
             )

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from nanorlhf import hacks
+from nanorlhf.device import peak_gib
+from nanorlhf.flops import mfu, ppo_update_flops
+from nanorlhf.llama import LlamaConfig
 from nanorlhf.metrics import mean, mean_pairwise_edit_distances
 from nanorlhf.models import Policy
 from nanorlhf.ppo import masked_mean
@@ -73,6 +76,23 @@ def critic(
         "explained_variance": (1 - errors.var() / targets.var()).item(),
         "advantages_max": advantages[action_mask].max().item(),
     }
+
+
+def speed(
+    config: LlamaConfig,
+    sequences: list[list[int]],
+    finished: list[list[int]],
+    response_length: int,
+    epochs: int,
+    seconds: float,
+    device: torch.device,
+) -> dict[str, float]:
+    """What an update cost. sequences: queries with their R tokens; finished: up to EOS; seconds: of the whole update."""
+    lengths = [len(sequence) for sequence in sequences]
+    flops = ppo_update_flops(config, lengths, [len(sequence) for sequence in finished], response_length, epochs)
+    share = mfu(flops, seconds, device)
+    metrics = {"perf/tokens_per_s": sum(lengths) / seconds, "perf/peak_gib": peak_gib(device)}
+    return metrics if share is None else metrics | {"perf/mfu": share}
 
 
 def texts(

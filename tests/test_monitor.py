@@ -24,6 +24,7 @@ from test_ppo import (
 )
 
 from nanorlhf import monitor
+from nanorlhf.flops import ppo_update_flops
 from nanorlhf.ppo import policy_loss
 from nanorlhf.rollout import Summary
 from nanorlhf.tiny import gold
@@ -224,3 +225,13 @@ def test_the_trace_is_the_tensors_up_to_the_state_after_eos():
     assert row["rewards"] == [0.5, -0.25, 1.0, 2.0]
     assert row["action_mask"] == [True, True, True, False] and row["value_mask"] == [True] * 4
     assert row["title"] == "a title"
+
+
+def test_speed_is_tokens_of_the_update_over_its_seconds_and_mfu_where_the_peak_is_known(make_config, monkeypatch):
+    sequences, finished = [[1] * 30, [1] * 20], [[1] * 28, [1] * 20]
+    numbers = make_config(), sequences, finished, 8, 4, 2.0
+    row = monitor.speed(*numbers, torch.device("cpu"))
+    assert row["perf/tokens_per_s"] == 25 and row["perf/peak_gib"] > 0 and "perf/mfu" not in row
+    monkeypatch.setattr(monitor, "mfu", lambda flops, seconds, device: flops / seconds)
+    expected = ppo_update_flops(make_config(), [30, 20], [28, 20], 8, 4) / 2.0
+    assert monitor.speed(*numbers, torch.device("cpu"))["perf/mfu"] == expected > 0
