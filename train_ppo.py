@@ -204,7 +204,11 @@ def main(cfg: Config) -> None:
         run.say(f"models  policy and reference {origins}")
         run.say(f"        2 x {parameter_count(policy):,} + 2 x {parameter_count(critic):,} parameters")
         steps = cfg.num_ppo_epochs * cfg.num_minibatches  # optimizer steps an update
+        tokens = round(cfg.batch_size * (np.mean(queries.lengths) + R))
         run.say(f"plan    {total_updates} updates of {cfg.batch_size} episodes and {steps} optimizer steps each")
+        run.say(
+            f"        about {tokens:,} tokens an update, read once to sample, 4 times to score, {2 * steps} to learn"
+        )
         tiny_lr = PRESETS["tiny"]["lr"]
         if cfg.preset == "tiny" and cfg.lr < 0.1 * tiny_lr:
             run.say(f"note    lr {cfg.lr:g} suits a large model; the tiny one hardly moves below {tiny_lr:g}")

@@ -87,7 +87,7 @@ def speed(
     seconds: float,
     device: torch.device,
 ) -> dict[str, float]:
-    """What an update cost. sequences: queries with their R tokens; finished: up to EOS; seconds: of the whole update."""
+    """What an update cost. sequences: queries with their R tokens; finished: up to EOS; seconds: of the update."""
     lengths = [len(sequence) for sequence in sequences]
     flops = ppo_update_flops(config, lengths, [len(sequence) for sequence in finished], response_length, epochs)
     share = mfu(flops, seconds, device)
