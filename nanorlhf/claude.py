@@ -126,7 +126,7 @@ class Cache:
 
     def _append(self, row: dict) -> None:
         with self._lock:
-            if not self.path.exists():
+            if not self.path.exists() or not self.path.stat().st_size:  # or a kill came before its first line was whole
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 append(self.path, [self.header])
             append(self.path, [row])
@@ -170,7 +170,7 @@ class ClaudeJudge:
                 return TIE  # the same text twice is not worth a question
             return outcome(self.used[question.key(self.model, self.prompt_hash)]["preferred"], ours)
 
-        return [Judgement(said(first, "A"), said(second, "B")) for first, second in both]
+        return [Judgement(said(a, "A"), said(b, "B"), asked=a.a != a.b) for a, b in both]
 
     def request(self, question: Question) -> dict:
         """The parameters of one message: no sampling parameters, which current models refuse."""

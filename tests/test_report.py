@@ -263,6 +263,11 @@ def test_curves_come_from_the_run_that_made_the_model_or_from_beside_an_embedded
     assert figures.run_folder(tmp_path / "elsewhere") is None
 
 
+def test_a_number_that_rounds_to_zero_has_no_sign():
+    assert [tables.number(x) for x in (-1e-6, -0.0, -0.5)] == ["0.000", "0.000", "-0.500"]
+    assert tables.number(-1e-6, ".1%") == "0.0%"
+
+
 def test_nan_metrics_are_shown_as_a_dash():
     assert tables.number(math.nan) == tables.number(None) == "-"
     assert tables.interval(None) == "-"
