@@ -222,7 +222,7 @@ def main(cfg: Config) -> None:
 
         # 6. tables, files, report
         told = ("preset", "split", "temperature", "response_length", "judge", "seed", "rouge_stemmer")
-        about = {"posts": len(posts), "data": str(data)} | {name: getattr(cfg, name) for name in told}
+        about = {"posts": len(posts), "data": short(data)} | {name: getattr(cfg, name) for name in told}
         told = ("diversity_samples", "diversity_posts", "diversity_temperature")
         about |= {name: getattr(cfg, name) for name in told}
         about["judge_model"] = short(Path(cfg.judge_model)) if cfg.judge == "rm" and cfg.judge_model else None

@@ -211,6 +211,14 @@ def test_a_cache_of_another_model_or_prompt_is_refused_and_left_alone(judge, tmp
     assert (tmp_path / "cache.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("content", ["my notes", '{"kind": "judge", "model": "m"}', "my notes\n", "\n"])
+def test_a_file_that_is_no_cache_is_refused_and_left_alone(judge, tmp_path, content):
+    (tmp_path / "cache.jsonl").write_text(content)
+    with pytest.raises(UserError, match="cache.jsonl"):
+        judge().compare(pairs(1))
+    assert (tmp_path / "cache.jsonl").read_text() == content
+
+
 def test_a_cache_line_cut_by_a_kill_is_dropped_and_asked_again(judge, server, tmp_path):
     judge().compare(pairs(3))
     path = tmp_path / "cache.jsonl"

@@ -160,6 +160,12 @@ def test_what_was_not_measured_is_a_dash_and_an_empty_row_is_left_out():
     assert len(tables.tables(results(reward_model={}, win_rates=[]))) == 2
 
 
+def test_the_first_line_names_models_data_and_seed():
+    found = results()
+    found["about"]["data"] = "data/tiny"
+    assert report.about_line(found) == "SFT: runs/sft/final (the sft run); data data/tiny; seed 1"
+
+
 def test_the_script_of_the_page_is_the_only_one_that_may_run():
     page = html_page(results(), [sample("a post")], {})
     script = page.split("<script>")[1].split("</script>")[0]
