@@ -119,14 +119,16 @@ def main(cfg: Config) -> None:
     check(cfg.judge in JUDGES, "judge", repr(cfg.judge), f"one of {', '.join(JUDGES)}")
     check(cfg.diversity_samples != 1, "diversity_samples", 1, "0 or at least 2", "choose 4")
     check(cfg.judge != "gold" or not cfg.judge_model, "--judge_model", cfg.judge_model, "used by --judge gold")
+    for name in ("judge_cache", "batch", "yes"):
+        given = getattr(cfg, name)
+        check(cfg.judge == "claude" or not given, f"--{name}", given, f"used by --judge {cfg.judge}")
     began = time.monotonic()
 
     # 1. posts, and which models there are
     data, data_from = find_data(cfg.data, cfg.preset)
     posts = load_posts(data, cfg.split)[: cfg.num_posts]
-    models = find_policies(cfg.policy, cfg.preset)
+    models, missing = find_policies(cfg.policy, cfg.preset)
     files = find_samples(cfg.samples, models)
-    missing = [stage for stage in STAGES if not cfg.policy and stage not in models]
     if not models and not files:
         raise UserError(
             "no policy found, expected base, SFT or PPO: run `python train_sft.py`, or pass --policy sft=DIR"
@@ -147,8 +149,8 @@ def main(cfg: Config) -> None:
         run.say(f"data    {data} ({data_from}): {len(posts):,} posts of split {cfg.split}")
         for name, (folder, origin) in models.items():
             run.say(f"model   {name}: {folder} ({origin})")
-        for name in missing:
-            run.say(f"model   {name}: not found, left out")
+        for name, why in missing.items():
+            run.say(f"model   {name}: not found, left out ({why})")
         run.say(f"model   rm: {rm_folder} ({rm_from})" if rm_folder else f"model   rm: {rm_from}")
 
         def load_judge(folder: Path):
@@ -229,9 +231,10 @@ def main(cfg: Config) -> None:
 
         # 6. tables, files, report
         told = ("preset", "split", "temperature", "response_length", "judge", "seed", "rouge_stemmer")
-        about = {"posts": len(posts), "data": str(data)} | {name: getattr(cfg, name) for name in told}
+        about = {"posts": len(posts), "data": short(data)} | {name: getattr(cfg, name) for name in told}
         told = ("diversity_samples", "diversity_posts", "diversity_temperature")
         about |= {name: getattr(cfg, name) for name in told}
+        about["judge_model"] = short(Path(cfg.judge_model)) if cfg.judge == "rm" and cfg.judge_model else None
         about["judge_details"] = judge.about() if cfg.judge == "claude" else {}
         origins = models | ({"rm": (rm_folder, rm_from)} if rm_folder else {})
         origins |= {name: (path, "--samples") for name, path in files.items()}

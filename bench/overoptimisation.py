@@ -4,8 +4,8 @@
     python -m bench.overoptimisation --kl_coefs 0 0.15 --seeds 1 --updates 4
 
 On the tiny world, from the embedded SFT model and reward model, at a constant learning rate, so that the coefficient is
-all that differs. Runs that are there already (runs/kl<coefficient>_seed<N>) are not run again. Prints a Markdown table
-and one JSON line last; draws the figure. About 4 minutes a run on 2 cores: an hour in all.
+all that differs. Runs that are there already (runs/kl<coefficient>_seed<N>_<updates>) are not run again. Prints a
+Markdown table and one JSON line last; draws the figure. About 4 minutes a run on 2 cores: an hour in all.
 """
 
 import argparse

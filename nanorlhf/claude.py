@@ -103,7 +103,9 @@ class Cache:
         self._lock = Lock()
         if not self.path.exists():
             return
-        rows = read_jsonl(self.path, having="kind")
+        rows, content = read_jsonl(self.path, having="kind"), self.path.read_bytes()
+        if not rows and not json.dumps(self.header).encode().startswith(content):  # not our first line, cut by a kill
+            raise UserError(f"judge cache {self.path} is no such file: name another with --judge_cache")
         header = rows[0] if rows else self.header
         for name in self.header:
             if header.get(name) != self.header[name]:
@@ -111,7 +113,7 @@ class Cache:
                     f"judge cache {self.path} has {name} {header.get(name)!r}, expected {self.header[name]!r}: "
                     "name another file with --judge_cache, or leave the flag out"
                 )
-        if not self.path.read_bytes().endswith(b"\n"):  # a kill cut the last line short
+        if not content.endswith(b"\n"):  # a kill cut the last line short
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.answers = {row["key"]: row for row in rows if row["kind"] == "answer"}
         self.batches = [row for row in rows if row["kind"] == "batch"]
@@ -126,7 +128,7 @@ class Cache:
 
     def _append(self, row: dict) -> None:
         with self._lock:
-            if not self.path.exists():
+            if not self.path.exists() or not self.path.stat().st_size:  # or a kill came before its first line was whole
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 append(self.path, [self.header])
             append(self.path, [row])
@@ -170,7 +172,7 @@ class ClaudeJudge:
                 return TIE  # the same text twice is not worth a question
             return outcome(self.used[question.key(self.model, self.prompt_hash)]["preferred"], ours)
 
-        return [Judgement(said(first, "A"), said(second, "B")) for first, second in both]
+        return [Judgement(said(a, "A"), said(b, "B"), asked=a.a != a.b) for a, b in both]
 
     def request(self, question: Question) -> dict:
         """The parameters of one message: no sampling parameters, which current models refuse."""

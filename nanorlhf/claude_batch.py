@@ -4,7 +4,8 @@
 
 A batch outlives the process that sent it. Before it is sent, the cache notes that it will be; afterwards its id. So a
 run that was killed finds its batch again and asks nothing twice: by id, or, where the kill came between the two notes,
-among the newest batches of the account. What expired or was cancelled unanswered goes into a new batch.
+among the newest batches of the account. What expired or was cancelled unanswered goes into a new batch, and so does a
+batch whose results the API no longer has (it keeps them for 29 days) or shows to another key only.
 """
 
 import time
@@ -23,9 +24,14 @@ def ask_in_batches(
     client, requests: dict[str, dict], cache: Cache, say: Callable[[str], None], poll_s: float = POLL_S
 ) -> None:
     """Answers every request into the cache. Raises UserError for requests that the API refuses or never answers."""
+    from anthropic import NotFoundError
+
     for batch_id in _under_way(client, cache):
         say(f"claude  batch {batch_id} was sent earlier: collecting it")
-        _collect(client, batch_id, cache, say, poll_s)
+        try:
+            _collect(client, batch_id, cache, say, poll_s)
+        except NotFoundError:
+            _give_up(batch_id, cache, say)
     for _ in range(ROUNDS):
         open_keys = [key for key in requests if key not in cache.answers]
         for start in range(0, len(open_keys), REQUESTS_A_BATCH):
@@ -49,7 +55,7 @@ def _send(client, keys: list[str], requests: dict[str, dict], cache: Cache, say)
 def _under_way(client, cache: Cache) -> list[str]:
     """Ids of the batches that were sent and not yet collected; one whose id was lost to a kill is looked up."""
     sent = [note["id"] for note in cache.batches if note["state"] == "sent"]
-    collected = {note["id"] for note in cache.batches if note["state"] == "collected"}
+    done = {note["id"] for note in cache.batches if note["state"] in ("collected", "gone")}
     if cache.batches and cache.batches[-1]["state"] == "sending":
         lost = cache.batches[-1]
         for batch in client.messages.batches.list(limit=20).data:
@@ -59,7 +65,12 @@ def _under_way(client, cache: Cache) -> list[str]:
                 cache.note(state="sent", id=batch.id)
                 sent.append(batch.id)
                 break
-    return [batch_id for batch_id in sent if batch_id not in collected]
+    return [batch_id for batch_id in sent if batch_id not in done]
+
+
+def _give_up(batch_id: str, cache: Cache, say) -> None:
+    cache.note(state="gone", id=batch_id)
+    say(f"claude  batch {batch_id} is gone: deleted, archived or of another key; what it left open is sent again")
 
 
 def _collect(client, batch_id: str, cache: Cache, say, poll_s: float) -> None:
@@ -70,6 +81,8 @@ def _collect(client, batch_id: str, cache: Cache, say, poll_s: float) -> None:
             last = batch.request_counts.processing
             say(f"claude  batch {batch_id}: {last:,} questions open")
         time.sleep(poll_s)
+    if batch.results_url is None:  # archived: the SDK would raise an error of no particular kind
+        return _give_up(batch_id, cache, say)
     counts = {"succeeded": 0, "errored": 0, "canceled": 0, "expired": 0}
     refused = None
     for line in client.messages.batches.results(batch_id):

@@ -23,12 +23,21 @@ FAVOURITES = 6
 
 
 def verdict(rows: list[dict], results: dict) -> dict[str, float]:
-    """Proxy and gold at the start and at the end of PPO, and the evaluation's gold scores and win rate."""
+    """Proxy and gold at the start and at the end of PPO, and the evaluation's gold scores and win rate.
+
+    Raises UserError for runs that lack them: of real posts, whose truth nobody knows, or not of `sft` and `ppo`.
+    """
 
     def mean(part: list[dict], name: str) -> float:
         return sum(row[name] for row in part) / len(part)
 
-    game = next(row for row in results["win_rates"] if (row["ours"], row["theirs"]) == ("ppo", "sft"))
+    games = [row for row in results["win_rates"] if (row["ours"], row["theirs"]) == ("ppo", "sft")]
+    if not (games and rows and all("objective/gold" in row for row in rows) and "gold" in results["policies"]["ppo"]):
+        raise UserError(
+            "--ppo, --eval: got runs without gold scores or without ppo against sft, expected a PPO run on the tiny "
+            "world and its evaluation: run `make demo-hack`"
+        )
+    game = games[0]
     return {
         "proxy_start": rows[0]["objective/scores"],
         "proxy_end": mean(rows[-LAST:], "objective/scores"),
@@ -59,13 +68,13 @@ def main(argv: list[str] | None = None) -> None:
         rows = read_metrics(args.ppo)
         results = json.loads((args.eval / "metrics.json").read_text())
         samples = read_jsonl(args.eval / "samples.jsonl")
+        seen = verdict(rows, results)
     except FileNotFoundError:
         print(f"error: {args.eval} is no finished evaluation: run `make demo-hack`", file=sys.stderr)
         sys.exit(2)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    seen = verdict(rows, results)
 
     def change(name: str) -> str:
         return f"{number(seen[f'{name}_start'], '.2f')} -> {number(seen[f'{name}_end'], '.2f')}"

@@ -27,15 +27,17 @@ from nanorlhf.tldr import Post
 
 STAGES = ("base", "sft", "ppo")
 REFERENCE = "reference"
-RESERVED = (REFERENCE, "step", "id", "subreddit", "title", "post", "rm", "samples")  # columns of samples.jsonl
+# Columns of samples.jsonl, and "rm" among the models of metrics.json:
+RESERVED = (REFERENCE, "step", "id", "subreddit", "title", "post", "rm", "samples", "disagreement")
 
 
-def find_policies(flags: Sequence[str], preset: str) -> dict[str, tuple[Path, str]]:
+def find_policies(flags: Sequence[str], preset: str) -> tuple[dict[str, tuple[Path, str]], dict[str, str]]:
     """{name: (folder, where it came from)} of --policy name=DIR ...; a bare base, sft or ppo is found as usual.
 
-    Without flags: base, SFT and PPO, as far as they are there. Raises UserError for one that was asked for and is not.
+    Without flags: base, SFT and PPO, as far as they are there; then also {name: why} of those that are not. Raises
+    UserError for one that was asked for and is not there.
     """
-    found = {}
+    found, missing = {}, {}
     for flag in flags:
         name, equals, folder = flag.partition("=")
         _check_name("policy", name, found)
@@ -45,11 +47,14 @@ def find_policies(flags: Sequence[str], preset: str) -> dict[str, tuple[Path, st
     for stage in () if flags else STAGES:
         try:
             folder, origin = find_model(stage, None, f"policy {stage}=", preset)
-        except UserError:
+        except UserError as error:
+            missing[stage] = str(error)
             continue
         if folder.is_dir():
             found[stage] = folder, origin
-    return found
+        else:
+            missing[stage] = f"{folder} is not there"
+    return found, missing
 
 
 def find_samples(flags: Sequence[str], taken: dict) -> dict[str, Path]:
@@ -66,7 +71,7 @@ def find_samples(flags: Sequence[str], taken: dict) -> dict[str, Path]:
 
 def _check_name(flag: str, name: str, taken) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name in RESERVED:
-        raise UserError(f"--{flag} {name!r}: expected a name of letters, digits, - and _, not {', '.join(RESERVED)}")
+        raise UserError(f"--{flag} {name!r}: expected a name of letters, digits, ., - and _, not {', '.join(RESERVED)}")
     if name in taken:
         raise UserError(f"--{flag} {name}: there are two of this name, expected one: rename one")
 

@@ -149,9 +149,9 @@ def _trace(row: dict, opened: bool) -> str:
         masks = "".join(f"<td>{'yes' if on else '-'}</td>" for on in (acts, row["value_mask"][t]))
         kind = "" if acts else " class=off"
         lines.append(f"<tr{kind}><td{shade}>{html.escape(token)}</td>{cells}{masks}</tr>")
-    note = "as it was before the policy learned from it; shade: advantage; a faint row is the state after EOS, where"
-    note += f" the score is paid: its token was sampled and does not count. Score {row['score']:.3f}."
-    note += f" Title: {row['title']}"
+    note = "as it was before the policy learned from it; shade: advantage, whitened over the batch; a faint row is the"
+    note += " state after EOS, where the score is paid: its token was sampled and does not count."
+    note += f" Score {row['score']:.3f}. Title: {row['title']}"
     return (
         f"<details class=trace{' open' if opened else ''}><summary>update {row['step']}: one response, token by token"
         f"</summary><div class='wide steps'><table><tr>{head}</tr>{''.join(lines)}</table></div>"

@@ -47,6 +47,7 @@ class Judgement:
 
     ours_first: str
     theirs_first: str
+    asked: bool = True  # False: two equal texts, a tie without a question
 
     @property
     def verdict(self) -> str:
@@ -66,16 +67,17 @@ def order_effects(judgements: Sequence[Judgement]) -> dict[str, float | int]:
     """How much the order of the two summaries decided.
 
     -> first_seat: of the answers that name a winner, the share that names the first shown (0.5: no bias; nan: none);
-    swap_agreement: share of pairs, both answers readable, judged the same in both orders; unparsed: pairs left out
+    swap_agreement: share of pairs, both answers readable, judged the same in both orders (two equal texts, about which
+    nobody was asked, do not count: they would flatter it); unparsed: pairs left out
     """
-    readable = [j for j in judgements if j.verdict != UNPARSED]
+    readable = [j for j in judgements if j.verdict != UNPARSED and j.asked]
     decided = [first for j in readable for first in (_first_won(j.ours_first), _first_won(_swap(j.theirs_first)))]
     decided = [won for won in decided if won is not None]
     same = sum(j.ours_first == j.theirs_first for j in readable)
     return {
         "first_seat": sum(decided) / len(decided) if decided else float("nan"),
         "swap_agreement": same / len(readable) if readable else float("nan"),
-        "unparsed": len(judgements) - len(readable),
+        "unparsed": sum(j.verdict == UNPARSED for j in judgements),
     }
 
 

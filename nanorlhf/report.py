@@ -25,8 +25,9 @@ SAMPLES_IN_MARKDOWN = 10  # samples.jsonl has all
 
 
 def about_line(results: dict) -> str:
-    """Which models, and where they came from."""
-    parts = (f"{display(name)}: {model['folder']} ({model['from']})" for name, model in results["models"].items())
+    """Which models and data, where they came from, and the seed."""
+    parts = [f"{display(name)}: {model['folder']} ({model['from']})" for name, model in results["models"].items()]
+    parts += [f"{name} {results['about'][name]}" for name in ("data", "seed") if name in results["about"]]
     return "; ".join(parts)
 
 

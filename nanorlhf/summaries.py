@@ -3,8 +3,9 @@
     write(folder, posts, plan, ...) -> Written          from a checkpoint; stored under runs/summaries and found again
     read_samples(file, name, posts) -> Written          from a JSONL file: one line a post, with id and summary
 
-Stored summaries are found by what made them: the SHA-256 of the model's files, the posts and the plan. Another judge,
-another report or another run over the same checkpoint then generates nothing.
+Stored summaries are found by what made them: the SHA-256 of the model's files, the posts with their references, the
+plan and the code that generates. Another judge, another report or another run over the same checkpoint then generates
+nothing.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import kernels
 from kernels import linear_cross_entropy
 from nanorlhf.checkpoint import load_policy
 from nanorlhf.encoding import encode_posts
@@ -27,6 +29,9 @@ from nanorlhf.tldr import Post
 from nanorlhf.tokenizer import check_matches, load_tokenizer
 
 STORE = Path("runs/summaries")
+NAMES = "summaries rollout models llama attention packing encoding tldr tokenizer losses"
+CODE = [Path(__file__).with_name(f"{name}.py") for name in NAMES.split()]  # decides a summary, or the loss
+CODE += sorted(Path(kernels.__file__).parent.glob("*.py"))
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ class Written:
 
 def write(folder: Path, posts: list[Post], plan: Plan, device, dtype, microbatch_tokens: int, progress) -> Written:
     """The summaries of a checkpoint, from the store where they are, else generated and stored."""
-    made_by = {"model": _fingerprint(folder), "posts": _hash([[p.id, p.title, p.post] for p in posts])}
+    read = [[p.id, p.subreddit, p.title, p.post, p.summary] for p in posts]  # the summary decides the loss
+    made_by = {"model": _fingerprint(folder), "posts": _hash(read), "code": _hash([p.read_text() for p in CODE])}
     made_by |= {"dtype": str(dtype).removeprefix("torch."), "device": device.type} | asdict(plan)
     path = STORE / f"{_hash(made_by)[:20]}.jsonl"
     if path.is_file():

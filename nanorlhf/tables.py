@@ -54,7 +54,7 @@ def display(name: str) -> str:
 
 def number(value: float | None, form: str = ".3f") -> str:
     """The number, or "-" where there is none."""
-    return "-" if value is None or math.isnan(value) else format(value, form)
+    return "-" if value is None or math.isnan(value) else format(value, f"z{form}")  # z: no "-0.000"
 
 
 def interval(low_high: Sequence[float] | None, form: str = ".3f") -> str:
@@ -114,7 +114,8 @@ def win_table(results: dict) -> Table:
     header = ["", "pairs", "wins / ties / losses", "win rate", "95% interval", "at equal length"]
     note = "a tie counts half; intervals: paired bootstrap over posts; at equal length: logistic regression on the log"
     note += " length ratio, read at ratio 1"
-    note += "; the judge is the reward model that PPO optimised" if about["judge"] == "rm" else ""
+    if about["judge"] == "rm":
+        note += f"; the judge is the reward model {about.get('judge_model') or 'that PPO optimised'}"
     return Table(f"Win rates by the {about['judge']} judge", header, rows, note, "wins")
 
 
@@ -131,7 +132,8 @@ def judge_table(results: dict) -> Table:
     if about["judge"] == "claude":
         told = about["judge_details"]
         unparsed = ", ".join(f"{count} {why}" for why, count in told["unparsed"].items()) or "none"
-        note += f"; each pair asked in both orders, a win counts when both agree; model {told['model']}, prompt"
+        note += "; each pair asked in both orders unless its texts are equal, a win counts when both agree"
+        note += f"; model {told['model']}, prompt"
         note += f" {told['prompt_file']} {told['prompt_sha256'][:12]}, {told['answers']:,} answers,"
         note += f" {told['input_tokens']:,} tokens in and {told['output_tokens']:,} out; unparsed: {unparsed}"
     else:

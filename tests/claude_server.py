@@ -29,6 +29,7 @@ class ClaudeServer:
         self.answer, self.faults, self.asked, self.answered = answer, [], [], []
         self.batches: dict[str, list] = {}
         self.batch_result = lambda i, prompt: {"type": "succeeded", "message": self.answer(prompt)}
+        self.deleted, self.archived = set(), set()  # ids of batches without results, by 404 or by a null address
         self.lose_batch_reply = False  # the batch is accepted and the reply never arrives
         self.hold = threading.Event()  # answers wait for it
         self.hold.set()
@@ -53,7 +54,8 @@ class ClaudeServer:
         return {
             "id": batch_id, "type": "message_batch", "processing_status": status, "request_counts": counts,
             "created_at": created, "expires_at": NOW, "ended_at": None, "archived_at": None,
-            "cancel_initiated_at": None, "results_url": f"{self.url}/v1/messages/batches/{batch_id}/results",
+            "cancel_initiated_at": None,
+            "results_url": None if batch_id in self.archived else f"{self.url}/v1/messages/batches/{batch_id}/results",
         }  # fmt: skip
 
     def _handler(server):  # noqa: N805
@@ -101,7 +103,10 @@ class ClaudeServer:
                 self.reply(200, json.dumps(server.answer(prompt)))
 
             def do_GET(self):
-                if self.path.endswith("/results"):
+                if self.path.split("/")[-1] in server.deleted:
+                    error = {"type": "not_found_error", "message": "no such batch"}
+                    self.reply(404, json.dumps({"type": "error", "error": error}))
+                elif self.path.endswith("/results"):
                     requests = server.batches[self.path.split("/")[-2]]
                     lines = [
                         {"custom_id": r["custom_id"],

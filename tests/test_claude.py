@@ -1,6 +1,7 @@
 """The Claude judge against a local server that speaks the API: what it asks, and what it makes of the answers."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -93,13 +94,15 @@ def test_a_judge_that_always_says_a_gives_one_half_and_is_found_out(judge, serve
 
 
 def test_a_judge_without_a_liking_for_a_seat_shows_none(judge):
-    judgements = judge().compare(pairs(6))
+    judgements = judge().compare([*pairs(6), Pair(Post("p", "r", "t", "post", "s"), "same", "same")])
     assert order_effects(judgements) == {"first_seat": 0.5, "swap_agreement": 1.0, "unparsed": 0}
 
 
 def test_two_equal_summaries_are_a_tie_and_cost_nothing(judge, server):
     post = Post("p", "r", "t", "post", "s")
-    assert verdicts(judge().compare([Pair(post, "same", " same ")])) == [TIE] and server.asked == []
+    judgements = judge().compare([Pair(post, "same", " same ")])
+    assert verdicts(judgements) == [TIE] and server.asked == []
+    assert math.isnan(order_effects(judgements)["swap_agreement"])  # nobody was asked, so nobody agreed
 
 
 def test_a_post_cannot_fill_in_the_prompt(judge, server):
@@ -208,6 +211,14 @@ def test_a_cache_of_another_model_or_prompt_is_refused_and_left_alone(judge, tmp
     assert (tmp_path / "cache.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("content", ["my notes", '{"kind": "judge", "model": "m"}', "my notes\n", "\n"])
+def test_a_file_that_is_no_cache_is_refused_and_left_alone(judge, tmp_path, content):
+    (tmp_path / "cache.jsonl").write_text(content)
+    with pytest.raises(UserError, match="cache.jsonl"):
+        judge().compare(pairs(1))
+    assert (tmp_path / "cache.jsonl").read_text() == content
+
+
 def test_a_cache_line_cut_by_a_kill_is_dropped_and_asked_again(judge, server, tmp_path):
     judge().compare(pairs(3))
     path = tmp_path / "cache.jsonl"
@@ -216,6 +227,17 @@ def test_a_cache_line_cut_by_a_kill_is_dropped_and_asked_again(judge, server, tm
     assert len(server.asked) == 7 and len(path.read_bytes().splitlines()) == 7
     judge().compare(pairs(3))  # and what was written then can be read
     assert len(server.asked) == 7
+
+
+@pytest.mark.parametrize("left", [0, 10])
+def test_a_cache_whose_first_line_was_cut_by_a_kill_is_begun_again(judge, server, tmp_path, left):
+    path = tmp_path / "cache.jsonl"
+    judge().compare(pairs(1))
+    path.write_bytes(path.read_bytes()[:left])
+    judge().compare(pairs(1))
+    asked = len(server.asked)
+    judge().compare(pairs(1))  # and can be read
+    assert asked == len(server.asked) == 4
 
 
 PROGRAM = """
@@ -296,6 +318,20 @@ def test_a_batch_whose_requests_are_refused_says_why(judge, server):
     with pytest.raises(UserError, match=r"refuses 2 questions \(no such model\)"):
         judge(batch=True).compare(pairs(1))
     assert len(server.batches) == 1
+
+
+@pytest.mark.parametrize("lost", ["deleted", "archived"])
+def test_a_batch_whose_results_are_gone_is_sent_again(judge, server, tmp_path, lost):
+    """Deleted, or asked for with another key: 404. Older than 29 days: there, but without results."""
+    judge(batch=True).compare(pairs(3))
+    path = tmp_path / "cache.jsonl"
+    lines = [line for line in path.read_text().splitlines() if '"answer"' not in line and "collected" not in line]
+    path.write_text("\n".join(lines) + "\n")  # as if it had been killed while it waited
+    getattr(server, lost).update(server.batches)
+    said = []
+    assert verdicts(judge(batch=True, say=said.append).compare(pairs(3))) == [WIN, LOSS, TIE]
+    assert len(server.batches) == 2 and any("msgbatch_0 is gone" in line for line in said)
+    assert verdicts(judge(batch=True).compare(pairs(3))) == [WIN, LOSS, TIE] and len(server.batches) == 2
 
 
 @pytest.mark.parametrize("reply_lost", [False, True])

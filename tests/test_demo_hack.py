@@ -57,6 +57,21 @@ def test_without_runs_it_says_what_to_type(tmp_path, capsys):
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.parametrize("lacking", ["gold", "game", "updates"])
+def test_runs_without_the_truth_or_without_the_game_end_in_a_sentence(tmp_path, capsys, lacking):
+    flags = write_runs(tmp_path, [] if lacking == "updates" else curve(3.0, -1.0), gold_ppo=-0.8)
+    path = tmp_path / "eval" / "metrics.json"
+    results = json.loads(path.read_text())
+    if lacking == "gold":
+        results["policies"] = {"sft": {}, "ppo": {}}
+    if lacking == "game":
+        results["win_rates"] = []
+    path.write_text(json.dumps(results))
+    with pytest.raises(SystemExit) as stop:
+        demo_hack.main(flags)
+    assert stop.value.code == 2 and "expected a PPO run on the tiny world" in capsys.readouterr().err
+
+
 def test_the_point_of_a_coefficient_is_the_mean_of_its_seeds_ends_with_their_spread():
     groups = {0.0: [curve(2.0, 1.0), curve(4.0, 2.0)], 0.2: [curve(1.0, 4.0)]}
     proxy, gold = figures.overoptimisation_figure(groups).axes

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,8 @@ def test_a_policy_that_is_not_there_is_left_out_and_named(evaluate, workplace, m
     assert list(found["policies"]) == ["reference", "sft"]
     assert len(found["win_rates"]) == 1 and found["about"]["posts"] == 8
     printed = capsys.readouterr().out
-    assert "ppo: not found, left out" in printed and "base: not found, left out" in printed
+    for stage in ("base", "ppo"):
+        assert f"{stage}: not found, left out ({workplace / 'no_checkpoints' / stage} is not there)" in printed
     assert "the judge is the reward model that PPO optimised" in " ".join(printed.split())
 
 
@@ -160,6 +162,10 @@ def test_a_policy_that_is_not_there_is_left_out_and_named(evaluate, workplace, m
         (["--judge", "gpt"], "judge 'gpt' is not one of gold, rm, claude"),
         (["--diversity_samples", "1"], "diversity_samples 1 is not 0 or at least 2"),
         (["--judge_model", "rm"], "--judge_model rm is not used by --judge gold"),
+        (["--judge_cache", "x.jsonl"], "--judge_cache x.jsonl is not used by --judge gold"),
+        (["--judge", "rm", "--batch"], "--batch True is not used by --judge rm"),
+        (["--yes"], "--yes True is not used by --judge gold"),
+        (["--policy", "disagreement=sft"], "--policy 'disagreement': expected a name"),
         (["--temperature", "-1"], "temperature -1.0 is not 0 or more"),
         (["--num_posts", "0"], "num_posts 0 is not at least 1"),
         (["--policy", "x=nowhere"], "policy x: nowhere is not a folder"),
@@ -225,6 +231,28 @@ def test_what_was_generated_once_is_found_again_and_not_for_another_model(evalua
         with pytest.raises(AssertionError, match="generated again"):
             evaluate.again("--run_name", "other", "--num_posts", "4")
         weights.write_bytes(before)
+        patch.setattr("nanorlhf.summaries.CODE", [workplace / "sft" / "config.json"])
+        with pytest.raises(AssertionError, match="generated again"):
+            evaluate.again("--run_name", "other", "--num_posts", "4")
+
+
+@pytest.mark.parametrize("field", ["subreddit", "summary"])
+def test_what_was_generated_is_not_found_for_other_queries_or_references(evaluate, workplace, monkeypatch, field):
+    """The subreddit is part of the query; the reference decides the loss that is stored with the summaries."""
+    evaluate("--run_name", "before", "--num_posts", "4", "--overwrite", "--judge", "rm", models=("sft",))
+    found = json.loads((workplace / "runs" / "before" / "metrics.json").read_text())["policies"]["sft"]
+    load = evaluation.load_posts
+    monkeypatch.setattr(evaluation, "load_posts", lambda *_: [replace(p, **{field: " other"}) for p in load(*_)])
+    evaluate.again("--run_name", "after", "--num_posts", "4", "--overwrite", "--judge", "rm", models=("sft",))
+    again = json.loads((workplace / "runs" / "after" / "metrics.json").read_text())["policies"]["sft"]
+    assert again["loss"] != found["loss"]
+
+
+def test_another_reward_model_as_judge_is_named_and_not_called_the_one_that_was_optimised(evaluate, workplace, capsys):
+    flags = ("--num_posts", "4", "--judge", "rm", "--judge_model", str(workplace / "rm"))
+    evaluate("--run_name", "other_rm", *flags, models=("sft",))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "the judge is the reward model rm" in printed and "that PPO optimised" not in printed
 
 
 def test_text_of_another_model_is_judged_beside_ours(evaluate, workplace):

@@ -160,6 +160,12 @@ def test_what_was_not_measured_is_a_dash_and_an_empty_row_is_left_out():
     assert len(tables.tables(results(reward_model={}, win_rates=[]))) == 2
 
 
+def test_the_first_line_names_models_data_and_seed():
+    found = results()
+    found["about"]["data"] = "data/tiny"
+    assert report.about_line(found) == "SFT: runs/sft/final (the sft run); data data/tiny; seed 1"
+
+
 def test_the_script_of_the_page_is_the_only_one_that_may_run():
     page = html_page(results(), [sample("a post")], {})
     script = page.split("<script>")[1].split("</script>")[0]
@@ -261,6 +267,11 @@ def test_curves_come_from_the_run_that_made_the_model_or_from_beside_an_embedded
     assert figures.run_folder(tmp_path / "runs" / "ppo" / "final") == tmp_path / "runs" / "ppo"
     assert figures.run_folder(tmp_path / "checkpoints" / "sft") == tmp_path / "checkpoints" / "sft"
     assert figures.run_folder(tmp_path / "elsewhere") is None
+
+
+def test_a_number_that_rounds_to_zero_has_no_sign():
+    assert [tables.number(x) for x in (-1e-6, -0.0, -0.5)] == ["0.000", "0.000", "-0.500"]
+    assert tables.number(-1e-6, ".1%") == "0.0%"
 
 
 def test_nan_metrics_are_shown_as_a_dash():
