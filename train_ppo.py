@@ -206,9 +206,8 @@ def main(cfg: Config) -> None:
         steps = cfg.num_ppo_epochs * cfg.num_minibatches  # optimizer steps an update
         tokens = round(cfg.batch_size * (np.mean(queries.lengths) + R))
         run.say(f"plan    {total_updates} updates of {cfg.batch_size} episodes and {steps} optimizer steps each")
-        run.say(
-            f"        about {tokens:,} tokens an update, read once to sample, 4 times to score, {2 * steps} to learn"
-        )
+        passes = 2 * cfg.num_ppo_epochs  # policy and critic
+        run.say(f"        about {tokens:,} tokens an update: sampled once, scored 4 times, learned from {passes} times")
         tiny_lr = PRESETS["tiny"]["lr"]
         if cfg.preset == "tiny" and cfg.lr < 0.1 * tiny_lr:
             run.say(f"note    lr {cfg.lr:g} suits a large model; the tiny one hardly moves below {tiny_lr:g}")
