@@ -161,7 +161,10 @@ def _encode_piece(indices: range, work=None) -> tuple[list[np.ndarray], list[np.
     truncated = 0
     for i in indices:
         post, responses = rows[i]
-        query, kept = fit_query(tokenizer, post.subreddit, post.title, post.post, max_length)
+        try:
+            query, kept = fit_query(tokenizer, post.subreddit, post.title, post.post, max_length)
+        except UserError as error:
+            raise UserError(f"post {post.id}: {error}") from None
         truncated += kept < len(post.post)
         for column, ids in enumerate((query, *(encode_response(tokenizer, text) for text in responses))):
             tokens[column].extend(ids)
