@@ -1,9 +1,12 @@
 """Stand-ins for what cannot be had everywhere: tokenizer and weights of Llama 3's formats and sizes, not its content.
 
+    python -m bench.stand_ins DIR       Llama-3.2-1B as on the hub, 2.5 GB: python train_sft.py --model DIR reads it
+
 Used by bench.encoding and bench.llama_1b. The tokenizer is learned from the texts at hand and filled up to 128,000
 ordinary tokens; the weights are random.
 """
 
+import argparse
 import base64
 import json
 from collections.abc import Iterable
@@ -15,6 +18,8 @@ from safetensors.torch import save_file
 
 from nanorlhf.model_config import read_config
 from nanorlhf.models import Policy
+from nanorlhf.tiny.data import ensure_world
+from nanorlhf.tldr import load_posts
 from nanorlhf.tokenizer import LLAMA3_SPLIT, llama3_specials
 from nanorlhf.weights import file_parts
 
@@ -100,3 +105,15 @@ def write_llama(folder: Path, layers: int = 16, vocabulary: int = VOCABULARY, se
         tensors[name] = tensor.fill_(1.0) if part.dim() == 1 else tensor.normal_(0, 0.02, generator=generator)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return sum(tensor.numel() for tensor in tensors.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.stand_ins", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write the model")
+    folder = parser.parse_args().folder
+    learned = write_llama3_tokenizer(folder, [post.post for post in load_posts(ensure_world("data/tiny"), "train")])
+    print(f"{folder}: {write_llama(folder):,} random parameters, {VOCABULARY:,} ids, {learned:,} of them learned")
+
+
+if __name__ == "__main__":
+    main()
