@@ -62,7 +62,7 @@ LLAMA_32_1B = {  # its config.json on the hub
 def write_llama3_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int = VOCABULARY) -> int:
     """tokenizer.json and original/tokenizer.model of Llama 3's size; returns how many tokens the texts taught."""
     ordinary = vocabulary - SPECIALS
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
     learner = Tokenizer(models.BPE())
@@ -84,7 +84,12 @@ def write_llama3_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int =
     path = folder / "original" / "tokenizer.model"
     path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
     specials = list(llama3_specials(ordinary))
-    TikTokenConverter(str(path), extra_special_tokens=specials).converted().save(str(folder / "tokenizer.json"))
+    whole = TikTokenConverter(str(path), extra_special_tokens=specials).converted()
+    bos_first = processors.TemplateProcessing(
+        single=f"{specials[0]} $A", pair=f"{specials[0]} $A {specials[0]} $B", special_tokens=[(specials[0], ordinary)]
+    )
+    whole.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), bos_first])
+    whole.save(str(folder / "tokenizer.json"))
     about = {"bos_token": specials[0], "eos_token": specials[1], "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
     return learned

@@ -148,6 +148,9 @@ def test_whatever_the_ids_depend_on_makes_a_new_file(tokenizer, tmp_path, monkey
     monkeypatch.setattr(encoding, "CODE", [code])
     encode_posts(POSTS, tokenizer, 40)
     assert len(saved()) == 8
+    monkeypatch.setattr(encoding, "LIBRARIES", "sentencepiece 9.9")
+    encode_posts(POSTS, tokenizer, 40)
+    assert len(saved()) == 9
 
 
 @pytest.mark.parametrize(
