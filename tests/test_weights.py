@@ -153,7 +153,8 @@ def test_a_missing_shard_is_named(make_policy, tokenizer, tmp_path, monkeypatch)
         load_policy(tmp_path / "final")
 
 
-@pytest.mark.parametrize("content", ["{}", '{"weight_map": ["model-00001-of-00002.safetensors"]}'])
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": ["model-00001-of-00002.safetensors"]}',
+                                     '{"weight_map": {"a": 3}}', '{"weight_map": {"a": ""}}'])  # fmt: skip
 def test_an_index_without_a_map_is_refused_by_name(saved, content):
     (saved[1] / "model.safetensors.index.json").write_text(content)
     with pytest.raises(UserError, match=r"model.safetensors.index.json: weight_map is missing"):
