@@ -3,14 +3,14 @@
     python -m bench.llama_1b                  all of it, on a CPU, in a temporary folder (3 GB of disk, 8 GB of memory)
     python -m bench.llama_1b load forward     some of it
 
-    make      a folder as on the hub, with random weights: config.json, 2.5 GB of safetensors, tokenizer of 128,256 ids
     load      time and peak memory of load_policy, in bf16 and fp32, beside a plain read of the file
     forward   all 16 layers: logits and log-probs of a few sequences against transformers'
     sft, rm   one optimizer step of the real script on a 2-layer model of the same width and vocabulary (7 GB)
     ppo       the same; its four models and two optimizers take 15 GB, so it is left out where less is free:
               --vocabulary 16000 makes the 2-layer model smaller (6 GB)
 
-Each step runs in a process of its own. Prints a line for each and one JSON line last.
+The model is bench/stand_ins.py's: the real config.json and sizes, random weights, a tokenizer of 128,256 ids. Each step
+runs in a process of its own. Prints a line for each and one JSON line last.
 """
 
 import argparse
@@ -160,10 +160,12 @@ def alone(function: str, *arguments) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.llama_1b", description=__doc__.split("\n")[0])
-    parser.add_argument("steps", nargs="*", choices=[*STEPS, []], help=f"of {', '.join(STEPS)}; default: all")
+    parser.add_argument("steps", nargs="*", metavar="step", help=f"of {', '.join(STEPS)}; default: all")
     parser.add_argument("--vocabulary", type=int, default=128_256, help="ids of the 2-layer model")
     args = parser.parse_args()
     steps = list(args.steps or STEPS)
+    if unknown := [step for step in steps if step not in STEPS]:
+        parser.error(f"step is {unknown[0]!r}, expected one of {', '.join(STEPS)}")
     for stage, before in (("ppo", "rm"), ("rm", "sft")):  # a stage starts from the models of those before it
         if stage in steps and before not in steps:
             steps.append(before)

@@ -1,9 +1,12 @@
 """Stand-ins for what cannot be had everywhere: tokenizer and weights of Llama 3's formats and sizes, not its content.
 
+    python -m bench.stand_ins DIR       Llama-3.2-1B as on the hub, 2.5 GB: python train_sft.py --model DIR reads it
+
 Used by bench.encoding and bench.llama_1b. The tokenizer is learned from the texts at hand and filled up to 128,000
 ordinary tokens; the weights are random.
 """
 
+import argparse
 import base64
 import json
 from collections.abc import Iterable
@@ -15,6 +18,8 @@ from safetensors.torch import save_file
 
 from nanorlhf.model_config import read_config
 from nanorlhf.models import Policy
+from nanorlhf.tiny.data import ensure_world
+from nanorlhf.tldr import load_posts
 from nanorlhf.tokenizer import LLAMA3_SPLIT, llama3_specials
 from nanorlhf.weights import file_parts
 
@@ -57,7 +62,7 @@ LLAMA_32_1B = {  # its config.json on the hub
 def write_llama3_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int = VOCABULARY) -> int:
     """tokenizer.json and original/tokenizer.model of Llama 3's size; returns how many tokens the texts taught."""
     ordinary = vocabulary - SPECIALS
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
     learner = Tokenizer(models.BPE())
@@ -79,7 +84,12 @@ def write_llama3_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int =
     path = folder / "original" / "tokenizer.model"
     path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
     specials = list(llama3_specials(ordinary))
-    TikTokenConverter(str(path), extra_special_tokens=specials).converted().save(str(folder / "tokenizer.json"))
+    whole = TikTokenConverter(str(path), extra_special_tokens=specials).converted()
+    bos_first = processors.TemplateProcessing(
+        single=f"{specials[0]} $A", pair=f"{specials[0]} $A {specials[0]} $B", special_tokens=[(specials[0], ordinary)]
+    )
+    whole.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), bos_first])
+    whole.save(str(folder / "tokenizer.json"))
     about = {"bos_token": specials[0], "eos_token": specials[1], "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
     return learned
@@ -100,3 +110,15 @@ def write_llama(folder: Path, layers: int = 16, vocabulary: int = VOCABULARY, se
         tensors[name] = tensor.fill_(1.0) if part.dim() == 1 else tensor.normal_(0, 0.02, generator=generator)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return sum(tensor.numel() for tensor in tensors.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.stand_ins", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write the model")
+    folder = parser.parse_args().folder
+    learned = write_llama3_tokenizer(folder, [post.post for post in load_posts(ensure_world("data/tiny"), "train")])
+    print(f"{folder}: {write_llama(folder):,} random parameters, {VOCABULARY:,} ids, {learned:,} of them learned")
+
+
+if __name__ == "__main__":
+    main()

@@ -74,7 +74,8 @@ def _use(model: dict, auto: str, folder: Path) -> list[str]:
     load = ["```python", f'model = transformers.{auto}.from_pretrained("{folder.name}")', "```", ""]
     if auto == "AutoModelForCausalLM":
         return load + [
-            f'The prompt is `"{QUERY}"`: one BOS before it, no chat template, no space at its end. '
+            f'The prompt is `"{QUERY}"`: no chat template, no space at its end, '
+            "and no BOS: the tokenizer puts it there. "
             f"`generation_config.json` samples as in training and stops at EOS ({model['eos_token_id']}). To serve it:",
             "",
             "```",

@@ -1,8 +1,8 @@
 """Many posts and comparisons -> token ids: in parallel, and remembered on disk.
 
 116,722 posts take seconds on two cores (`python -m bench.encoding`), and nothing the second time: the result lies in
-data/tokens under a name made from the texts, the tokenizer's files, the limit and the code that encodes, so it is never
-stale; it may be deleted at any time.
+data/tokens under a name made from the texts, the tokenizer's files, the limit and the code that encodes, ours and its
+libraries' versions, so it is never stale; it may be deleted at any time.
 """
 
 import hashlib
@@ -17,6 +17,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
+import tiktoken
 from safetensors.numpy import load, save
 
 from nanorlhf.errors import UserError
@@ -27,6 +29,7 @@ CACHE = Path("data/tokens")
 CACHED_FROM = 20_000  # rows; fewer are encoded in a second or two
 PARALLEL_FROM = 4_000  # rows; starting the workers takes as long as fewer
 PIECE = 500  # rows a worker encodes at a time
+LIBRARIES = f"sentencepiece {sentencepiece.__version__} tiktoken {tiktoken.__version__}"
 CODE = [Path(__file__).with_name(name) for name in ("encoding.py", "tldr.py", "tokenizer.py")]
 
 Row = tuple[Post, tuple[str, ...]]  # a post, and the responses to it
@@ -161,7 +164,10 @@ def _encode_piece(indices: range, work=None) -> tuple[list[np.ndarray], list[np.
     truncated = 0
     for i in indices:
         post, responses = rows[i]
-        query, kept = fit_query(tokenizer, post.subreddit, post.title, post.post, max_length)
+        try:
+            query, kept = fit_query(tokenizer, post.subreddit, post.title, post.post, max_length)
+        except UserError as error:
+            raise UserError(f"post {post.id}: {error}") from None
         truncated += kept < len(post.post)
         for column, ids in enumerate((query, *(encode_response(tokenizer, text) for text in responses))):
             tokens[column].extend(ids)
@@ -177,7 +183,7 @@ def _fingerprint(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for path in CODE:
         digest.update(Path(path).read_bytes())
-    digest.update(f"{tokenizer.fingerprint} {max_length} {len(rows)}".encode())
+    digest.update(f"{LIBRARIES} {tokenizer.fingerprint} {max_length} {len(rows)}".encode())
     for post, responses in rows:
         for text in (post.subreddit, post.title, post.post, *responses):
             digest.update(text.encode("utf-8", "surrogatepass"))

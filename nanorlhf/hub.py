@@ -46,6 +46,8 @@ def fetch(model_id: str) -> Path:
             f"https://huggingface.co/{model_id} and run `hf auth login` (in older versions `huggingface-cli login`), "
             f"or pass an ungated Llama such as --model {UNGATED}"
         ) from None
+    except errors.HFValidationError as error:  # two words, but none that the hub allows: a "--", 100 letters
+        raise UserError(f"model: {model_id} is not a folder here and cannot be an id of the hub: {error}") from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise UserError(
             f"{model_id}: neither a folder here nor a model on the hub that you may read: check the name, or run "

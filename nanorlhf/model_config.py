@@ -24,6 +24,7 @@ ORDINARY = (
     ("partial_rotary_factor", 1.0, "1.0"),
 )
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+MAY_BE_LEFT_OUT = ("num_key_value_heads", "head_dim", "max_position_embeddings")  # sizes, too; absent or null
 OLD_CONTEXT = 4096  # the longest of Llama 1 and 2, whose config.json may leave out rope_theta
 OLD_THETA = 10000.0
 ARCHITECTURES = {
@@ -58,33 +59,45 @@ def read_config(folder: str | Path) -> LlamaConfig:
         got = raw.get(field, ordinary)
         if got != ordinary:
             refuse(field, got, expected)
-    for field in SIZES:
+    for field in (*SIZES, *(field for field in MAY_BE_LEFT_OUT if raw.get(field) is not None)):
         if field not in raw:
             raise UserError(f"{path}: {field} is missing, expected every field of a Llama config.json")
         if type(raw[field]) is not int or raw[field] < 1:
             raise UserError(f"{path}: {field} is {raw[field]!r}, expected a whole number of at least 1")
-    if not isinstance(raw.get("rms_norm_eps"), float):
+    if not _positive(raw.get("rms_norm_eps")):
         raise UserError(f"{path}: rms_norm_eps is {raw.get('rms_norm_eps', 'missing')}, expected a number like 1e-5")
+    if type(raw.get("tie_word_embeddings", False)) is not bool:
+        raise UserError(f"{path}: tie_word_embeddings is {raw['tie_word_embeddings']!r}, expected true or false")
 
     heads = raw["num_attention_heads"]
     # Llama 1 and 2 (7B, 13B) leave it out: one key head a query head.
     kv_heads = raw.get("num_key_value_heads") or heads
     if heads % kv_heads:
         refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
+    if head_dim % 2:
+        refuse("head_dim", head_dim, "an even number (rotary positions turn pairs)")
     theta, scaling = _read_rope(raw, path)
     eos = raw.get("eos_token_id", 2)
+    eos = eos[0] if isinstance(eos, list) and eos else eos  # newer files list several; the first is the base model's
+    if type(eos) is not int:
+        raise UserError(f"{path}: eos_token_id is {eos!r}, expected a token id: a model without EOS cannot stop")
     return LlamaConfig(
         **{field: raw[field] for field in (*SIZES, "rms_norm_eps")},
         num_key_value_heads=kv_heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=scaling,
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
+        max_position_embeddings=raw.get("max_position_embeddings") or 2048,
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         bos_token_id=raw.get("bos_token_id", 1),
-        eos_token_id=eos[0] if isinstance(eos, list) else eos,
+        eos_token_id=eos,
         pad_token_id=raw.get("pad_token_id"),
     )
+
+
+def _positive(number) -> bool:
+    return type(number) in (int, float) and number > 0
 
 
 def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
@@ -92,15 +105,20 @@ def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
 
     Llama 1 and 2 were published before the field existed: theta was 10000.
     """
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_scaling is {rope!r}, expected null or an object with rope_type")
+    rope = dict(rope)
     theta = rope.pop("rope_theta", raw.get("rope_theta"))
-    if theta is None and not rope and raw.get("max_position_embeddings", OLD_CONTEXT) <= OLD_CONTEXT:
+    if theta is None and not rope and (raw.get("max_position_embeddings") or OLD_CONTEXT) <= OLD_CONTEXT:
         theta = OLD_THETA
     if theta is None:
         raise UserError(
             f"{path}: rope_theta is missing (and rope_parameters too): without it positions would be wrong, and only "
             "for Llama 1 and 2 is it known to be 10000"
         )
+    if not _positive(theta):
+        raise UserError(f"{path}: rope_theta is {theta!r}, expected a number like 500000.0")
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     if kind == "default":
         return float(theta), None
@@ -109,6 +127,10 @@ def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
         raise UserError(
             f"{path}: rope_scaling is {kind!r} with {sorted(rope)}, "
             f"expected 'default', or 'llama3' with {sorted(fields)}"
+        )
+    if not all(_positive(rope[field]) for field in fields) or rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise UserError(
+            f"{path}: rope_scaling is {rope}, expected four positive numbers, low_freq_factor below high_freq_factor"
         )
     return float(theta), {"rope_type": "llama3", **{field: rope[field] for field in fields}}
 

@@ -22,7 +22,8 @@ LENGTH_GAPS = (  # (at most so many words, in words): chosen minus rejected
     (-11, "chosen shorter by over 10"), (-6, "shorter by 6 to 10"), (-1, "shorter by 1 to 5"), (0, "equal"),
     (5, "longer by 1 to 5"), (10, "longer by 6 to 10"), (math.inf, "longer by over 10"),
 )  # fmt: skip
-CONFIDENCE = {1: "1 slightly", 2: "2 somewhat", 3: "3 clearly", 4: "4 far better"}  # distance from 5 on OpenAI's scale
+# distance from 5 on OpenAI's scale -> what it means
+CONFIDENCE = {0: "0 undecided", 1: "1 slightly", 2: "2 somewhat", 3: "3 clearly", 4: "4 far better"}
 WORST = 10
 BINS = 10
 
@@ -81,7 +82,7 @@ def calibration(margins: Sequence[float], bins: int = BINS) -> tuple[list[dict],
 
 def confidence_name(confidence: int | None) -> str:
     """OpenAI's 9-point scale folded: how far from 5, the middle, whichever side was chosen."""
-    return "not asked" if confidence is None else CONFIDENCE.get(abs(confidence - 5), "0 undecided")
+    return "not asked" if confidence is None else CONFIDENCE.get(abs(confidence - 5), "not on the scale")
 
 
 def _accuracy(correct: np.ndarray) -> dict:

@@ -206,6 +206,14 @@ def llama3_specials(first_id: int) -> dict[str, int]:
 
 
 def _tiktoken(path: Path, ranks: dict[bytes, int], specials: dict[str, int], files: dict[str, bytes]) -> Tokenizer:
+    taken, limit = set(), 2 * (len(ranks) + len(specials))  # a few ids may be free, not half of them
+    for token, i in [*ranks.items(), *specials.items()]:
+        if type(i) is not int or not 0 <= i < limit or i in taken:  # tiktoken panics on an id that two tokens share
+            raise UserError(
+                f"{path}: token {token!r} has the id {i!r}, expected a number of its own below {limit:,}: fetch the "
+                "file again"
+            )
+        taken.add(i)
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing:
         raise UserError(
@@ -278,9 +286,10 @@ def _read_json(path: Path, content: bytes) -> tuple[dict[bytes, int], dict[str, 
         kind, vocab, ignore_merges = model["type"], model["vocab"], model.get("ignore_merges")
         steps = (data["pre_tokenizer"] or {}).get("pretokenizers", [])
         splits = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
-    except (ValueError, KeyError, TypeError) as error:
+        tokens = list(vocab.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a complete tokenizer.json ({error!r}): fetch the file again") from error
-    if kind != "BPE" or not ignore_merges or splits != [LLAMA3_SPLIT]:
+    if kind != "BPE" or not ignore_merges or splits != [LLAMA3_SPLIT] or data.get("normalizer") is not None:
         raise UserError(
             f"{path}: a {kind} tokenizer that is not Llama 3's: for Llama 2 and TinyLlama put the model's "
             "tokenizer.model into the folder; other families are not supported"
@@ -290,7 +299,7 @@ def _read_json(path: Path, content: bytes) -> tuple[dict[bytes, int], dict[str, 
     byte_of = {chr(b): b for b in printable}
     byte_of |= {chr(0x100 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
     try:
-        ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token not in added}
+        ranks = {bytes(byte_of[c] for c in token): i for token, i in tokens if token not in added}
     except KeyError as error:
         raise UserError(
             f"{path}: a token contains {error}, expected byte-level tokens: fetch the file again"

@@ -55,16 +55,21 @@ class TensorFile:
         if not isinstance(header, dict):
             raise ValueError(f"its header is a JSON {type(header).__name__}")
         header.pop("__metadata__", None)
-        end = 0
         for name, entry in header.items():
             try:
                 first, last = entry["data_offsets"]
-                well_formed = 0 <= first <= last and all(n >= 0 for n in entry["shape"]) and entry["dtype"]
+                numbers = [first, last, *entry["shape"]]
+                well_formed = isinstance(entry["dtype"], str) and all(type(n) is int and n >= 0 for n in numbers)
             except (TypeError, KeyError, ValueError):
                 well_formed = False
             if not well_formed:
                 raise ValueError(f"the header's entry of {name} is {str(entry)[:80]}")
-            end = max(end, last)
+        end = 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = entry["data_offsets"]
+            if first != end or last < first:  # the format has neither gaps nor bytes that two tensors share
+                raise ValueError(f"{name} has the bytes {first:,} to {last:,}, expected it to begin at {end:,}")
+            end = last
         if 8 + length + end != size:
             raise ValueError(f"{size:,} bytes where its header promises {8 + length + end:,}")
         return header, 8 + length
@@ -115,6 +120,10 @@ class TensorFile:
         self._file.close()
 
 
+def _is_file_name(name) -> bool:
+    return isinstance(name, str) and Path(name).name.endswith(".safetensors")
+
+
 class TensorFolder:
     """The tensors of a Hugging Face folder: model.safetensors, or shards and their index. A context manager."""
 
@@ -124,8 +133,10 @@ class TensorFolder:
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.exists():
             weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise UserError(f"{index}: weight_map is missing, expected a file for each tensor, {AGAIN}")
+            if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
+                raise UserError(
+                    f"{index}: weight_map is missing or names no files, expected a file for each tensor, {AGAIN}"
+                )
             self.where = {name: folder / Path(file).name for name, file in weight_map.items()}
         elif single.exists():
             self.where = dict.fromkeys(self._open(single).names, single)

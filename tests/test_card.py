@@ -35,6 +35,7 @@ def test_a_card_is_written_beside_the_weights_with_the_last_of_each_metric(make_
     for line in ("| objective/scores | 0.5 |", "| objective/kl | 1 |", "| eval/rm/validation/accuracy | 0.75 |"):
         assert line in text
     assert "time/learn" not in text and "batch9" not in text and "None |" not in text.split("## Config")[0]
+    assert "no BOS: the tokenizer puts it there" in text
     assert "vllm serve final" in text and "stops at EOS (2)" in text and "AutoModelForCausalLM" in text
 
 

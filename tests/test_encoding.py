@@ -103,8 +103,8 @@ def test_a_post_that_does_not_fit_is_the_users_error_in_every_process(tokenizer,
     monkeypatch.setattr(encoding, "_cores", lambda: cores)
     monkeypatch.setattr(encoding, "PARALLEL_FROM", 1)
     monkeypatch.setattr(encoding, "PIECE", 10)
-    with pytest.raises(UserError, match="query: .* tokens with an empty post"):
-        encode_posts([*POSTS, Post("x", "s", "word " * 100, "p", "s")], tokenizer, 40)
+    with pytest.raises(UserError, match="post t3_x: query: .* tokens with an empty post"):
+        encode_posts([*POSTS, Post("t3_x", "s", "word " * 100, "p", "s")], tokenizer, 40)
 
 
 def test_a_worker_that_is_killed_is_one_sentence_and_no_hang(tokenizer, monkeypatch):
@@ -148,6 +148,9 @@ def test_whatever_the_ids_depend_on_makes_a_new_file(tokenizer, tmp_path, monkey
     monkeypatch.setattr(encoding, "CODE", [code])
     encode_posts(POSTS, tokenizer, 40)
     assert len(saved()) == 8
+    monkeypatch.setattr(encoding, "LIBRARIES", "sentencepiece 9.9")
+    encode_posts(POSTS, tokenizer, 40)
+    assert len(saved()) == 9
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,7 @@ def test_a_gated_model_names_its_licence_page_and_an_ungated_one(fetch):
     "files, model_id, faults, words",
     [
         (FILES, "someone/else", {}, "neither a folder here nor a model on the hub"),
+        (FILES, "someone/my--llama", {}, "is not a folder here and cannot be an id of the hub"),
         (FILES, "someone/llama", {"api": [500] * 9}, "the hub cannot be reached"),
         (FILES, "someone/llama", {"model.safetensors": [403]}, "the download broke off"),
         ({"config.json": b"{}", "pytorch_model.bin": b""}, "someone/llama", {}, "holds no safetensors"),

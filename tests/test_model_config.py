@@ -11,6 +11,8 @@ from nanorlhf.errors import UserError
 from nanorlhf.llama import rope_frequencies
 from nanorlhf.model_config import read_config
 
+SCALED = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
 
 def edit_config(folder, remove=(), **changes):
     path = folder / "config.json"
@@ -53,6 +55,20 @@ def test_fields_that_old_configs_leave_out_have_their_old_meaning(saved):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_scaling is 'linear'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"rope_scaling is 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 32.0}}, r"low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "llama3"} | SCALED | {"factor": "32"}}, r"expected four positive numbers"),
+        ({"rope_scaling": {"rope_type": "llama3"} | SCALED | {"low_freq_factor": 4.0}}, r"low_freq_factor below"),
+        ({"rope_scaling": "llama3"}, r"rope_scaling is 'llama3', expected null or an object"),
+        ({"rope_theta": "500000"}, r"rope_theta is '500000', expected a number"),
+        ({"rope_theta": -1.0}, r"rope_theta is -1.0, expected a number"),
+        ({"num_key_value_heads": "2"}, r"num_key_value_heads is '2', expected a whole number"),
+        ({"num_key_value_heads": -2}, r"num_key_value_heads is -2, expected a whole number"),
+        ({"head_dim": 0}, r"head_dim is 0, expected a whole number"),
+        ({"head_dim": 9}, r"head_dim is 9, expected an even number"),
+        ({"max_position_embeddings": "2048"}, r"max_position_embeddings is '2048', expected a whole number"),
+        ({"rms_norm_eps": -1e-5}, r"rms_norm_eps is -1e-05, expected a number"),
+        ({"tie_word_embeddings": "no"}, r"tie_word_embeddings is 'no', expected true or false"),
+        ({"eos_token_id": []}, r"eos_token_id is \[\], expected a token id"),
+        ({"eos_token_id": None}, r"eos_token_id is None, expected a token id"),
         ({"remove": ("rope_theta",)}, r"rope_theta is missing"),
         ({"remove": ("model_type",)}, r"model_type is None"),
         ({"remove": ("rms_norm_eps",)}, r"rms_norm_eps is missing"),

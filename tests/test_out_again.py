@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from test_tokenizer import QUERY, train_sentencepiece, write_llama3_folders
 
 from nanorlhf.checkpoint import load_policy, save_policy
+from nanorlhf.inputs import EMBEDDED
 from nanorlhf.rollout import generate, read_responses
 from nanorlhf.tokenizer import load_tokenizer
 
@@ -18,6 +19,16 @@ READ_ELSEWHERE = {  # fields of config.json that transformers, vLLM or the conve
     "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta",
     "rope_scaling", "tie_word_embeddings", "hidden_act", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype",
 }  # fmt: skip
+
+
+def bos_first(name: str, id: int) -> dict:
+    """The post_processor of Llama 3's tokenizer.json: how a server comes to put BOS before a prompt."""
+    a, b = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
+    bos = [{"SpecialToken": {"id": name, "type_id": of}} for of in (0, 1)]
+    special = {name: {"id": name, "ids": [id], "tokens": [name]}}
+    template = {"type": "TemplateProcessing", "single": [bos[0], a], "pair": [bos[0], a, bos[1], b]}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    return {"type": "Sequence", "processors": [byte_level, template | {"special_tokens": special}]}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +40,12 @@ def bases(tmp_path_factory):
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>"}
     about |= {"eos_token": "<|end_of_text|>", "pad_token": "<|finetune_right_pad_id|>"}
     (root / "llama3" / "tokenizer_config.json").write_text(json.dumps(about))
-    (root / "llama2" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "legacy": false}')
+    as_on_the_hub = json.loads((root / "llama3" / "tokenizer.json").read_text())
+    bos = next(token["id"] for token in as_on_the_hub["added_tokens"] if token["content"] == about["bos_token"])
+    as_on_the_hub["post_processor"] = bos_first(about["bos_token"], bos)
+    (root / "llama3" / "tokenizer.json").write_text(json.dumps(as_on_the_hub))
+    about = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
+    (root / "llama2" / "tokenizer_config.json").write_text(json.dumps(about))
     return root
 
 
@@ -60,8 +76,7 @@ def test_transformers_writes_the_same_greedy_text_from_our_folder(final, name, t
 
     theirs = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    asked = theirs(QUERY, add_special_tokens=False, return_tensors="pt").input_ids
-    asked = torch.cat([torch.tensor([[tokenizer.bos_id]]), asked], dim=1)
+    asked = theirs(QUERY, return_tensors="pt").input_ids  # as a server asks: BOS comes of itself, once
     assert asked[0].tolist() == ids
     written = model.generate(asked, max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()
     stopped = written[: written.index(tokenizer.eos_id)] if tokenizer.eos_id in written else written
@@ -69,6 +84,16 @@ def test_transformers_writes_the_same_greedy_text_from_our_folder(final, name, t
     assert ours.text == tokenizer.decode(stopped)
     legible = [i for i in stopped if "\ufffd" not in tokenizer.decode([i])]  # half characters are shown in two ways
     assert theirs.decode(legible, skip_special_tokens=True).strip() == tokenizer.decode(legible).strip()
+
+
+@pytest.mark.parametrize("stage", ["base", "sft", "rm", "ppo"])
+def test_transformers_puts_one_bos_before_a_prompt_of_the_tiny_world(stage):
+    from transformers import AutoTokenizer
+
+    ours, theirs = load_tokenizer(EMBEDDED / stage), AutoTokenizer.from_pretrained(EMBEDDED / stage)
+    for text in (QUERY, "naïve 🙂  two blanks\n\n", " a summary"):
+        assert theirs(text).input_ids == [ours.bos_id, *ours.encode(text)]
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.bos_id, ours.eos_id, ours.pad_id)
 
 
 def test_generation_config_has_our_temperature_and_the_tokenizers_eos(final):

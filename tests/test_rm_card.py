@@ -5,7 +5,7 @@ import pytest
 
 from nanorlhf import rm_card
 from nanorlhf.metrics import words
-from nanorlhf.rm_card import calibration, card, examples
+from nanorlhf.rm_card import calibration, card, confidence_name, examples
 from nanorlhf.tldr import Comparison, Post
 
 
@@ -15,6 +15,11 @@ def comparison(chosen="a b c", rejected="d e", **changes) -> Comparison:
         rejected_policy="y", batch="batch3", split="valid1", confidence=7, worker="w",
     )  # fmt: skip
     return Comparison(**(fields | changes))
+
+
+def test_a_confidence_that_is_not_on_the_scale_is_not_called_undecided():
+    said = ["0 undecided", "4 far better", "4 far better", "not asked", "not on the scale"]
+    assert [confidence_name(c) for c in (5, 1, 9, None, 12)] == said
 
 
 def test_the_card_by_hand():

@@ -362,3 +362,6 @@ def test_a_rebuilt_tokenizer_has_the_shipped_pieces(tmp_path, tokenizer):
     rebuilt = sentencepiece.SentencePieceProcessor(model_file=str(path))
     pieces = range(tokenizer.vocab_size())
     assert [rebuilt.id_to_piece(i) for i in pieces] == [tokenizer.id_to_piece(i) for i in pieces]
+    about = (tmp_path / "tokenizer_config.json").read_bytes()
+    for folder in (TINY, *(TINY / "checkpoints").iterdir()):
+        assert (folder / "tokenizer_config.json").read_bytes() == about

@@ -366,6 +366,8 @@ def _bad(content, folders):
         "empty": b"",
         "cut sentencepiece": good["llama2"][:1000],
         "cut tiktoken": good["tiktoken"][:1000],
+        "shared rank": good["tiktoken"] + b"cXFxcQ== 0\n",
+        "negative rank": good["tiktoken"] + b"cXFxcQ== -3\n",
         "bad line": good["tiktoken"].replace(b"\n", b"\n?!?! 7\n", 1),
     }[content]
 
@@ -377,6 +379,8 @@ def _bad(content, folders):
         ("empty", "neither a sentencepiece model nor a tiktoken file .0 bytes"),
         ("cut sentencepiece", "neither a sentencepiece model nor a tiktoken file .1000 bytes"),
         ("cut tiktoken", "expected a base64 token|of the 256 single bytes have no token"),
+        ("shared rank", "token b'qqqq' has the id 0, expected a number of its own below"),
+        ("negative rank", r"tokenizer\.model.*(b'cXFxcQ== -3'|b'qqqq' has the id -3)"),
         ("bad line", r"tokenizer\.model:2: got b'\?!\?! 7', expected a base64 token and its rank"),
     ],
 )
@@ -393,7 +397,12 @@ def test_a_damaged_tokenizer_model_is_a_clear_error(folders, tmp_path, content, 
         ('"ignore_merges": true', '"ignore_merges": false', "a BPE tokenizer that is not Llama 3's"),
         ("{1,3}", "{1,2}", "a BPE tokenizer that is not Llama 3's"),
         ("<|end_of_text|>", "<|endoftext|>", "not a Llama 3 tokenizer"),
+        ('"normalizer": null', '"normalizer": {"type": "Lowercase"}', "a BPE tokenizer that is not Llama 3's"),
         ('"vocab"', '"vocabulary"', "not a complete tokenizer.json"),
+        ('"vocab": {', '"vocab": [], "was": {', "not a complete tokenizer.json"),
+        ('"t": ', '"t": -', "token b't' has the id -.*, expected a number of its own below"),
+        ('"t": ', '"t": 1000', "token b't' has the id 1000.*, expected a number of its own below"),
+        ('"t": ', '"t": 0, "was": ', "has the id 0, expected a number of its own below"),
         ('{\n  "version"', '{,\n  "version"', "not a complete tokenizer.json"),
     ],
 )

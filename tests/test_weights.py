@@ -35,6 +35,14 @@ def with_header(path, change, extra=b""):
     path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :] + extra)
 
 
+def with_offsets(header: bytes, change) -> bytes:
+    """A header in which the last tensor has other data_offsets."""
+    entries = json.loads(header)
+    last = max((name for name in entries if name != "__metadata__"), key=lambda name: entries[name]["data_offsets"])
+    entries[last]["data_offsets"] = change(*entries[last]["data_offsets"])
+    return json.dumps(entries).encode()
+
+
 # --- layouts and dtypes -----------------------------------------------------------------------------------------------
 
 
@@ -145,7 +153,8 @@ def test_a_missing_shard_is_named(make_policy, tokenizer, tmp_path, monkeypatch)
         load_policy(tmp_path / "final")
 
 
-@pytest.mark.parametrize("content", ["{}", '{"weight_map": ["model-00001-of-00002.safetensors"]}'])
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": ["model-00001-of-00002.safetensors"]}',
+                                     '{"weight_map": {"a": 3}}', '{"weight_map": {"a": ""}}'])  # fmt: skip
 def test_an_index_without_a_map_is_refused_by_name(saved, content):
     (saved[1] / "model.safetensors.index.json").write_text(content)
     with pytest.raises(UserError, match=r"model.safetensors.index.json: weight_map is missing"):
@@ -185,6 +194,10 @@ def test_a_tensor_that_is_in_the_index_but_not_in_its_shard_is_named(make_policy
         (lambda header: b"\xff" * 40, "utf-8|codec"),
         (lambda header: header.replace(b'"data_offsets"', b'"data_offzets"', 1), "the header's entry of"),
         (lambda header: header.replace(b'"shape":[', b'"shape":[-', 1), "the header's entry of"),
+        (lambda header: header.replace(b'"F32"', b'["F32"]', 1), "the header's entry of"),
+        (lambda header: header.replace(b'"shape":[', b'"shape":[1.5,', 1), "the header's entry of"),
+        (lambda header: with_offsets(header, lambda first, last: [float(first), last]), "the header's entry of"),
+        (lambda header: with_offsets(header, lambda first, last: [0, last - first]), "expected it to begin at"),
         (lambda header: header.replace(b'"F32"', b'"F16"', 1), r"tensor .* has [\d,]+ bytes for shape"),
         (lambda header: header.replace(b'"F32"', b'"F8_E4M3"', 1), "is F8_E4M3, expected F32, F16, BF16"),
         (lambda header: header.replace(b'"F32"', b'"I64"', 1), "is I64, expected F32, F16, BF16: quantised"),

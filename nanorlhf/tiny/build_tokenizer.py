@@ -3,10 +3,12 @@
     python -m nanorlhf.tiny.build_tokenizer
 
 It reads any text (byte fallback) and gives it back unchanged, except for U+2581, the mark that sentencepiece itself
-uses for a space. The model that lies beside this file was written by this script.
+uses for a space. The model that lies beside this file was written by this script, and so was tokenizer_config.json,
+which we do not read: it tells transformers and vLLM to put one BOS before a prompt and no space.
 """
 
 import io
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,17 @@ from nanorlhf.tldr import format_query
 VOCAB_SIZE = 1280  # 256 of them are the bytes of byte fallback
 DOCUMENTS = 12_000
 POSTS = 6_000
+FOR_OTHERS = {
+    "tokenizer_class": "LlamaTokenizer",
+    "legacy": False,
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "add_prefix_space": False,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<unk>",
+}
 
 
 def training_text() -> Iterator[str]:
@@ -33,7 +46,8 @@ def training_text() -> Iterator[str]:
 
 
 def train_tokenizer(folder: str | Path) -> Path:
-    """Trains the tokenizer and writes folder/tokenizer.model; the same bytes every time. Returns the file's path."""
+    """Trains the tokenizer and writes folder/tokenizer.model and tokenizer_config.json; the same bytes every time.
+    Returns the model's path."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=training_text(),
@@ -57,6 +71,7 @@ def train_tokenizer(folder: str | Path) -> Path:
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(model.getvalue())
     os.replace(temporary, path)
+    path.with_name("tokenizer_config.json").write_text(json.dumps(FOR_OTHERS, indent=2) + "\n")
     return path
 
 
