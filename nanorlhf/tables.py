@@ -97,10 +97,10 @@ def hack_table(results: dict) -> Table:
     header, rows = _columns(results, HACKS, "")
     note = "title copied: longest common subsequence of words over title length; 4-grams and bigrams of words"
     if about.get("diversity_samples"):
-        note += "; edit distance (words over the longer text), entropy and KL:"
+        note += "; edit distance (words over the longer text) and entropy:"
         number_of_posts = min(about["diversity_posts"], about["posts"])
         note += f" {about['diversity_samples']} samples of each of {number_of_posts} posts"
-        note += f" at temperature {about['diversity_temperature']:g}"
+        note += f" at temperature {about['diversity_temperature']:g}; exact KL: one sample"
     return Table("What a policy may be up to", header, rows, note, "summaries")
 
 
