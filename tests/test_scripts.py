@@ -15,13 +15,14 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import hacks
-from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_scalar, save_policy, save_scalar
+from nanorlhf.checkpoint import load_policy, load_scalar, save_policy, save_scalar
 from nanorlhf.config import parse, unread_fields
 from nanorlhf.encoding import encode_posts
 from nanorlhf.errors import UserError
 from nanorlhf.jsonl import read_jsonl
 from nanorlhf.llama import LlamaConfig, initialise
 from nanorlhf.models import Policy, reward_model_from
+from nanorlhf.resume import latest_checkpoint
 from nanorlhf.run import Run, read_metrics
 from nanorlhf.tiny.data import write_world
 from nanorlhf.tldr import load_posts
@@ -377,14 +378,19 @@ def test_ppo_stops_at_a_gradient_that_is_not_finite_and_its_checkpoint_can_be_re
 
     with monkeypatch.context() as patch:
         patch.setattr(train_ppo, "learn", explode)
-        with pytest.raises(UserError, match="gradient norm: got nan"):
+        named = r"update 2: gradient of Policy.model.norm.weight \(nan\), .* samples tiny-.* checkpoint is runs/ppo/\S*step_1"
+        with pytest.raises(UserError, match=named):
             run("train_ppo", world, flags)
+    told = json.loads(Path("runs/ppo/not_finite.json").read_text())
+    assert told["step"] == 2 and len(told["ids"]) == 8
     assert [row["step"] for row in read_metrics("runs/ppo")] == [1] and not Path("runs/ppo/final").exists()
     assert_same_weights(straight, start("train_ppo", "--resume --device cpu"))
 
 
 def test_only_the_newest_checkpoints_of_a_run_are_kept(world, models):
     folder = run("train_sft", world, f"{models['train_sft']} --max_updates 5 --save_every 1")
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_4"]
+    folder = run("train_sft", world, f"{models['train_sft']} --max_updates 5 --save_every 1 --keep 2 --overwrite")
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_3", "step_4"]
 
 
