@@ -23,6 +23,7 @@ A file here only grows, a whole line at a time; truncate_metrics, on resume, is 
 import io
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -230,10 +231,9 @@ class Run:
     def truncate_metrics(self, last_step: float) -> None:
         """On resume: drops the lines of metrics, samples and trace.jsonl after `last_step`, the checkpoint's step."""
         self.begin()
-        for path in (self.folder / f"{name}.jsonl" for name in ("metrics", "samples", "trace")):
-            if path.exists():
-                rows = [row for row in read_jsonl(path) if row["step"] <= last_step]
-                write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        for path in self._logs():
+            rows = [row for row in read_jsonl(path) if row["step"] <= last_step]
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
         if last_step != math.inf:
             self._marks = [(last_step, time.monotonic())]
             self._purge_step = last_step + 1  # TensorBoard hides what it has from here on
@@ -253,6 +253,10 @@ class Run:
                 optimizer.load_state(tensors)
                 step, optimizer.skipped = state["step"], state.get("skipped", 0)
             self.truncate_metrics(step)
+            for (
+                path
+            ) in self._logs():  # an evaluation logs under the last step again: the checkpoint knows how far it was
+                os.truncate(path, min(path.stat().st_size, state.get("logs", {}).get(path.name, math.inf)))
             clear_leftovers(self.folder)
             self.say(f"resumed from {checkpoint or 'the beginning: no checkpoint yet'}")
         self._skipped = optimizer.skipped
@@ -288,7 +292,8 @@ class Run:
         if last or due or self._signals.asked:
             optimizer.check_weights()
         if self._signals.asked or (due and not last):
-            state = {"skipped": optimizer.skipped}
+            logs = {path.name: path.stat().st_size for path in self._logs()}
+            state = {"skipped": optimizer.skipped, "logs": logs}
             size, seconds = save_checkpoint(self.folder, step, optimizer.state(), state, self.cfg.keep)
             self.say(f"saved   {self.folder / 'checkpoints' / f'step_{step}'}: {gigabytes(size)} in {seconds:.2f} s")
         if number := self._signals.asked:
@@ -316,6 +321,10 @@ class Run:
             f"{last or 'none yet'}: `{resume_command(self._record)} --on_nan skip` goes on without such steps, or "
             "begin again with a lower --lr or with --max_grad_norm"
         )
+
+    def _logs(self) -> list[Path]:
+        paths = (self.folder / f"{name}.jsonl" for name in ("metrics", "samples", "trace"))
+        return [path for path in paths if path.exists()]
 
     def close(self, failed: bool = False) -> None:
         """Flushes, gives the folder back and prints the total time. Called by `with`."""

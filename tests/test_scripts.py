@@ -378,7 +378,7 @@ def test_ppo_stops_at_a_gradient_that_is_not_finite_and_its_checkpoint_can_be_re
 
     with monkeypatch.context() as patch:
         patch.setattr(train_ppo, "learn", explode)
-        named = r"update 2: gradient of Policy.model.norm.weight \(nan\), .* samples tiny-.* checkpoint is runs/ppo/\S*step_1"
+        named = r"update 2: gradient of Policy.model.norm.weight \(nan\), .* samples tiny-.* is runs/ppo/check\S*step_1"
         with pytest.raises(UserError, match=named):
             run("train_ppo", world, flags)
     told = json.loads(Path("runs/ppo/not_finite.json").read_text())
