@@ -35,7 +35,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from nanorlhf.config import check
+from nanorlhf.config import check, one_sentence
 from nanorlhf.device import device_name, pick_device, pick_dtype, seed_everything
 from nanorlhf.errors import NotFinite, Stopped, UserError, signal_name
 from nanorlhf.jsonl import append, finite, read_jsonl, write_whole
@@ -406,3 +406,17 @@ def _import_wandb():
     except ImportError as error:
         raise UserError("--track needs wandb, which is not installed: pip install wandb, or leave it out") from error
     return wandb
+
+
+def main() -> None:
+    from nanorlhf.status import status
+
+    with one_sentence():
+        words = sys.argv[1:]
+        usage = "status and a run's folder: python -m nanorlhf.run status runs/ppo"
+        check(len(words) == 2 and words[0] == "status", "command", " ".join(words) or "(none)", usage)
+        print(status(words[1]))
+
+
+if __name__ == "__main__":
+    main()
