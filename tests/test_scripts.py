@@ -22,6 +22,7 @@ from nanorlhf.errors import UserError
 from nanorlhf.jsonl import read_jsonl
 from nanorlhf.llama import LlamaConfig, initialise
 from nanorlhf.models import Policy, reward_model_from
+from nanorlhf.optim import AdamW
 from nanorlhf.resume import latest_checkpoint
 from nanorlhf.run import Run, read_metrics
 from nanorlhf.tiny.data import write_world
@@ -448,3 +449,80 @@ def test_ppo_says_an_alarm_aloud_and_knows_after_a_resume_how_the_run_began(worl
     grown[0] = 2.0
     start("train_ppo", "--resume --device cpu")
     assert "warning hack/length is 20, above 15: they have grown" in capsys.readouterr().out
+
+
+# -- numbers that go wrong
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_with_on_nan_skip_a_step_with_a_bad_gradient_is_left_out_counted_and_remembered(
+    name, world, models, monkeypatch, capsys
+):
+    step, calls = AdamW.step, []
+
+    def spoil(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            self.masters[0].grad.flatten()[0] = torch.nan
+        return step(self, *args)
+
+    monkeypatch.setattr(AdamW, "step", spoil)
+    more = "--num_ppo_epochs 1" if name == "train_ppo" else ""
+    folder = run(name, world, f"{models[name]} --on_nan skip --save_every 1 {more}")
+    out = capsys.readouterr().out
+    assert out.count("was skipped, 1 steps so far: gradient of") == 1
+    assert json.loads((latest_checkpoint(folder) / "state.json").read_text())["skipped"] == 1
+    tensors = load_file(folder / "final" / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    assert [row.get("not_finite") for row in read_metrics(folder)][1] == {"grad_norm": "nan"}
+
+
+def test_a_score_that_is_not_finite_is_named_with_its_sample_and_the_run_can_go_on_without_it(
+    world, models, monkeypatch, capsys
+):
+    flags = f"{models['train_ppo']} --save_every 1 --no_preflight"
+    score, calls = train_ppo.ScalarModel.last_scores, []
+
+    def spoil(self, packed):
+        calls.append(1)
+        return score(self, packed).index_fill(0, torch.tensor([2]), torch.nan if len(calls) == 2 else 0.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ppo.ScalarModel, "last_scores", spoil)
+        with pytest.raises(UserError, match=r"update 2: scores \(nan\), expected finite numbers; samples tiny-\S+; "):
+            run("train_ppo", world, flags)
+    assert len(json.loads(Path("runs/ppo/not_finite.json").read_text())["ids"]) == 1
+    assert [row["step"] for row in read_metrics("runs/ppo")] == [1]
+    calls.clear()
+    calls.append(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ppo.ScalarModel, "last_scores", spoil)
+        start("train_ppo", "--resume --device cpu --on_nan skip")
+    assert "warning update 2: scores (nan); samples tiny-" in capsys.readouterr().out
+    assert len(read_metrics("runs/ppo")) == 4
+    tensors = load_file("runs/ppo/final/model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(world, models, monkeypatch):
+    log = Run.log
+
+    def spoil(self, step, metrics):
+        if step == 3:
+            spoilt[0].masters[0].data.flatten()[0] = torch.inf
+        log(self, step, metrics)
+
+    spoilt = []
+    began = Run.resume
+    monkeypatch.setattr(Run, "resume", lambda self, optimizer: (spoilt.append(optimizer), began(self, optimizer))[1])
+    monkeypatch.setattr(Run, "log", spoil)
+    with pytest.raises(UserError, match=r"step 3: weight Policy\S+ \(inf\), .* last good checkpoint is \S+step_2"):
+        run("train_sft", world, f"{models['train_sft']} --save_every 1 --on_nan skip")
+    assert latest_checkpoint("runs/sft").name == "step_2" and not Path("runs/sft/final").exists()
+
+
+def test_a_kl_above_stop_kl_ends_the_run_before_it_is_saved(world, models):
+    with pytest.raises(UserError, match=r"objective/kl \S+ is not at most --stop_kl 1e-09: .* --resume"):
+        run("train_ppo", world, f"{models['train_ppo']} --save_every 1 --stop_kl 1e-9 --lr 1e-2")
+    step = read_metrics("runs/ppo")[-1]["step"]
+    assert step > 1 and latest_checkpoint("runs/ppo").name == f"step_{step - 1}"
