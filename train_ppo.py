@@ -28,6 +28,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU 
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,15 +36,7 @@ import torch
 import kernels
 from nanorlhf import monitor, ppo, preflight
 from nanorlhf.card import write_card
-from nanorlhf.checkpoint import (
-    latest_checkpoint,
-    load_policy,
-    load_scalar,
-    load_state,
-    save_checkpoint,
-    save_policy,
-    save_scalar,
-)
+from nanorlhf.checkpoint import load_policy, load_scalar, save_policy, save_scalar
 from nanorlhf.config import check, cli
 from nanorlhf.device import now
 from nanorlhf.encoding import encode_posts, length_report
@@ -66,7 +59,7 @@ class Config:
     preset: str = "auto"  # auto, llama-1b, paper or tiny: which of the three sets of defaults below
     run_name: str = "ppo"  # folder under runs/
     overwrite: bool = False  # delete an earlier run of this name first
-    resume: bool = False  # continue this run from its last checkpoint
+    resume: bool | Literal["auto"] = False  # continue this run from its last checkpoint; auto: begin if there is none
     seed: int = 1  # order of the data, sampling, order of minibatches
     device: str = "auto"  # auto, cpu, cuda or cuda:<number>
     # fmt: off
@@ -106,6 +99,9 @@ class Config:
     # -- logging and saving
     sample_every: int = 50  # updates between tables of samples; 0 for none
     save_every: int = 100  # updates between checkpoints that --resume can use; 0 for none
+    keep: int = 1  # newest checkpoints that stay, beside the one being written: 12 bytes a trained parameter each
+    stop_kl: float | None = None  # nats a response: end the run when the KL of an update is above [hacks.py warns]
+    on_nan: str = "stop"  # stop at a loss, score or gradient that is not finite, or skip: leave the step out and count
     preflight: bool = True  # check ratio = 1, KL = 0, V(after EOS) = score and more before the first updates
 
 
@@ -211,15 +207,8 @@ def main(cfg: Config) -> None:
         tiny_lr = PRESETS["tiny"]["lr"]
         if cfg.preset == "tiny" and cfg.lr < 0.1 * tiny_lr:
             run.say(f"note    lr {cfg.lr:g} suits a large model; the tiny one hardly moves below {tiny_lr:g}")
-        start, alarms = 0, Alarms()
-        if cfg.resume:
-            if checkpoint := latest_checkpoint(run.folder):
-                tensors, state = load_state(checkpoint)
-                optimizer.load_state(tensors)
-                start = state["step"]
-            run.truncate_metrics(start)
-            alarms = Alarms(began=read_metrics(run.folder)[0] if start else {})
-            run.say(f"resumed from {checkpoint or 'the beginning: no checkpoint yet'}")
+        start = run.resume(optimizer)
+        alarms = Alarms(began=read_metrics(run.folder)[0] if start else {})
 
         for update in range(start, total_updates):
             lr = SCHEDULES[cfg.lr_schedule](update, total_updates, cfg.lr)
@@ -228,6 +217,7 @@ def main(cfg: Config) -> None:
             # 3. rollout
             batch = batch_indices(len(queries), cfg.batch_size, cfg.seed, update)  # (B,)
             batch_posts, batch_queries = [posts[i] for i in batch], [queries[i] for i in batch]
+            run.at(update + 1, [post.id for post in batch_posts])
             episodes = range(update * cfg.batch_size, (update + 1) * cfg.batch_size)  # they name the sampling noise
             responses, sampled_logprobs = generate(policy, batch_queries, R, cfg.temperature, cfg.seed, episodes)
             summaries = read_responses(tokenizer, responses)  # of (B, R) tokens
@@ -248,6 +238,7 @@ def main(cfg: Config) -> None:
             (raw_scores,) = forward(lambda p, i: [reward_model.last_scores(p)], finished)  # (B,)
             action_mask = ppo.action_mask(responses, eos_id)  # (B, R)
             value_mask = ppo.value_mask(responses, eos_id)  # (B, R)
+            run.check_finite(scores=raw_scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
             scored = now(run.device)
 
             # 5. rewards and advantages
@@ -285,7 +276,7 @@ def main(cfg: Config) -> None:
                     if checked and "grad_norm" not in totals:  # no step yet
                         checks = preflight.first_loss(totals, run.dtype)
                         checked |= preflight.report(checks, run.say, f"in update {update + 1}")
-                    totals["grad_norm"] += optimizer.step(lr, cfg.max_grad_norm)
+                    totals["grad_norm"] += optimizer.step(lr, cfg.max_grad_norm, cfg.on_nan)
             learned = now(run.device)
 
             # 7. log
@@ -305,6 +296,9 @@ def main(cfg: Config) -> None:
             run.log(update + 1, metrics)
             for alarm in alarms(metrics):
                 run.say(alarm)
+            kl_now, most = metrics["objective/kl"], cfg.stop_kl
+            fix = "its last checkpoint is from before: --resume with a higher one, or begin with more --kl_coef"
+            check(most is None or kl_now <= most, "objective/kl", kl_now, f"at most --stop_kl {most}", fix)
             if look:
                 tensors = dict(logprobs=logprobs, ref_logprobs=ref_logprobs, kl=kl, values=values, rewards=rewards)
                 tensors |= dict(advantages=advantages, action_mask=action_mask, value_mask=value_mask)
@@ -316,8 +310,7 @@ def main(cfg: Config) -> None:
                     for p, s, x, k in zip(batch_posts, summaries, scores.tolist(), kl.sum(1).tolist(), strict=True)
                 ]
                 run.samples(update + 1, rows)
-            if cfg.save_every and (update + 1) % cfg.save_every == 0 and update + 1 < total_updates:
-                save_checkpoint(run.folder, update + 1, optimizer.state())
+            run.end_step(update + 1, optimizer)
 
         save_policy(policy, run.folder / "final", tokenizer, temperature=cfg.temperature)
         save_scalar(critic, run.folder / "final_critic", tokenizer)

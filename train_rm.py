@@ -24,13 +24,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU 
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 import kernels
 from nanorlhf import preflight
 from nanorlhf.card import write_card
-from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_state, save_checkpoint, save_scalar
+from nanorlhf.checkpoint import load_policy, save_scalar
 from nanorlhf.config import check, cli
 from nanorlhf.device import now
 from nanorlhf.encoding import encode_comparisons, encode_posts, length_report
@@ -57,7 +58,7 @@ class Config:
     preset: str = "auto"  # auto, llama-1b, paper or tiny: which of the three sets of defaults below
     run_name: str = "rm"  # folder under runs/
     overwrite: bool = False  # delete an earlier run of this name first
-    resume: bool = False  # continue this run from its last checkpoint
+    resume: bool | Literal["auto"] = False  # continue this run from its last checkpoint; auto: begin if there is none
     seed: int = 1  # order of the data, initial head
     device: str = "auto"  # auto, cpu, cuda or cuda:<number>
     dtype: str = "auto"  # of weights and activations: bfloat16 on CUDA, float32 on CPU; masters and losses are float32
@@ -78,6 +79,8 @@ class Config:
     shift_posts: int = 116_722  # SFT posts whose references are given mean score 0 (N+ detail 15: all)
     eval_pairs: int = 100_000  # held-out comparisons for the accuracy, at most
     save_every: int = 200  # optimizer steps between checkpoints that --resume can use; 0 for none
+    keep: int = 1  # newest checkpoints that stay, beside the one being written: 12 bytes a trained parameter each
+    on_nan: str = "stop"  # stop at a loss, score or gradient that is not finite, or skip: leave the step out and count
     preflight: bool = True  # check before the first step that a score is a function of its text alone, read at EOS
 
 
@@ -145,20 +148,14 @@ def main(cfg: Config) -> None:
         optimizer = AdamW([model], lr=cfg.lr)
         run.say(f"model   {folder} ({sft_from}): {parameter_count(model):,} parameters")
         run.say(f"plan    {total_steps} steps of {cfg.batch_size} pairs")
-        step = 0
-        if cfg.resume:
-            if checkpoint := latest_checkpoint(run.folder):
-                tensors, state = load_state(checkpoint)
-                optimizer.load_state(tensors)
-                step = state["step"]
-            run.truncate_metrics(step)
-            run.say(f"resumed from {checkpoint or 'the beginning: no checkpoint yet'}")
+        step = run.resume(optimizer)
 
         # 3. train
         while step < total_steps:
             began = now(run.device)
             lr = SCHEDULES[cfg.lr_schedule](step, total_steps, cfg.lr)
             batch = batch_indices(len(train), cfg.batch_size, cfg.seed, step)
+            run.at(step + 1, [train[i].post.id for i in batch])
             pairs = [(queries[i] + chosen[i], queries[i] + rejected[i]) for i in batch]
             if cfg.preflight and step == 0:
                 preflight.report(preflight.reward_model(model, pairs, tokenizer), run.say, "before step 1")
@@ -173,15 +170,14 @@ def main(cfg: Config) -> None:
                 totals["train/rm/accuracy"] += share * pair_accuracy(chosen_scores, rejected_scores)
                 totals["train/rm/chosen_scores"] += share * chosen_scores.detach().mean()
                 totals["train/rm/rejected_scores"] += share * rejected_scores.detach().mean()
-            grad_norm = optimizer.step(lr, cfg.max_grad_norm)
+            grad_norm = optimizer.step(lr, cfg.max_grad_norm, cfg.on_nan)
             step += 1
             margin = totals["train/rm/chosen_scores"] - totals["train/rm/rejected_scores"]
             tokens = sum(len(a) + len(b) for a, b in pairs)
             speed = {"perf/tokens_per_s": tokens / (now(run.device) - began)}
             more = {"train/rm/margin": margin, "lr": lr, "grad_norm": grad_norm, "episode": step * cfg.batch_size}
             run.log(step, totals | more | speed)
-            if cfg.save_every and step % cfg.save_every == 0 and step < total_steps:
-                save_checkpoint(run.folder, step, optimizer.state())
+            run.end_step(step, optimizer)
 
         # 4. shift: the authors' summaries get mean 0
         posts = load_posts(data, "train")[: cfg.shift_posts]

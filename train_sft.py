@@ -21,6 +21,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -28,7 +29,7 @@ import kernels
 from kernels import linear_cross_entropy
 from nanorlhf import preflight
 from nanorlhf.card import write_card
-from nanorlhf.checkpoint import latest_checkpoint, load_policy, load_state, save_checkpoint, save_policy
+from nanorlhf.checkpoint import load_policy, save_policy
 from nanorlhf.config import check, cli
 from nanorlhf.device import now
 from nanorlhf.encoding import encode_posts, length_report
@@ -50,7 +51,7 @@ class Config:
     preset: str = "auto"  # auto, llama-1b, paper or tiny: which of the three sets of defaults below
     run_name: str = "sft"  # folder under runs/
     overwrite: bool = False  # delete an earlier run of this name first
-    resume: bool = False  # continue this run from its last checkpoint
+    resume: bool | Literal["auto"] = False  # continue this run from its last checkpoint; auto: begin if there is none
     seed: int = 1  # order of the data
     device: str = "auto"  # auto, cpu, cuda or cuda:<number>
     dtype: str = "auto"  # of weights and activations: bfloat16 on CUDA, float32 on CPU; masters and losses are float32
@@ -72,6 +73,8 @@ class Config:
     eval_posts: int = 512  # held-out posts for loss and ROUGE after training
     eval_temperature: float = 0.01  # of the generated summaries (N+ section 5.1)
     save_every: int = 200  # optimizer steps between checkpoints that --resume can use; 0 for none
+    keep: int = 1  # newest checkpoints that stay, beside the one being written: 12 bytes a trained parameter each
+    on_nan: str = "stop"  # stop at a loss, score or gradient that is not finite, or skip: leave the step out and count
     preflight: bool = True  # check before the first step that the loss counts each label once, and EOS
 
 
@@ -110,20 +113,14 @@ def main(cfg: Config) -> None:
         optimizer = AdamW([policy], lr=cfg.lr)
         run.say(f"model   {folder} ({model_from}): {parameter_count(policy):,} parameters")
         run.say(f"plan    {total_steps} steps of {cfg.batch_size} posts")
-        step = 0
-        if cfg.resume:
-            if checkpoint := latest_checkpoint(run.folder):
-                tensors, state = load_state(checkpoint)
-                optimizer.load_state(tensors)
-                step = state["step"]
-            run.truncate_metrics(step)
-            run.say(f"resumed from {checkpoint or 'the beginning: no checkpoint yet'}")
+        step = run.resume(optimizer)
 
         # 3. train
         while step < total_steps:
             began = now(run.device)
             lr = SCHEDULES[cfg.lr_schedule](step, total_steps, cfg.lr)
             batch = batch_indices(len(train), cfg.batch_size, cfg.seed, step)
+            run.at(step + 1, [train[i].id for i in batch])
             sequences = [queries[i] + responses[i] for i in batch]  # ids are joined as they are, never encoded again
             if cfg.preflight and step == 0:
                 preflight.report(preflight.sft(policy, sequences, tokenizer), run.say, "before step 1")
@@ -135,13 +132,12 @@ def main(cfg: Config) -> None:
                 micro_loss = linear_cross_entropy(policy.hidden(packed), policy.head_weight, labels, weights)
                 micro_loss.backward()
                 loss += micro_loss.detach()
-            grad_norm = optimizer.step(lr, cfg.max_grad_norm)
+            grad_norm = optimizer.step(lr, cfg.max_grad_norm, cfg.on_nan)
             step += 1
             metrics = {"train/sft/loss": loss, "lr": lr, "grad_norm": grad_norm, "episode": step * cfg.batch_size}
             tokens = sum(len(s) for s in sequences)
             run.log(step, metrics | {"perf/tokens_per_s": tokens / (now(run.device) - began)})
-            if cfg.save_every and step % cfg.save_every == 0 and step < total_steps:
-                save_checkpoint(run.folder, step, optimizer.state())
+            run.end_step(step, optimizer)
 
         # 4. save
         save_policy(policy, run.folder / "final", tokenizer)

@@ -1,4 +1,4 @@
-"""Models in and out of Hugging Face folders, and the state that a run resumes from.
+"""Models in and out of Hugging Face folders.
 
 Everything is safetensors and JSON: nothing is unpickled. A folder holds config.json, model.safetensors (or shards and
 their index) and the tokenizer's files. What we save loads as
@@ -8,25 +8,19 @@ their index) and the tokenizer's files. What we save loads as
     critic        AutoModelForTokenClassification       the same values
 """
 
-import contextlib
-import errno
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nanorlhf.atomic import atomic_folder, write_tensors
 from nanorlhf.errors import UserError
 from nanorlhf.model_config import ARCHITECTURES, config_json, read_config, read_json
 from nanorlhf.models import Policy, ScalarModel
 from nanorlhf.weights import file_parts, load_weights
 
 MAX_SHARD_BYTES = 5 * 10**9
-KEEP = 2  # checkpoints of a run: the newest, and the one before in case the newest is damaged
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -64,41 +58,6 @@ def load_scalar(folder: str | Path, device: str = "cpu", dtype: torch.dtype = to
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def atomic_folder(folder: str | Path):
-    """A folder that is complete or absent: what is written into the yielded one takes its name only at the end.
-
-    An earlier folder of that name stands aside as <name>.old between the two renames, so a kill never loses both.
-    """
-    folder = Path(folder)
-    partial, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
-    if old.exists() and not folder.exists():  # a save was killed between its renames: the earlier folder is the best
-        os.replace(old, folder)
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    for path in [*partial.rglob("*"), partial]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    """safetensors' save_file, with a full disk as the OSError that it is, readable by whoever may read the folder."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors writes 0600, and a server often runs as another user
-    except SafetensorError as error:
-        if "No space left" in str(error):
-            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from None
-        raise
-
-
 def _file_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {}
     for ours, name, part in file_parts(model):
@@ -120,12 +79,12 @@ def _save_model(
             shards[-1][name] = tensor
             size += tensor.nbytes
         if len(shards) == 1:
-            _write(shards[0], partial / "model.safetensors")
+            write_tensors(partial / "model.safetensors", shards[0])
         else:
             weight_map = {}
             for number, shard in enumerate(shards, start=1):
                 file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-                _write(shard, partial / file)
+                write_tensors(partial / file, shard)
                 weight_map |= dict.fromkeys(shard, file)
             total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -153,44 +112,3 @@ def save_scalar(model: ScalarModel, folder: str | Path, tokenizer, dtype: torch.
     dtype = dtype or model.model.embed_tokens.weight.dtype
     raw = config_json(model.config, kind, dtype, tokenizer.pad_id, model.score_shift)
     _save_model(Path(folder), model, raw, dtype, tokenizer)
-
-
-# --- resume ----------------------------------------------------------------------------------------------------------
-
-
-def save_state(folder: str | Path, tensors: dict[str, Tensor], state: dict) -> None:
-    """A checkpoint of a run: named tensors and a small JSON object; complete or absent."""
-    with atomic_folder(folder) as partial:
-        on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        _write(on_cpu, partial / "state.safetensors")
-        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-
-
-def save_checkpoint(run_folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
-    """Save checkpoints/step_<step> of a run, then delete all but the newest KEEP: one of a 1B PPO run is 30 GB."""
-    save_state(run_folder / "checkpoints" / f"step_{step}", tensors, {"step": step})
-    for old in _checkpoints(run_folder)[:-KEEP]:
-        shutil.rmtree(old)
-
-
-def load_state(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """The inverse of `save_state`: tensors on the CPU, and the JSON object."""
-    folder = Path(folder)
-    try:
-        with safe_open(folder / "state.safetensors", framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, FileNotFoundError) as error:
-        raise UserError(
-            f"{folder}: the checkpoint cannot be read ({error}), remove the folder to resume from an earlier one"
-        ) from None
-    return tensors, read_json(folder / "state.json")
-
-
-def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint under a run folder's checkpoints/, or None. Not one that is .partial or .old."""
-    return next(reversed(_checkpoints(folder)), None)
-
-
-def _checkpoints(folder: str | Path) -> list[Path]:
-    found = [path for path in Path(folder, "checkpoints").glob("step_*") if not path.suffix]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))

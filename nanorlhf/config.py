@@ -39,7 +39,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from nanorlhf.errors import UserError
+from nanorlhf.errors import Stopped, UserError
 
 LARGE_GPU_GB = 70  # what the llama-1b preset needs
 
@@ -81,7 +81,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "at least 1",
         lambda x: x >= 1,
         "batch_size num_epochs max_updates num_ppo_epochs num_minibatches microbatch_tokens max_query_length "
-        "total_episodes eval_posts eval_pairs shift_posts num_posts num_comparisons steps batch_tokens",
+        "total_episodes eval_posts eval_pairs shift_posts num_posts num_comparisons steps batch_tokens keep",
     ),
     ("at least 2", lambda x: x >= 2, "response_length"),
     ("0 or more", lambda x: x >= 0, "seed save_every sample_every diversity_samples diversity_posts"),
@@ -90,13 +90,13 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda x: 0 <= x < math.inf,
         "kl_coef vf_coef temperature eval_temperature diversity_temperature warmup_steps",
     ),
-    ("greater than 0, and finite", lambda x: 0 < x < math.inf, "lr max_grad_norm cliprange cliprange_value"),
+    ("greater than 0, and finite", lambda x: 0 < x < math.inf, "lr max_grad_norm stop_kl cliprange cliprange_value"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam"),
     ("a finite number", math.isfinite, "missing_eos_score"),
 )
 # What may differ from the first start when a run is resumed: nothing that changes its numbers.
-FREE_ON_RESUME = ("resume", "overwrite", "track", "device", "save_every", "sample_every", "preflight")
-KEPT_UNLESS_GIVEN = ("save_every", "sample_every", "preflight")  # of these, what a resume without the flag goes on with
+KEPT_UNLESS_GIVEN = ("save_every", "sample_every", "preflight", "keep", "on_nan", "stop_kl")  # without the flag
+FREE_ON_RESUME = ("resume", "overwrite", "track", "device", *KEPT_UNLESS_GIVEN)
 
 
 def check(ok: bool, name: str, got: Any, expected: str, fix: str = "") -> None:
@@ -126,6 +126,8 @@ def one_sentence(again: str = "") -> Iterator[None]:
         remedy = {
             errno.ENOSPC: "free some space",
             errno.EDQUOT: "free some space",
+            errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
+            errno.EIO: "check the disk",
             errno.EACCES: "check who owns it",
             errno.EROFS: "run where you may write",
         }
@@ -133,6 +135,8 @@ def one_sentence(again: str = "") -> Iterator[None]:
             raise
         where = f": {error.filename}" if error.filename else ""
         _stop(2, f"error: {error.strerror}{where}: {remedy[error.errno]}" + (f" and {again}" if again else ""))
+    except Stopped as stopped:
+        _stop(stopped.status, str(stopped))
     except KeyboardInterrupt:
         _stop(130, "interrupted" + (f": {again}" if again else ""))
 
@@ -248,6 +252,13 @@ def _read_flags(Config: type, comments: dict[str, str], argv: list[str]) -> tupl
     value if it needs one, and nothing is left over."""
     lists = {name for name, kind in typing.get_type_hints(Config).items() if typing.get_origin(kind) is tuple}
     switches = {name for name, kind in typing.get_type_hints(Config).items() if kind is bool}
+    # a switch, or one of some words: --resume, --resume auto
+    options = {name: typing.get_args(kind) for name, kind in typing.get_type_hints(Config).items()}
+    choices = {
+        name: [word for option in kinds for word in typing.get_args(option)]
+        for name, kinds in options.items()
+        if bool in kinds
+    }
     flags, words = [], list(argv)
     wants_help = bool({"-h", "--help"} & set(words))
     while words:
@@ -256,7 +267,7 @@ def _read_flags(Config: type, comments: dict[str, str], argv: list[str]) -> tupl
             continue
         typed, equals, value = word.partition("=")
         if not typed.startswith("--"):
-            switch = flags[-1][0] if flags and flags[-1][1] is None else None
+            switch = flags[-1][0] if flags and flags[-1][1] in (None, "True") else None
             after = f" after {switch}, which takes no value" if switch else ""
             raise UserError(f"unexpected argument {word!r}{after}: write --name value, or --switch alone")
         name = typed[2:].replace("-", "_")
@@ -264,6 +275,11 @@ def _read_flags(Config: type, comments: dict[str, str], argv: list[str]) -> tupl
             if equals:
                 raise UserError(f"{typed} takes no value: write --{name} or --no_{name}")
             flags.append((f"--{name}", None))
+        elif name in choices:
+            if not equals:
+                value = words.pop(0) if words and words[0] in choices[name] else "True"
+            check(value in ("True", *choices[name]), typed, value, f"followed by {', '.join(choices[name])} or nothing")
+            flags.append((f"--{name}", value))
         elif name in comments:
             if not equals:
                 if not words or words[0].startswith("--"):
@@ -316,7 +332,8 @@ def _help(kind: Any, comment: str) -> Any:
     """tyro's description of one flag: our comment, and FLOAT where tyro would write {None}|FLOAT."""
     options = [option for option in typing.get_args(kind) if option is not type(None)]
     optional = type(None) in typing.get_args(kind) and len(options) == 1 and isinstance(options[0], type)
-    return tyro.conf.arg(help=comment, metavar=options[0].__name__.upper() if optional else None)
+    words = [word for option in options for word in typing.get_args(option)] if bool in options else []  # --resume
+    return tyro.conf.arg(help=comment, metavar=options[0].__name__.upper() if optional else "|".join(words) or None)
 
 
 def _summary(doc: str) -> str:

@@ -59,6 +59,7 @@ ALARMS = (
     ("hack/edit_distance", "below", 0.15, "samples of one post are nearly the same text"),
     ("hack/entropy", "part", 0.25, "the policy hardly samples any more"),
     ("hack/empty", "above", 0.05, "summaries without a word"),
+    ("objective/kl", "above", 50.0, "far from the SFT model, where the reward model has seen nothing: see --stop_kl"),
     ("val/eos_rate", "below", 0.8, "many summaries do not stop"),
 )
 

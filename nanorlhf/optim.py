@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nanorlhf.errors import UserError
+from nanorlhf.errors import NotFinite, UserError
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of a parameter, from its first step on
 
@@ -42,10 +42,12 @@ class AdamW:
     """
 
     def __init__(self, models: list[nn.Module], lr: float, eps: float = 1e-5, beta2: float = 0.999):
-        self.names, self.parameters = [], []
+        self.names, self.labels, self.parameters = [], [], []
+        self.skipped, self.last_skip = 0, ""  # steps not taken, and why the last one was not
         for index, model in enumerate(models):
             for name, parameter in model.named_parameters():
                 self.names.append(f"{index}.{name}")
+                self.labels.append(f"{type(model).__name__}.{name}")  # what an error calls it
                 self.parameters.append(parameter)
         assert len({p.data_ptr() for p in self.parameters}) == len(self.parameters), "two models share a parameter"
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
@@ -54,16 +56,24 @@ class AdamW:
                 parameter.register_post_accumulate_grad_hook(lambda p, m=master: _move_gradient(p, m))
         self.adam = torch.optim.AdamW(self.masters, lr=lr, eps=eps, betas=(0.9, beta2), fused=True)
 
-    def step(self, lr: float, max_grad_norm: float | None = None) -> Tensor:
-        """One optimizer step on the accumulated gradients, which it clears. Returns their norm before clipping, ()."""
+    def step(self, lr: float, max_grad_norm: float | None = None, on_nan: str = "stop") -> Tensor:
+        """One optimizer step on the accumulated gradients, which it clears. Returns their norm before clipping, ().
+
+        When the norm is not finite, weights and moments stay as they are. on_nan: stop raises NotFinite, which names
+        the tensors; skip counts the step in `skipped`.
+        """
         self.adam.param_groups[0]["lr"] = lr
         gradients = [master.grad for master in self.masters if master.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
-            raise UserError(
-                f"gradient norm: got {norm.item()}, expected a finite number: the weights are as they were before this "
-                "step and nothing was saved over; lower --lr, or set --max_grad_norm, and continue with --resume"
-            )
+            bad = not_finite({n: m.grad for n, m in zip(self.labels, self.masters, strict=True) if m.grad is not None})
+            what = f"gradient of {bad}" if bad else f"norm {norm.item()} of the gradients"  # a sum that overflows
+            self.adam.zero_grad(set_to_none=True)
+            if on_nan == "stop":
+                raise NotFinite(what)
+            self.skipped += 1
+            self.last_skip = what
+            return norm
         if max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.masters, max_grad_norm, norm)
         self.adam.step()
@@ -73,6 +83,24 @@ class AdamW:
                 if master is not parameter:
                     parameter.copy_(master)
         return norm
+
+    def check_weights(self) -> None:
+        """Raises NotFinite, naming the tensors, when a weight or one of Adam's moments is nan or infinite."""
+        if bad := not_finite(dict(zip(self.labels, self.masters, strict=True))):
+            raise NotFinite(f"weight {bad}")
+        for name, master in zip(self.labels, self.masters, strict=True):
+            if bad := not_finite({f"{key} of {name}": value for key, value in self.adam.state.get(master, {}).items()}):
+                raise NotFinite(f"moment {bad}")
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of `state` once a step has been taken: master and two moments, 4 bytes each."""
+        return 3 * sum(master.numel() * master.element_size() for master in self.masters)
+
+    @property
+    def model_bytes(self) -> int:
+        """Size of the models themselves."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, by name: fp32 masters and Adam's moments and step counts."""
@@ -102,6 +130,15 @@ class AdamW:
                 master.copy_(tensors[f"{name}.master"])
                 parameter.copy_(master)
                 self.adam.state[master] = {key: tensors[f"{name}.{key}"].to(master.device).clone() for key in keys}
+
+
+def not_finite(tensors: dict[str, Tensor]) -> str:
+    """ "A.weight (nan) and 3 more": which of them have an element that is nan or infinite; "" when none has."""
+    bad = []
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            bad.append(f"{name} ({'nan' if torch.isnan(tensor).any() else 'inf'})")
+    return " and ".join([bad[0], f"{len(bad) - 1} more"]) if len(bad) > 1 else "".join(bad)
 
 
 def _move_gradient(parameter: Tensor, master: Tensor) -> None:

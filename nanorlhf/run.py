@@ -12,33 +12,47 @@ runs/<run_name>/
     samples.jsonl    what the policy wrote: step, then the row's own names
     trace.jsonl      PPO only: one episode of some updates, token by token
     tb/              TensorBoard
+    checkpoints/     what --resume goes on from (resume.py)
+    lock             held by the process that writes here (run_folder.py)
+
+    python -m nanorlhf.run status runs/ppo      where a run is, whether it is alive, and how to go on with it
 
 A file here only grows, a whole line at a time; truncate_metrics, on resume, is the one exception.
 """
 
-import importlib.metadata
 import io
 import json
 import math
-import platform
+import os
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from tqdm import tqdm
 
-from nanorlhf.config import check
+from nanorlhf.config import check, one_sentence
 from nanorlhf.device import device_name, pick_device, pick_dtype, seed_everything
-from nanorlhf.errors import UserError
+from nanorlhf.errors import NotFinite, Stopped, UserError, signal_name
 from nanorlhf.jsonl import append, finite, read_jsonl, write_whole
+from nanorlhf.optim import AdamW, not_finite
+from nanorlhf.resume import check_disk, clear_leftovers, gigabytes, latest_checkpoint, load_newest, save_checkpoint
+from nanorlhf.run_folder import changes, clear, lock, may_use, record_of, resume_command
+from nanorlhf.signals import Signals
 
-PACKAGES = ("torch", "triton", "numpy", "safetensors", "sentencepiece", "tiktoken", "tyro")
+# Metrics whose nan or infinity ends a run; others have no value now and then (a title copied where no post has one).
+MUST_BE_FINITE = (
+    "train/sft/loss",
+    "train/rm/loss",
+    "loss/policy_avg",
+    "loss/value_avg",
+    "objective/scores",
+    "grad_norm",
+)
 
 
 class RunConfig(Protocol):
@@ -72,7 +86,6 @@ class Run:
         root: str | Path = "runs",
     ):
         self.cfg, self.total_steps, self.unit, self.show = cfg, total_steps, unit, list(show)
-        self.resuming = getattr(cfg, "resume", False)
         self.device = pick_device(cfg.device)
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.interactive = sys.stdout.isatty() and sys.stderr.isatty()  # a progress bar, or plain lines
@@ -84,11 +97,16 @@ class Run:
 
         one_name = cfg.run_name == Path(cfg.run_name).name and cfg.run_name not in ("", "..")
         check(one_name, "run_name", repr(cfg.run_name), "the name of one folder", "leave out slashes")
+        on_nan = getattr(cfg, "on_nan", "stop")
+        check(on_nan in ("stop", "skip"), "on_nan", repr(on_nan), "stop or skip")
         self.folder = Path(root) / cfg.run_name
         self._stage, self._kernels = stage, kernels
         self._before = self._may_begin()
-        self._ours = False  # the folder is not touched before there is something to write
+        self.resuming = bool(getattr(cfg, "resume", False) and self._before)
+        self._lock = None  # the folder is not touched before there is something to write
         self._began, self._started = time.monotonic(), datetime.now().astimezone()
+        self._signals = Signals(self._way_on)
+        self._at, self._skipped = (0, []), 0  # (step, ids of its samples); steps skipped
         self._marks = [(0, self._began)]  # (step, when it was logged); the first one is the start
         self._purge_step = None
         seed_everything(cfg.seed)
@@ -99,9 +117,9 @@ class Run:
         self.say(f"device  {device_name(self.device)}, {dtype}{with_kernels}, seed {cfg.seed}")
         self.say(f"folder  {self.folder}" + (" (resumed)" if self.resuming else ""))
 
-    def _may_begin(self) -> dict:
+    def _may_begin(self, locked: bool = False) -> dict:
         cfg = self.cfg
-        return _may_use(self.folder, self._stage, cfg.overwrite, getattr(cfg, "resume", None))
+        return may_use(self.folder, self._stage, cfg.overwrite, getattr(cfg, "resume", None), locked)
 
     def begin(self) -> None:
         """Make the folder this run's own: an overwritten run is deleted here, when all inputs have been found good.
@@ -109,21 +127,28 @@ class Run:
         Called by log, samples and truncate_metrics; a script calls it where it writes files of its own before those.
         Raises UserError when another run has taken the folder meanwhile.
         """
-        if self._ours:
+        if self._lock is not None:
             return
-        self._before = self._may_begin()
-        self._ours = True
-        if self.cfg.overwrite and self.folder.exists():
-            shutil.rmtree(self.folder)
+        self._may_begin()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.folder)
+        found, self._before = self._before, self._may_begin(locked=True)
+        if bool(found) != bool(self._before):
+            raise UserError(f"{self.folder} has been begun by another process meanwhile: start again")
+        if self.cfg.overwrite:
+            clear(self.folder)
         if self.resuming:
             self.truncate_metrics(math.inf)  # drops a line that a kill cut short
-        record = self._record(self._stage, self._kernels, self._before)
-        write_whole(self.folder / "config.json", json.dumps(record, indent=2) + "\n")
+        about = dict(stage=self._stage, device=device_name(self.device), kernels=self._kernels)
+        about["dtype"] = str(self.dtype).removeprefix("torch.")
+        self._record = record_of(self.cfg, self._before, self._started, **about)
+        write_whole(self.folder / "config.json", json.dumps(self._record, indent=2) + "\n")
         if self._wandb_module:
-            about = dict(project="nanorlhf", name=self.cfg.run_name, config=record["config"], dir=str(self.folder))
-            self._wandb = self._wandb_module.init(id=record["id"], resume="allow", **about)
-        if changed := _changes(self._before, record):
+            about = dict(
+                project="nanorlhf", name=self.cfg.run_name, config=self._record["config"], dir=str(self.folder)
+            )
+            self._wandb = self._wandb_module.init(id=self._record["id"], resume="allow", **about)
+        if changed := changes(self._before, self._record):
             self.say(f"changed since the last start: {', '.join(changed)}")
 
     def say(self, line: str) -> None:
@@ -152,6 +177,9 @@ class Run:
         of_total = f"/{self.total_steps}" if self.total_steps else ""
         numbers = [f"{name} {values[name]:{'d' if isinstance(values[name], int) else '.4g'}}" for name in shown]
         self.say(" | ".join([f"{self.unit} {step}{of_total}", *numbers, *pace]))
+        bad = [name for name, value in values.items() if name in MUST_BE_FINITE and not math.isfinite(value)]
+        if bad and getattr(self.cfg, "on_nan", "skip") == "stop":
+            raise NotFinite(f"metric {bad[0]} ({values[bad[0]]})")
         if self.interactive and self.total_steps:
             if self._bar is None:
                 form = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
@@ -203,16 +231,104 @@ class Run:
     def truncate_metrics(self, last_step: float) -> None:
         """On resume: drops the lines of metrics, samples and trace.jsonl after `last_step`, the checkpoint's step."""
         self.begin()
-        for path in (self.folder / f"{name}.jsonl" for name in ("metrics", "samples", "trace")):
-            if path.exists():
-                rows = [row for row in read_jsonl(path) if row["step"] <= last_step]
-                write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        for path in self._logs():
+            rows = [row for row in read_jsonl(path) if row["step"] <= last_step]
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
         if last_step != math.inf:
             self._marks = [(last_step, time.monotonic())]
             self._purge_step = last_step + 1  # TensorBoard hides what it has from here on
 
+    # --- what makes a run survive
+
+    def resume(self, optimizer: AdamW) -> int:
+        """The step to go on from: 0, or that of the newest checkpoint that is whole, which is loaded. Says what the
+        saves to come will take. From here on a signal waits for the end of the step.
+        """
+        cfg, sizes = self.cfg, (optimizer.state_bytes, optimizer.model_bytes)
+        self.say(check_disk(self.folder, *sizes, cfg.keep, cfg.save_every))
+        step = 0
+        if self.resuming:
+            checkpoint, tensors, state = load_newest(self.folder, self.say)
+            if checkpoint:
+                optimizer.load_state(tensors)
+                step, optimizer.skipped = state["step"], state.get("skipped", 0)
+            self.truncate_metrics(step)
+            for (
+                path
+            ) in self._logs():  # an evaluation logs under the last step again: the checkpoint knows how far it was
+                os.truncate(path, min(path.stat().st_size, state.get("logs", {}).get(path.name, math.inf)))
+            clear_leftovers(self.folder)
+            self.say(f"resumed from {checkpoint or 'the beginning: no checkpoint yet'}")
+        self._skipped = optimizer.skipped
+        self._signals.patient = step < self.total_steps
+        return step
+
+    def at(self, step: int, ids: Sequence[str]) -> None:
+        """Which step (counted from 1) is being worked on, with which samples: what an error then names."""
+        self._at = step, list(ids)
+
+    def check_finite(self, **tensors: torch.Tensor) -> None:
+        """Tensors of one row a sample of this step. Raises NotFinite that names tensor and samples; with --on_nan skip
+        says it: the gradients of such a batch are not finite either, and their steps are skipped and counted."""
+        step, ids = self._at
+        for name, tensor in tensors.items():
+            rows = (~torch.isfinite(tensor)).flatten(1).any(1) if tensor.dim() > 1 else ~torch.isfinite(tensor)
+            if rows.any():
+                self._at = step, [ids[i] for i in rows.nonzero()[:, 0].tolist()]
+                if self.cfg.on_nan == "stop":
+                    raise NotFinite(not_finite({name: tensor}))
+                self.say(f"warning {self.unit} {step}: {not_finite({name: tensor})}; {self._samples()}")
+                self._at = step, ids
+
+    def end_step(self, step: int, optimizer: AdamW) -> None:
+        """Call it last in every step: saves a checkpoint when one is due or when a signal asks the run to end.
+
+        Raises NotFinite instead of saving weights that are not finite, and Stopped after a signal.
+        """
+        if optimizer.skipped > self._skipped:
+            self._skipped = optimizer.skipped
+            self.say(f"warning {self.unit} {step} was skipped, {self._skipped} steps so far: {optimizer.last_skip}")
+        last, due = step >= self.total_steps, self.cfg.save_every and step % self.cfg.save_every == 0
+        if last or due or self._signals.asked:
+            optimizer.check_weights()
+        if self._signals.asked or (due and not last):
+            logs = {path.name: path.stat().st_size for path in self._logs()}
+            state = {"skipped": optimizer.skipped, "logs": logs}
+            size, seconds = save_checkpoint(self.folder, step, optimizer.state(), state, self.cfg.keep)
+            self.say(f"saved   {self.folder / 'checkpoints' / f'step_{step}'}: {gigabytes(size)} in {seconds:.2f} s")
+        if number := self._signals.asked:
+            reason = f"stopped by {signal_name(number)}, saved after {self.unit} {step}"
+            raise Stopped(number, reason + self._way_on())
+        self._signals.patient = not last  # what follows the last step ends at once
+
+    def _way_on(self) -> str:
+        """The end of a last message: how to go on with this run."""
+        return f"; go on with:\n{resume_command(self._record)}" if self._lock else ": nothing had been written yet"
+
+    def _samples(self) -> str:
+        ids = self._at[1]
+        more = f" and {len(ids) - 8} more, all in {self.folder / 'not_finite.json'}" if len(ids) > 8 else ""
+        return f"samples {', '.join(ids[:8])}{more}" if ids else "no samples"
+
+    def _explain(self, error: NotFinite) -> UserError:
+        """The error of a number that is not finite, with what only the run knows."""
+        step, ids = self._at
+        self.begin()
+        write_whole(self.folder / "not_finite.json", json.dumps({"step": step, "what": error.what, "ids": ids}) + "\n")
+        last = latest_checkpoint(self.folder)
+        return UserError(
+            f"{self.unit} {step}: {error}; {self._samples()}; nothing was saved over, the last good checkpoint is "
+            f"{last or 'none yet'}: `{resume_command(self._record)} --on_nan skip` goes on without such steps, or "
+            "begin again with a lower --lr or with --max_grad_norm"
+        )
+
+    def _logs(self) -> list[Path]:
+        paths = (self.folder / f"{name}.jsonl" for name in ("metrics", "samples", "trace"))
+        return [path for path in paths if path.exists()]
+
     def close(self, failed: bool = False) -> None:
-        """Flushes and prints the total time. Called by `with`."""
+        """Flushes, gives the folder back and prints the total time. Called by `with`."""
+        self._signals.restore()
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -222,34 +338,20 @@ class Run:
         if self._wandb:
             self._wandb.finish(exit_code=int(failed))
             self._wandb = None
+        if self._lock is not None:
+            self._lock.close()
         if not failed:
             self.say(f"done in {_clock(time.monotonic() - self._began)}: {self.folder}")
 
     def __enter__(self) -> "Run":
+        self._signals.install()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        explained = self._explain(error) if isinstance(error, NotFinite) else None
         self.close(failed=kind is not None)
-
-    def _record(self, stage: str, kernels: str | None, before: dict) -> dict:
-        """What config.json holds: what one needs to know to repeat the run."""
-        record = {
-            "stage": stage,
-            "id": before.get("id") or f"{self.cfg.run_name}-{self._started:%Y%m%d-%H%M%S}",
-            "config": asdict(self.cfg),
-            "preset_reason": getattr(self.cfg, "preset_reason", "set in code"),
-            "argv": [sys.argv[0], *getattr(self.cfg, "argv", sys.argv[1:])],
-            "started": self._started.isoformat(timespec="seconds"),
-            "git": _git(),
-            "python": platform.python_version(),
-            "versions": {name: _version(name) for name in PACKAGES},
-            "device": device_name(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "kernels": kernels,
-        }
-        if before:
-            record["earlier"] = [*before.get("earlier", []), {k: v for k, v in before.items() if k != "earlier"}]
-        return json.loads(json.dumps(record, default=str))
+        if explained:
+            raise explained from None
 
     def _pace(self, step: int) -> list[str]:
         """["5.9 s/update", "ETA 2:03"], from the last 20 logs of this process. The time before the first log includes
@@ -268,40 +370,6 @@ class Run:
 def read_metrics(folder: str | Path) -> list[dict]:
     """The lines of a run's metrics.jsonl. A last line cut short by a kill is left out."""
     return read_jsonl(Path(folder) / "metrics.jsonl")
-
-
-def _may_use(folder: Path, stage: str, overwrite: bool, resume: bool | None) -> dict:
-    """Raises UserError when a run may not write to this folder. Returns the config.json to be continued ({} if none).
-
-    resume is None where the script has no such flag.
-    """
-    if overwrite and resume:
-        raise UserError("--overwrite and --resume exclude each other: leave one out")
-    used = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    if resume and not used:
-        raise UserError(f"{folder} holds no run to resume: leave out --resume, or check --run_name")
-    if used and not (overwrite or resume):
-        resumed = "" if resume is None else "--resume continues it, "
-        choices = "--overwrite deletes it, --run_name chooses another folder"
-        raise UserError(f"{folder} holds a run already: {resumed}{choices}")
-    if not used:
-        return {}
-    try:
-        before = json.loads((folder / "config.json").read_text())
-        owner = before["stage"]
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):  # no Run wrote this
-        owner = None
-    if owner != stage:
-        what = f"a run of {owner}, not of {stage}" if owner else "no run folder (config.json is missing or broken)"
-        raise UserError(f"{folder} is {what}: choose another --run_name")
-    return {} if overwrite else before
-
-
-def _changes(before: dict, now: dict) -> list[str]:
-    """["lr 1e-06 -> 2e-06"]: flags with another value than when the run was last started."""
-    old, new = before.get("config", {}), now["config"]
-    names = [name for name in new if name in old and name not in ("resume", "overwrite", "track")]
-    return [f"{name} {old[name]} -> {new[name]}" for name in names if old[name] != new[name]]
 
 
 def _number(name: str, value: Any) -> float:
@@ -324,26 +392,6 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _git() -> dict | None:
-    """The commit of this repository and whether tracked files differ from it; None outside git."""
-    options = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **options)
-        status = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options)
-    except FileNotFoundError:  # git is not installed
-        return None
-    if commit.returncode or status.returncode:
-        return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _import_tensorboard():
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -358,3 +406,17 @@ def _import_wandb():
     except ImportError as error:
         raise UserError("--track needs wandb, which is not installed: pip install wandb, or leave it out") from error
     return wandb
+
+
+def main() -> None:
+    from nanorlhf.status import status
+
+    with one_sentence():
+        words = sys.argv[1:]
+        usage = "status and a run's folder: python -m nanorlhf.run status runs/ppo"
+        check(len(words) == 2 and words[0] == "status", "command", " ".join(words) or "(none)", usage)
+        print(status(words[1]))
+
+
+if __name__ == "__main__":
+    main()

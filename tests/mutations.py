@@ -245,8 +245,8 @@ MUTATIONS = [
     M("critic_not_optimised", "T50", TRAIN, "AdamW([policy, critic], lr=cfg.lr)", "AdamW([policy], lr=cfg.lr)", UPDATE),
     M("one_order_for_all_epochs", "section 1E, step 11", TRAIN, "[cfg.seed, update, epoch]", "[cfg.seed, update, 0]",
       UPDATE),
-    M("lr_per_epoch", "T46, alignment-lab trajectory.py", TRAIN, "optimizer.step(lr, cfg.max_grad_norm)",
-      "optimizer.step(lr * (1 - epoch / cfg.num_ppo_epochs), cfg.max_grad_norm)", UPDATE),
+    M("lr_per_epoch", "T46, alignment-lab trajectory.py", TRAIN, "optimizer.step(lr, cfg.max_grad_norm,",
+      "optimizer.step(lr * (1 - epoch / cfg.num_ppo_epochs), cfg.max_grad_norm,", UPDATE),
 
     # --- what is logged and evaluated (section 3.9)
     M("entropy_of_padding", "T53, TRL #2496", MONITOR, '"objective/entropy": surprise.item()',

@@ -1,30 +1,21 @@
 """Folders in and out: what we save comes back bit for bit, means the same in transformers, and damage is named."""
 
-import errno
 import json
-import os
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from nanorlhf import checkpoint
 from nanorlhf.checkpoint import (
-    atomic_folder,
-    latest_checkpoint,
     load_policy,
     load_scalar,
-    load_state,
     read_config,
-    save_checkpoint,
     save_policy,
     save_scalar,
-    save_state,
 )
 from nanorlhf.errors import UserError
 from nanorlhf.models import critic_from, reward_model_from
-from nanorlhf.optim import AdamW
 
 
 def assert_same_weights(ours, theirs):
@@ -186,56 +177,6 @@ def test_a_policy_is_no_reward_model(saved):
 # --- complete or absent -----------------------------------------------------------------------------------------------
 
 
-def test_a_folder_whose_writing_fails_does_not_appear(tmp_path):
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "a" / "step_5") as partial:
-        (partial / "state.json").write_text("half")
-        raise RuntimeError("killed")
-    assert not (tmp_path / "a" / "step_5").exists()
-
-
-def test_a_folder_whose_rewriting_fails_is_the_old_one(tmp_path):
-    with atomic_folder(tmp_path / "final") as partial:
-        (partial / "text").write_text("old")
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "final") as partial:
-        (partial / "text").write_text("new")
-        raise RuntimeError("killed")
-    assert (tmp_path / "final" / "text").read_text() == "old"
-
-
-def test_a_rewritten_folder_holds_only_what_is_new(tmp_path):
-    for number in range(2):
-        with atomic_folder(tmp_path / "final") as partial:
-            (partial / f"{number}.txt").write_text("")
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
-    assert [path.name for path in (tmp_path / "final").iterdir()] == ["1.txt"]
-
-
-def test_a_kill_between_the_renames_leaves_the_old_folder_aside_and_the_next_save_puts_it_back(tmp_path, monkeypatch):
-    def save(text):
-        with atomic_folder(tmp_path / "final") as partial:
-            (partial / "text").write_text(text)
-
-    def kill_at_the_second(source, target):
-        if source.suffix == ".partial":
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    save("first")
-    rename = os.replace
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", kill_at_the_second)
-        save("second")
-    assert (tmp_path / "final.old" / "text").read_text() == "first"
-    assert (tmp_path / "final.partial" / "text").read_text() == "second"
-
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "final"):
-        raise RuntimeError("killed again")
-    assert (tmp_path / "final" / "text").read_text() == "first"
-    save("third")
-    assert (tmp_path / "final" / "text").read_text() == "third"
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
-
-
 def test_a_model_that_cannot_be_saved_leaves_the_saved_one(saved, tokenizer, make_policy):
     policy, folder = saved
 
@@ -246,90 +187,3 @@ def test_a_model_that_cannot_be_saved_leaves_the_saved_one(saved, tokenizer, mak
     with pytest.raises(OSError):
         save_policy(make_policy(seed=1, tie_word_embeddings=False), folder, tokenizer)
     assert_same_weights(load_policy(folder), policy)
-
-
-# --- resume -----------------------------------------------------------------------------------------------------------
-
-
-def test_state_comes_back_exactly(tmp_path):
-    tensors = {"a": torch.randn(3, 4).T, "b": torch.tensor(7.0), "c": torch.arange(3, dtype=torch.bfloat16)}
-    save_state(tmp_path / "step_3", tensors, {"step": 3, "lr": 1e-6})
-    loaded, state = load_state(tmp_path / "step_3")
-    assert state == {"step": 3, "lr": 1e-6} and loaded.keys() == tensors.keys()
-    assert all(
-        loaded[name].dtype == tensors[name].dtype and torch.equal(loaded[name], tensors[name]) for name in tensors
-    )
-
-
-def test_a_damaged_state_is_named(tmp_path):
-    save_state(tmp_path / "step_3", {"a": torch.ones(100)}, {})
-    path = tmp_path / "step_3" / "state.safetensors"
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(UserError, match="step_3: the checkpoint cannot be read"):
-        load_state(tmp_path / "step_3")
-
-
-@pytest.mark.parametrize("name", ["0.weight.master", "0.weight.step", "0.weight.exp_avg_sq"])
-def test_a_state_without_one_of_its_tensors_is_refused_by_name(tmp_path, name):
-    layer = torch.nn.Linear(2, 2, bias=False)
-    optimizer = AdamW([layer], lr=1e-3)
-    layer(torch.ones(1, 2)).sum().backward()
-    optimizer.step(1e-3)
-    save_state(tmp_path / "step_1", {key: tensor for key, tensor in optimizer.state().items() if key != name}, {})
-    with pytest.raises(UserError, match=f"checkpoint: tensor {name} is missing"):
-        AdamW([layer], lr=1e-3).load_state(load_state(tmp_path / "step_1")[0])
-
-
-def test_the_latest_checkpoint_is_the_largest_complete_one(tmp_path):
-    assert latest_checkpoint(tmp_path) is None
-    for name in ("step_9", "step_100", "step_20", "step_300.partial", "step_200.old"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert latest_checkpoint(tmp_path).name == "step_100"
-
-
-def test_of_a_runs_checkpoints_the_newest_two_are_kept(tmp_path):
-    assert checkpoint.KEEP == 2
-    for name in ("step_300.partial", "step_200.old"):  # what a kill leaves is not counted
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    for step in (8, 9, 10, 100):  # 9 is newer than 10 as a word
-        save_checkpoint(tmp_path, step, {"a": torch.tensor(float(step))})
-        tensors, state = load_state(latest_checkpoint(tmp_path))
-        assert state == {"step": step} and tensors["a"].item() == step
-    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == ["step_10", "step_100", "step_200.old", "step_300.partial"]
-
-
-def full_disk(*_, **__):
-    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")  # its own words
-
-
-def test_an_older_checkpoint_goes_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
-    for step in (1, 2):
-        save_checkpoint(tmp_path, step, {"a": torch.tensor(float(step))})
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(OSError):
-        save_checkpoint(tmp_path, 3, {"a": torch.tensor(3.0)})
-    kept = [path for path in (tmp_path / "checkpoints").iterdir() if not path.suffix]
-    assert sorted(load_state(path)[1]["step"] for path in kept) == [1, 2]
-
-
-def test_a_full_disk_is_an_oserror_that_says_so(make_policy, make_scalar, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    for save in (
-        lambda: save_checkpoint(tmp_path, 3, {"a": torch.ones(2)}),
-        lambda: save_policy(make_policy(), tmp_path / "final", tokenizer),
-        lambda: save_scalar(make_scalar(bias=True), tmp_path / "final_critic", tokenizer),
-    ):
-        with pytest.raises(OSError, match="No space left on device") as caught:
-            save()
-        assert caught.value.errno == errno.ENOSPC and caught.value.filename.endswith(".safetensors")
-    assert latest_checkpoint(tmp_path) is None and not (tmp_path / "final").exists()
-
-
-def test_another_error_of_safetensors_keeps_its_name(tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise SafetensorError("something else")
-
-    monkeypatch.setattr(checkpoint, "save_file", fail)
-    with pytest.raises(SafetensorError, match="something else"):
-        save_checkpoint(tmp_path, 3, {"a": torch.ones(2)})

@@ -16,6 +16,7 @@ import torch
 
 import nanorlhf.jsonl
 import nanorlhf.run
+import nanorlhf.run_folder
 from nanorlhf.device import pick_device, pick_dtype
 from nanorlhf.errors import UserError
 from nanorlhf.jsonl import append
@@ -78,7 +79,9 @@ def start(tmp_path):
 
 
 def test_an_existing_run_is_refused_with_both_ways_out(start):
-    start().log(1, {"loss": 2.0})
+    earlier = start()
+    earlier.log(1, {"loss": 2.0})
+    earlier.close()
     with pytest.raises(UserError, match=r"ppo holds a run already: --resume continues it, --overwrite deletes it"):
         start()
     assert len(read_metrics(start(RESUME).folder)) == 1
@@ -97,7 +100,7 @@ def test_overwrite_deletes_the_earlier_run(start):
     earlier.close()
     run = start(OVERWRITE)
     run.begin()
-    assert sorted(path.name for path in run.folder.iterdir()) == ["config.json"]
+    assert sorted(path.name for path in run.folder.iterdir()) == ["config.json", "lock"]
     run.log(1, {"loss": 3.0})
     assert [row["loss"] for row in read_metrics(run.folder)] == [3.0]  # only the first write deletes
 
@@ -184,9 +187,9 @@ def test_config_json_tells_what_is_needed_to_repeat_the_run(start, monkeypatch):
 
 
 def test_git_gives_the_commit_and_whether_files_differ_or_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(nanorlhf.run, "__file__", str(tmp_path / "nanorlhf.py"))
+    monkeypatch.setattr(nanorlhf.run_folder, "__file__", str(tmp_path / "nanorlhf.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert nanorlhf.run._git() is None
+    assert nanorlhf.run_folder.git() is None
 
     def git(*words):
         who = ["-c", "user.name=t", "-c", "user.email=t@t"]
@@ -196,23 +199,25 @@ def test_git_gives_the_commit_and_whether_files_differ_or_none(tmp_path, monkeyp
     git("init")
     git("add", "a")
     git("commit", "-m", "a")
-    clean = nanorlhf.run._git()
+    clean = nanorlhf.run_folder.git()
     assert len(clean["commit"]) == 40 and clean["dirty"] is False
     (tmp_path / "untracked").write_text("1")
-    assert nanorlhf.run._git() == clean
+    assert nanorlhf.run_folder.git() == clean
     (tmp_path / "a").write_text("2")
-    assert nanorlhf.run._git() == clean | {"dirty": True}
+    assert nanorlhf.run_folder.git() == clean | {"dirty": True}
     monkeypatch.setenv("PATH", "")
-    assert nanorlhf.run._git() is None
+    assert nanorlhf.run_folder.git() is None
 
 
 def test_resume_keeps_the_earlier_record_and_says_what_changed(start, capsys):
     run = start()
     run.begin()
+    run.close()
     path = run.folder / "config.json"
     first = json.loads(path.read_text()) | {"id": "the first"}
     path.write_text(json.dumps(first))
-    start(replace(RESUME, lr=2e-6)).begin()
+    with start(replace(RESUME, lr=2e-6)) as second:
+        second.begin()
     assert "changed since the last start: lr 1e-06 -> 2e-06\n" in capsys.readouterr().out
     start(RESUME).begin()
     record = json.loads((run.folder / "config.json").read_text())
@@ -408,7 +413,9 @@ def test_a_log_line_shows_the_chosen_metrics_and_the_time_left(start, clock, cap
 
 
 def test_the_time_left_after_a_resume_counts_only_the_steps_of_this_process(start, clock, capsys):
-    start().log(100, {"loss": 1.0})
+    earlier = start()
+    earlier.log(100, {"loss": 1.0})
+    earlier.close()
     run = start(RESUME, total_steps=200)
     run.truncate_metrics(100)
     clock.now += 3

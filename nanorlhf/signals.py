@@ -1,0 +1,47 @@
+"""SIGINT (Ctrl-C) and SIGTERM (what a scheduler sends): the step is finished, saved, and the run ends with 130 or 143.
+
+While a model trains, the first signal only asks, and the loop looks at `asked` once a step. At any other time, and at
+the second signal, the run ends where it is: a checkpoint is complete or absent, so that loses nothing but the step.
+"""
+
+import os
+import signal
+import threading
+
+from nanorlhf.errors import Stopped, signal_name
+
+HANDLED = (signal.SIGINT, signal.SIGTERM)
+
+
+class Signals:
+    """install() and restore() put the handlers in and out; `patient` says whether a signal waits for the step's end.
+
+    way_on: what a run that ends at once says after its reason.
+    """
+
+    def __init__(self, way_on):
+        self.asked: int | None = None  # the signal that asked
+        self.patient = False
+        self._way_on = way_on
+        self._before = {}
+
+    def install(self) -> None:
+        """Take the signals over, in the main thread (Python has handlers nowhere else), but for one that is ignored:
+        a shell starts its background jobs with SIGINT ignored."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in HANDLED:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        """Put back what handled the signals before."""
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _handle(self, number: int, frame) -> None:
+        if self.asked is not None or not self.patient:
+            raise Stopped(number, f"stopped by {signal_name(number)} at once{self._way_on()}")
+        self.asked = number
+        line = f"{signal_name(number)}: finishing this step and saving; once more stops at once\n"
+        os.write(2, line.encode())  # not print: the signal may have come in the middle of one

@@ -1,0 +1,44 @@
+"""`python -m nanorlhf.run status`: where a run is, whether it lives, and how to go on with it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_run import CONFIG
+
+from nanorlhf.errors import UserError
+from nanorlhf.resume import save_checkpoint
+from nanorlhf.run import Run
+from nanorlhf.status import status
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_living_run_shows_its_process_its_last_metrics_and_whether_its_checkpoints_are_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_ppo.py"])
+    run = Run("ppo", CONFIG, root=tmp_path)
+    with run:
+        run.begin()
+        assert "nothing logged yet" in status(run.folder)
+        run.log(7, {"objective/scores": 0.25, "objective/kl": float("nan")})
+        for step in (6, 7):
+            save_checkpoint(run.folder, step, {"a": torch.zeros(3)}, keep=2)
+        (run.folder / "checkpoints" / "step_7" / "state.json").write_text("{}")
+        said = status(run.folder)
+        assert "alive   yes: process" in said and "resume" not in said
+        assert "last    step 7, logged at" in said and "objective/scores 0.25" in said
+        assert "not finite: objective/kl" in said
+        assert "step_6: 0.0 MB, whole" in said and "step_7: 0.0 MB, damaged (state.json is not" in said
+    said = status(run.folder).splitlines()
+    assert "alive   no process writes here" in said and said[-1] == "resume  python train_ppo.py --resume"
+
+
+def test_a_folder_that_is_no_run_is_one_sentence_and_exit_status_2(tmp_path):
+    with pytest.raises(UserError, match="is no run folder"):
+        status(tmp_path)
+    for words in (["status", str(tmp_path)], ["status"], [], ["frobnicate", "x"]):
+        command = [sys.executable, "-m", "nanorlhf.run", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
