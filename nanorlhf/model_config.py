@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: not found, expected a Hugging Face model folder with a {path.name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}), copy the file again") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: got a JSON {type(raw).__name__}, expected an object")

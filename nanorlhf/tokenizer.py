@@ -193,6 +193,7 @@ LLAMA3_SPLIT = (  # how a text is cut before merging: contractions, words, numbe
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+MAX_ID = 2**20  # Llama 3 has 128,256
 MAX_RUN, MAX_CALL = 25_000, 400_000  # characters; longer runs of (non-)blanks overflow tiktoken's regex stack
 
 
@@ -206,6 +207,10 @@ def llama3_specials(first_id: int) -> dict[str, int]:
 
 
 def _tiktoken(path: Path, ranks: dict[bytes, int], specials: dict[str, int], files: dict[str, bytes]) -> Tokenizer:
+    ids = [*ranks.values(), *specials.values()]
+    sound = all(type(i) is int and 0 <= i < MAX_ID for i in ids) and len(set(ids)) == len(ids)
+    if not sound or not all(isinstance(name, str) for name in specials):
+        raise UserError(f"{path}: its ids are doubled or no small whole numbers, expected one of its own for each token")
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing:
         raise UserError(
@@ -278,7 +283,7 @@ def _read_json(path: Path, content: bytes) -> tuple[dict[bytes, int], dict[str, 
         kind, vocab, ignore_merges = model["type"], model["vocab"], model.get("ignore_merges")
         steps = (data["pre_tokenizer"] or {}).get("pretokenizers", [])
         splits = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a complete tokenizer.json ({error!r}): fetch the file again") from error
     if kind != "BPE" or not ignore_merges or splits != [LLAMA3_SPLIT]:
         raise UserError(
@@ -291,7 +296,7 @@ def _read_json(path: Path, content: bytes) -> tuple[dict[bytes, int], dict[str, 
     byte_of |= {chr(0x100 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
     try:
         ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token not in added}
-    except KeyError as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: a token contains {error}, expected byte-level tokens: fetch the file again"
         ) from error
