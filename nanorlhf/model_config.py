@@ -24,8 +24,10 @@ ORDINARY = (
     ("partial_rotary_factor", 1.0, "1.0"),
 )
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+LARGEST, MOST_LAYERS = 10**7, 1000  # of any size; a damaged file must not take all memory
 OLD_CONTEXT = 4096  # the longest of Llama 1 and 2, whose config.json may leave out rope_theta
 OLD_THETA = 10000.0
+ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ARCHITECTURES = {
     "policy": "LlamaForCausalLM",
     "reward_model": "LlamaForSequenceClassification",
@@ -61,18 +63,30 @@ def read_config(folder: str | Path) -> LlamaConfig:
     for field in SIZES:
         if field not in raw:
             raise UserError(f"{path}: {field} is missing, expected every field of a Llama config.json")
-        if type(raw[field]) is not int or raw[field] < 1:
-            raise UserError(f"{path}: {field} is {raw[field]!r}, expected a whole number of at least 1")
+        largest = MOST_LAYERS if field == "num_hidden_layers" else LARGEST
+        if type(raw[field]) is not int or not 1 <= raw[field] <= largest:
+            raise UserError(f"{path}: {field} is {raw[field]!r}, expected a whole number from 1 to {largest:,}")
     if not isinstance(raw.get("rms_norm_eps"), float):
         raise UserError(f"{path}: rms_norm_eps is {raw.get('rms_norm_eps', 'missing')}, expected a number like 1e-5")
 
     heads = raw["num_attention_heads"]
     # Llama 1 and 2 (7B, 13B) leave it out: one key head a query head.
     kv_heads = raw.get("num_key_value_heads") or heads
+    eos = raw.get("eos_token_id", 2)
+    eos = eos[0] if isinstance(eos, list) and eos else eos
+    for field, value, least in (
+        ("num_key_value_heads", kv_heads, 1),
+        ("head_dim", raw.get("head_dim") or 1, 1),
+        ("max_position_embeddings", raw.get("max_position_embeddings", 2048), 1),
+        ("bos_token_id", raw.get("bos_token_id", 1), 0),
+        ("eos_token_id", eos, 0),
+        ("pad_token_id", raw.get("pad_token_id") or 0, 0),
+    ):
+        if type(value) is not int or not least <= value <= LARGEST:
+            raise UserError(f"{path}: {field} is {value!r}, expected a whole number of at least {least}")
     if heads % kv_heads:
         refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
     theta, scaling = _read_rope(raw, path)
-    eos = raw.get("eos_token_id", 2)
     return LlamaConfig(
         **{field: raw[field] for field in (*SIZES, "rms_norm_eps")},
         num_key_value_heads=kv_heads,
@@ -82,7 +96,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
         max_position_embeddings=raw.get("max_position_embeddings", 2048),
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         bos_token_id=raw.get("bos_token_id", 1),
-        eos_token_id=eos[0] if isinstance(eos, list) else eos,
+        eos_token_id=eos,
         pad_token_id=raw.get("pad_token_id"),
     )
 
@@ -92,7 +106,10 @@ def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
 
     Llama 1 and 2 were published before the field existed: theta was 10000.
     """
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_scaling is {rope!r}, expected an object or null")
+    rope = dict(rope)
     theta = rope.pop("rope_theta", raw.get("rope_theta"))
     if theta is None and not rope and raw.get("max_position_embeddings", OLD_CONTEXT) <= OLD_CONTEXT:
         theta = OLD_THETA
@@ -101,10 +118,14 @@ def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
             f"{path}: rope_theta is missing (and rope_parameters too): without it positions would be wrong, and only "
             "for Llama 1 and 2 is it known to be 10000"
         )
+    numbers = {"rope_theta": theta} | {name: rope[name] for name in ROPE_NUMBERS if name in rope}
+    for name, value in numbers.items():
+        if type(value) not in (int, float) or not 0 < value < 1e12:
+            raise UserError(f"{path}: {name} is {value!r}, expected a number greater than 0")
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     if kind == "default":
         return float(theta), None
-    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    fields = ROPE_NUMBERS
     if kind != "llama3" or any(field not in rope for field in fields):
         raise UserError(
             f"{path}: rope_scaling is {kind!r} with {sorted(rope)}, "

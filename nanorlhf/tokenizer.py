@@ -210,7 +210,9 @@ def _tiktoken(path: Path, ranks: dict[bytes, int], specials: dict[str, int], fil
     ids = [*ranks.values(), *specials.values()]
     sound = all(type(i) is int and 0 <= i < MAX_ID for i in ids) and len(set(ids)) == len(ids)
     if not sound or not all(isinstance(name, str) for name in specials):
-        raise UserError(f"{path}: its ids are doubled or no small whole numbers, expected one of its own for each token")
+        raise UserError(
+            f"{path}: its ids are doubled or no small whole numbers, expected one of its own for each token"
+        )
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing:
         raise UserError(
