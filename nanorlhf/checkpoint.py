@@ -21,6 +21,7 @@ from nanorlhf.models import Policy, ScalarModel
 from nanorlhf.weights import file_parts, load_weights
 
 MAX_SHARD_BYTES = 5 * 10**9
+MUCH = 10**8  # parameters whose memory is worth a look at the files first
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -32,7 +33,7 @@ def _empty(build, folder: str | Path, device: str, dtype: torch.dtype) -> nn.Mod
         model = build()
     wanted = sum(parameter.numel() for parameter in model.parameters())
     there = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-    if there and wanted > there:  # a number takes two bytes at least
+    if wanted > max(there, MUCH):  # a number takes two bytes at least; what is small, load_weights refuses by name
         raise UserError(
             f"{folder}: config.json describes {wanted:,} parameters, expected no more than fit into the {there:,} "
             "bytes of safetensors beside it: copy or download the folder again"

@@ -59,7 +59,8 @@ class TensorFile:
         for name, entry in header.items():
             try:
                 first, last = entry["data_offsets"]
-                well_formed = 0 <= first <= last and all(n >= 0 for n in entry["shape"]) and entry["dtype"]
+                well_formed = 0 <= first <= last and all(type(n) is int and n >= 0 for n in entry["shape"])
+                well_formed = well_formed and type(first) is type(last) is int and isinstance(entry["dtype"], str)
             except (TypeError, KeyError, ValueError):
                 well_formed = False
             if not well_formed:
