@@ -21,21 +21,30 @@ from nanorlhf.models import Policy, ScalarModel
 from nanorlhf.weights import file_parts, load_weights
 
 MAX_SHARD_BYTES = 5 * 10**9
+MUCH = 10**8  # parameters whose memory is worth a look at the files first
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _empty(build, device: str, dtype: torch.dtype) -> nn.Module:
+def _empty(build, folder: str | Path, device: str, dtype: torch.dtype) -> nn.Module:
+    """The model without values. Raises UserError, before it takes memory, when the files cannot hold so much."""
     with torch.device("meta"):
         model = build()
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    there = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    if wanted > max(there, MUCH):  # a number takes two bytes at least; what is small, load_weights refuses by name
+        raise UserError(
+            f"{folder}: config.json describes {wanted:,} parameters, expected no more than fit into the {there:,} "
+            "bytes of safetensors beside it: copy or download the folder again"
+        )
     return model.to(dtype).to_empty(device=device)
 
 
 def load_policy(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Policy:
     """A causal language model from a Hugging Face folder."""
     config = read_config(folder)
-    policy = _empty(lambda: Policy(config), device, dtype)
+    policy = _empty(lambda: Policy(config), folder, device, dtype)
     load_weights(policy, folder, ignore=("lm_head.",) if config.tie_word_embeddings else ())
     return policy
 
@@ -48,7 +57,7 @@ def load_scalar(folder: str | Path, device: str = "cpu", dtype: torch.dtype = to
         raise UserError(
             f"{folder}: architectures is {kind}, expected a reward model or a critic; `python train_rm.py` makes one"
         )
-    model = _empty(lambda: ScalarModel(config, bias=kind == ARCHITECTURES["critic"]), device, dtype)
+    model = _empty(lambda: ScalarModel(config, bias=kind == ARCHITECTURES["critic"]), folder, device, dtype)
     model.score.float()  # the head stays fp32, see models.py
     model.score_shift = float(raw.get("score_shift", 0.0))
     load_weights(model, folder)

@@ -121,7 +121,7 @@ def one_sentence(again: str = "") -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _stop(2, f"error: {error}")
+        _stop(2, f"error: {one_line(str(error))}")
     except OSError as error:
         remedy = {
             errno.ENOSPC: "free some space",
@@ -139,6 +139,12 @@ def one_sentence(again: str = "") -> Iterator[None]:
         _stop(stopped.status, str(stopped))
     except KeyboardInterrupt:
         _stop(130, "interrupted" + (f": {again}" if again else ""))
+
+
+def one_line(text: str, longest: int = 1000) -> str:
+    """An error's text as it is printed: what a damaged file holds is no line break, no escape sequence and no novel."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
 
 
 def parse(Config: type, presets: dict[str, dict], doc: str, argv: list[str] | None = None) -> Any:

@@ -21,7 +21,7 @@ def read_jsonl(path: Path, having: str = "step") -> list[dict]:
             row = json.loads(line)
             if not (isinstance(row, dict) and having in row):
                 raise ValueError(f"no object with a {having}")
-        except ValueError as error:  # bad JSON, bad UTF-8
+        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a thousand brackets
             if number > len(whole):
                 break
             raise UserError(f"{path}:{number} is not what a run writes ({error}): delete the line") from error

@@ -25,8 +25,10 @@ ORDINARY = (
 )
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 MAY_BE_LEFT_OUT = ("num_key_value_heads", "head_dim", "max_position_embeddings")  # sizes, too; absent or null
+LARGEST, MOST_LAYERS = 10**7, 1000  # of any size; a damaged file must not take all memory
 OLD_CONTEXT = 4096  # the longest of Llama 1 and 2, whose config.json may leave out rope_theta
 OLD_THETA = 10000.0
+ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ARCHITECTURES = {
     "policy": "LlamaForCausalLM",
     "reward_model": "LlamaForSequenceClassification",
@@ -40,7 +42,7 @@ def read_json(path: Path) -> dict:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: not found, expected a Hugging Face model folder with a {path.name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}), copy the file again") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: got a JSON {type(raw).__name__}, expected an object")
@@ -62,8 +64,10 @@ def read_config(folder: str | Path) -> LlamaConfig:
     for field in (*SIZES, *(field for field in MAY_BE_LEFT_OUT if raw.get(field) is not None)):
         if field not in raw:
             raise UserError(f"{path}: {field} is missing, expected every field of a Llama config.json")
-        if type(raw[field]) is not int or raw[field] < 1:
-            raise UserError(f"{path}: {field} is {raw[field]!r}, expected a whole number of at least 1")
+        largest = MOST_LAYERS if field == "num_hidden_layers" else LARGEST
+        if type(raw[field]) is not int or not 1 <= raw[field] <= largest:
+            got = f"{path}: {field} is {raw[field]!r}"
+            raise UserError(f"{got}, expected a whole number of at least 1 and at most {largest:,}")
     if not _positive(raw.get("rms_norm_eps")):
         raise UserError(f"{path}: rms_norm_eps is {raw.get('rms_norm_eps', 'missing')}, expected a number like 1e-5")
     if type(raw.get("tie_word_embeddings", False)) is not bool:
@@ -72,16 +76,20 @@ def read_config(folder: str | Path) -> LlamaConfig:
     heads = raw["num_attention_heads"]
     # Llama 1 and 2 (7B, 13B) leave it out: one key head a query head.
     kv_heads = raw.get("num_key_value_heads") or heads
+    eos = raw.get("eos_token_id", 2)
+    eos = eos[0] if isinstance(eos, list) and eos else eos  # newer files list several; the first is the base model's
+    if type(eos) is not int:
+        raise UserError(f"{path}: eos_token_id is {eos!r}, expected a token id: a model without EOS cannot stop")
+    bos, pad = raw.get("bos_token_id", 1), raw.get("pad_token_id") or 0
+    for field, value in (("bos_token_id", bos), ("eos_token_id", eos), ("pad_token_id", pad)):
+        if type(value) is not int or not 0 <= value <= LARGEST:
+            raise UserError(f"{path}: {field} is {value!r}, expected a whole number of at least 0")
     if heads % kv_heads:
         refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
     if head_dim % 2:
         refuse("head_dim", head_dim, "an even number (rotary positions turn pairs)")
     theta, scaling = _read_rope(raw, path)
-    eos = raw.get("eos_token_id", 2)
-    eos = eos[0] if isinstance(eos, list) and eos else eos  # newer files list several; the first is the base model's
-    if type(eos) is not int:
-        raise UserError(f"{path}: eos_token_id is {eos!r}, expected a token id: a model without EOS cannot stop")
     return LlamaConfig(
         **{field: raw[field] for field in (*SIZES, "rms_norm_eps")},
         num_key_value_heads=kv_heads,
@@ -122,7 +130,7 @@ def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     if kind == "default":
         return float(theta), None
-    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    fields = ROPE_NUMBERS
     if kind != "llama3" or any(field not in rope for field in fields):
         raise UserError(
             f"{path}: rope_scaling is {kind!r} with {sorted(rope)}, "

@@ -162,6 +162,7 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Records the metrics of a step (numbers, or tensors with one element) everywhere, and prints one line."""
+        self._signals.check()
         self.begin()
         values = {name: _number(name, value) for name, value in metrics.items()}
         append(self.folder / "metrics.jsonl", [{"step": step, "time": round(time.time(), 3)} | finite(values)])
@@ -192,6 +193,7 @@ class Run:
         rows = list(rows)
         if not rows:
             return
+        self._signals.check()
         self.begin()
         append(self.folder / "samples.jsonl", [{"step": step} | finite(row) for row in rows])
         from rich.console import Console

@@ -39,9 +39,15 @@ class Signals:
         while self._before:
             signal.signal(*self._before.popitem())
 
+    def check(self) -> None:
+        """Raise Stopped for a signal whose own exception was lost: Python ignores one that is raised in a __del__."""
+        if self.asked is not None and not self.patient:
+            raise Stopped(self.asked, f"stopped by {signal_name(self.asked)} at once{self._way_on()}")
+
     def _handle(self, number: int, frame) -> None:
-        if self.asked is not None or not self.patient:
-            raise Stopped(number, f"stopped by {signal_name(number)} at once{self._way_on()}")
+        at_once = self.asked is not None or not self.patient
         self.asked = number
+        if at_once:
+            raise Stopped(number, f"stopped by {signal_name(number)} at once{self._way_on()}")
         line = f"{signal_name(number)}: finishing this step and saving; once more stops at once\n"
         os.write(2, line.encode())  # not print: the signal may have come in the middle of one

@@ -242,7 +242,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
             where = f"{path}:{number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:  # no JSON or no UTF-8
+            except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a thousand brackets
                 raise UserError(
                     f"{where}: malformed JSON ({error}): the file is damaged or cut; fetch it again"
                 ) from error

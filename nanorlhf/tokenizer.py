@@ -159,7 +159,7 @@ def _sentencepiece(path: Path, content: bytes, files: dict[str, bytes]) -> Token
     try:
         original = sentencepiece.SentencePieceProcessor(model_proto=content)
         processor = sentencepiece.SentencePieceProcessor(model_proto=content + KEEP_SPACES)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(
             f"{path}: neither a sentencepiece model nor a tiktoken file ({len(content)} bytes, beginning with "
             f"{content[:16]!r}): the download is incomplete or a Git LFS pointer; fetch the file again"
@@ -171,6 +171,10 @@ def _sentencepiece(path: Path, content: bytes, files: dict[str, bytes]) -> Token
         piece = processor.id_to_piece(i)
         return bytes([int(piece[1:-1], 16)]) if processor.is_byte(i) else piece.replace("▁", " ").encode()
 
+    try:
+        tokens = [token_bytes(i) for i in range(processor.get_piece_size())]
+    except ValueError as error:  # no UTF-8, or a byte token that names no byte
+        raise UserError(f"{path}: a damaged sentencepiece model ({error}): fetch the file again") from error
     bos_id, eos_id, unk_id = processor.bos_id(), processor.eos_id(), processor.unk_id()
     if bos_id < 0 or eos_id < 0:
         raise UserError(
@@ -178,7 +182,7 @@ def _sentencepiece(path: Path, content: bytes, files: dict[str, bytes]) -> Token
         )
     return Tokenizer(
         encode=processor.encode,
-        tokens=[token_bytes(i) for i in range(processor.get_piece_size())],
+        tokens=tokens,
         bos_id=bos_id,
         eos_id=eos_id,
         pad_id=processor.pad_id() if processor.pad_id() >= 0 else unk_id,
@@ -287,7 +291,7 @@ def _read_json(path: Path, content: bytes) -> tuple[dict[bytes, int], dict[str, 
         steps = (data["pre_tokenizer"] or {}).get("pretokenizers", [])
         splits = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
         tokens = list(vocab.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a complete tokenizer.json ({error!r}): fetch the file again") from error
     if kind != "BPE" or not ignore_merges or splits != [LLAMA3_SPLIT] or data.get("normalizer") is not None:
         raise UserError(
@@ -300,7 +304,7 @@ def _read_json(path: Path, content: bytes) -> tuple[dict[bytes, int], dict[str, 
     byte_of |= {chr(0x100 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
     try:
         ranks = {bytes(byte_of[c] for c in token): i for token, i in tokens if token not in added}
-    except KeyError as error:
+    except (KeyError, TypeError) as error:
         raise UserError(
             f"{path}: a token contains {error}, expected byte-level tokens: fetch the file again"
         ) from error

@@ -42,7 +42,7 @@ class TensorFile:
         size = os.fstat(self._file.fileno()).st_size
         try:
             self._entries, self._begin = self._read_header(size)
-        except ValueError as error:  # also bad JSON and bad UTF-8
+        except (ValueError, RecursionError) as error:  # also bad JSON and bad UTF-8
             self._file.close()
             raise UserError(f"{path}: not a complete safetensors file ({error}), {AGAIN}") from None
 

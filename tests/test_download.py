@@ -27,7 +27,7 @@ PUBLISHED = len(LINES.splitlines())
 
 class Server(ThreadingHTTPServer):
     """`files`: path -> content. `faults`: what becomes of the next requests, in turn: a status; ("cut", bytes);
-    ("size", bytes): a wrong Content-Length; ("stall", bytes): no more of it until `go_on`; ("bytes", content): something
+    ("size", bytes): a wrong Content-Length; ("stall", bytes): no more until `go_on`; ("bytes", content): something
     else; None: nothing."""
 
     def __init__(self, files, ranges=True, md5=True):
