@@ -1,7 +1,7 @@
 """Kill the training scripts at any moment, break what they wrote, fill their disk: is the end bit for bit the same?
 
-    python -m bench.faults                              the full harness: about 15 minutes on one core
-    python -m bench.faults --kills 4 --operations 6     some of each: what `make test` runs
+    python -m bench.faults                              the full harness: an hour or so on one core
+    python -m bench.faults --kills 3 --operations 3 --others 1      some of each: what `make test` runs
 
 Each stage is trained once without a fault, on a small random model with a checkpoint after every step. Then, in forked
 processes of the real scripts, again and again with one:

@@ -208,7 +208,7 @@ MUTATIONS = [
       "test_optim.py::test_golden_cosine_schedule"),
     M("linear_off_by_one", "detail 20", OPTIM, "1 - step / total", "1 - (step + 1) / total",
       "test_optim.py::test_golden_linear_schedule"),
-    M("gradients_not_cleared", "T31", OPTIM, "self.adam.zero_grad(set_to_none=True)", "pass",
+    M("gradients_not_cleared", "T31", OPTIM, "self.adam.zero_grad(set_to_none=True)\n        with", "with",
       "test_optim.py::test_five_steps_equal_those_of_torchs_adamw"),
     M("resume_from_fp16", "minimind trainer_utils.py", OPTIM, 'tensors[f"{name}.master"] = master.detach()',
       'tensors[f"{name}.master"] = master.detach().half().float()',

@@ -107,5 +107,5 @@ def test_after_a_resume_the_beginning_is_that_of_the_run():
 def test_every_alarm_watches_a_number_that_ppo_logs():
     logged = {f"hack/{name}" for name in panel(["a b"], [post("t")], [0.0])}
     logged |= {"hack/entropy", "hack/edit_distance", "val/eos_rate"}  # monitor.texts and monitor.diversity
-    logged |= monitor.objective(torch.zeros(2), *torch.zeros(3, 2, 2), kl_coef=0.1).keys()
+    logged |= monitor.objective(torch.zeros(2), *torch.zeros(2, 2, 2), torch.ones(2, 2, dtype=bool), kl_coef=0.1).keys()
     assert {name for name, *_ in hacks.ALARMS} <= logged

@@ -57,6 +57,7 @@ def train(capsys, *, at: dict, more: str = "") -> tuple[int, str, list[int]]:
                 step += 1
                 run.log(step, {"grad_norm": norm})
                 run.end_step(step, optimizer)
+            run.log(5, {"evaluation": 1.0})  # under the last step again, as train_sft.py and train_rm.py do
             send(6)
 
     status = 0
@@ -75,18 +76,24 @@ def test_the_step_is_finished_and_saved_and_the_last_line_says_how_to_go_on(caps
     found = train(capsys, at={step: [number]})
     assert found == (status, "python train_sft.py --resume", list(range(1, step + 1)))
     assert [path.name for path in checkpoints("runs/sft")] == [f"step_{step}"]
-    assert train(capsys, at={}, more="--resume") == (0, "", [1, 2, 3, 4, 5])
+    assert train(capsys, at={}, more="--resume") == (0, "", [1, 2, 3, 4, 5, 5])
 
 
 def test_a_second_signal_ends_the_run_at_once_and_the_checkpoint_before_stays(capsys):
     found = train(capsys, at={5: [signal.SIGINT, signal.SIGINT]})
     assert found == (130, "python train_sft.py --resume", [1, 2, 3, 4])
     assert [path.name for path in checkpoints("runs/sft")] == ["step_3"]
-    assert train(capsys, at={}, more="--resume") == (0, "", [1, 2, 3, 4, 5])
+    assert train(capsys, at={}, more="--resume") == (0, "", [1, 2, 3, 4, 5, 5])
 
 
 def test_after_the_last_step_a_signal_ends_the_run_at_once(capsys):
     assert train(capsys, at={6: [signal.SIGTERM]})[:2] == (143, "python train_sft.py --resume")
+
+
+def test_a_run_that_was_saved_after_its_last_step_logs_its_evaluation_once_however_often_it_is_stopped(capsys):
+    train(capsys, at={5: [signal.SIGTERM]})
+    assert train(capsys, at={6: [signal.SIGTERM]}, more="--resume")[0] == 143  # evaluated, then stopped
+    assert train(capsys, at={}, more="--resume") == (0, "", [1, 2, 3, 4, 5, 5])
 
 
 def test_before_anything_is_written_a_signal_ends_the_run_and_leaves_no_folder(capsys):
