@@ -19,6 +19,7 @@ import numpy as np
 from nanorlhf.figures import overoptimisation_figure, png
 from nanorlhf.inputs import EMBEDDED
 from nanorlhf.jsonl import finite
+from nanorlhf.metrics import seed_interval
 from nanorlhf.run import read_metrics
 
 EPISODES_AN_UPDATE = 128
@@ -41,14 +42,14 @@ def train(kl_coef: float, seed: int, updates: int) -> list[dict]:
 
 
 def summary(kl_coef: float, logs: list[list[dict]]) -> dict[str, float]:
-    """Mean over seeds of the last updates, and the standard deviation over seeds (nan for one)."""
+    """Mean over seeds of the last updates, and half its 95% interval over the seeds (nan for one)."""
     row = {"kl_coef": kl_coef, "seeds": len(logs)}
     for name in ("objective/kl", "objective/scores", "objective/gold"):
         ends = [np.mean([r[name] for r in rows[-LAST:]]) for rows in logs]
         short = name.split("/")[1]
         row |= {
             short: float(np.mean(ends)),
-            f"{short} sd": float(np.std(ends, ddof=1)) if len(ends) > 1 else float("nan"),
+            f"{short} +-": seed_interval(ends),
         }
     row["best gold"] = float(np.mean([max(r["objective/gold"] for r in rows) for rows in logs]))
     return row

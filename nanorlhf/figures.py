@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nanorlhf.metrics import seed_interval
 from nanorlhf.run import read_metrics
 from nanorlhf.tables import display
 
@@ -274,7 +275,7 @@ def hack_figure(rows: list[dict], gold_sft: float) -> Figure:
 
 def overoptimisation_figure(groups: dict[float, list[list[dict]]], last: int = 5) -> Figure:
     """{kl_coef: logs of its seeds} -> proxy and truth against KL. Thin: the paths of all runs. Points: the mean of the
-    last updates over the seeds, with one standard deviation of the seeds either way."""
+    last updates over the seeds, with its 95% interval over the seeds (Student's t)."""
     figure = Figure(figsize=(8.2, 3.4), layout="constrained")
     panels = (
         ("objective/scores", PROXY, "reward model's score (proxy)"),
@@ -289,7 +290,7 @@ def overoptimisation_figure(groups: dict[float, list[list[dict]]], last: int = 5
                 axes.plot(smooth(kl), smooth(values), color=colour, linewidth=0.8, alpha=0.35)
                 ends.append((np.mean(kl[-last:]), np.mean(values[-last:])))
             x, y = np.mean(ends, axis=0)
-            x_spread, y_spread = np.std(ends, axis=0, ddof=1) if len(ends) > 1 else (0, 0)
-            axes.errorbar(x, y, y_spread, x_spread, color=colour, fmt="o", markersize=5, capsize=3)
+            x_bar, y_bar = (seed_interval(values) if len(ends) > 1 else 0 for values in zip(*ends, strict=True))
+            axes.errorbar(x, y, y_bar, x_bar, color=colour, fmt="o", markersize=5, capsize=3)
             axes.annotate(f"{kl_coef:g}", (x, y), (4, 5), textcoords="offset points", fontsize=8, color=GREY)
     return figure

@@ -80,7 +80,7 @@ def test_the_point_of_a_coefficient_is_the_mean_of_its_seeds_ends_with_their_spr
     assert ends[0] == pytest.approx([30 * at, 3.0 * at]) and ends[1] == pytest.approx([30 * at, 1.0 * at])
     assert len(proxy.lines) > len(groups) and len(gold.containers) == 2
     row = overoptimisation.summary(0.0, groups[0.0])
-    assert row["scores"] == pytest.approx(3 * at) and row["scores sd"] == pytest.approx(2 * at / 2**0.5)
+    assert row["scores"] == pytest.approx(3 * at) and row["scores +-"] == pytest.approx(12.706 * at)
     assert row["best gold"] == 3.5 and row["seeds"] == 2
 
 
@@ -100,5 +100,5 @@ def test_the_sweep_runs_what_is_missing_and_nothing_else(tmp_path, monkeypatch, 
     overoptimisation.main()
     assert started == [("kl0.2_seed1_12", "0.2", str(12 * 128))]
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [(row["kl_coef"], row["kl sd"]) for row in last["rows"]] == [(0.0, None), (0.2, None)]  # one seed: no spread
+    assert [(row["kl_coef"], row["kl +-"]) for row in last["rows"]] == [(0.0, None), (0.2, None)]  # one seed: no spread
     assert (tmp_path / "runs" / "overoptimisation.png").is_file()

@@ -26,6 +26,7 @@ from nanorlhf.metrics import (
     mean_pairwise_edit_distance,
     repetition,
     rouge,
+    seed_interval,
     title_copy,
     win_rate,
     win_rate_by_length,
@@ -240,6 +241,15 @@ def test_the_bootstrap_refuses_nothing_and_nan(values, said):
 def test_a_level_in_percent_is_refused():
     with pytest.raises(ValueError, match="between 0 and 1"):
         bootstrap_interval([1.0], seed=0, level=95)
+
+
+def test_the_interval_over_seeds_covers_the_truth_19_times_in_20():
+    generator = np.random.default_rng(0)
+    draws = generator.normal(3.0, 2.0, (4000, 3))
+    covered = np.mean([abs(row.mean() - 3.0) <= seed_interval(row) for row in draws])
+    assert covered == pytest.approx(0.95, abs=0.015)
+    assert np.isnan(seed_interval([1.0])) and seed_interval([1.0, 3.0]) == pytest.approx(12.706)  # t sd / sqrt(2)
+    assert seed_interval([0.0, 1.0] * 50) == pytest.approx(1.96 * np.std([0, 1] * 50, ddof=1) / 10, rel=1e-3)
 
 
 def test_the_accuracy_interval_is_wilsons():
