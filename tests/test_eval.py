@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def place(tmp_path_factory):
     """A folder with a small tiny world and untrained models; the current folder while a test runs in it."""
     folder = tmp_path_factory.mktemp("eval")
     ensure_world(folder / "world", posts={"valid": 24, "test": 8}, comparisons={"valid1": 30})
@@ -48,14 +48,14 @@ def workplace(tmp_path_factory):
 
 
 @pytest.fixture
-def evaluate(workplace, monkeypatch):
+def evaluate(place, monkeypatch):
     def run(*flags, models=("base", "sft", "ppo")):
-        monkeypatch.chdir(workplace)
+        monkeypatch.chdir(place)
         shutil.rmtree("runs/summaries", ignore_errors=True)  # so that what a test sees was generated in it
         again(*flags, models=models)
 
     def again(*flags, models=("base", "sft", "ppo")):
-        monkeypatch.chdir(workplace)
+        monkeypatch.chdir(place)
         typed = ["--preset", "tiny", "--device", "cpu", "--data", "world", "--response_length", "8", *flags]
         typed += ["--diversity_posts", "3", "--policy", *(f"{stage}={stage}" for stage in models)] if models else []
         typed += [] if "--reward_model" in flags else ["--reward_model", "rm"]
@@ -65,9 +65,9 @@ def evaluate(workplace, monkeypatch):
     return run
 
 
-def test_eval_writes_metrics_samples_and_the_report(evaluate, workplace, capsys):
+def test_eval_writes_metrics_samples_and_the_report(evaluate, place, capsys):
     evaluate("--run_name", "whole")
-    folder = workplace / "runs" / "whole"
+    folder = place / "runs" / "whole"
     found = json.loads((folder / "metrics.json").read_text())
     samples = read_jsonl(folder / "samples.jsonl")
     assert list(found["policies"]) == ["reference", "base", "sft", "ppo"]
@@ -95,9 +95,9 @@ def test_eval_writes_metrics_samples_and_the_report(evaluate, workplace, capsys)
     assert "Win rates by the gold judge" in printed and "report  runs/whole/report.html" in printed
 
 
-def test_the_same_seed_writes_the_same_summaries_and_numbers_and_another_seed_others(evaluate, workplace):
+def test_the_same_seed_writes_the_same_summaries_and_numbers_and_another_seed_others(evaluate, place):
     def read(name):
-        folder = workplace / "runs" / name
+        folder = place / "runs" / name
         return (folder / "metrics.json").read_text(), [row["sft"] for row in read_jsonl(folder / "samples.jsonl")]
 
     evaluate("--run_name", "a", "--num_posts", "6")
@@ -107,30 +107,28 @@ def test_the_same_seed_writes_the_same_summaries_and_numbers_and_another_seed_ot
     assert read("a")[1] != read("b")[1]
 
 
-def test_each_policy_samples_with_random_numbers_of_its_own(evaluate, workplace):
+def test_each_policy_samples_with_random_numbers_of_its_own(evaluate, place):
     """The same model twice: with shared numbers every pair would be a tie."""
     evaluate("--run_name", "twins", "--num_posts", "6", "--policy", "twin=sft", models=("sft",))
-    for row in read_jsonl(workplace / "runs" / "twins" / "samples.jsonl"):
+    for row in read_jsonl(place / "runs" / "twins" / "samples.jsonl"):
         assert row["sft"] != row["twin"]
 
 
-def test_a_failure_on_the_way_keeps_an_earlier_evaluation_and_the_next_try_replaces_it(
-    evaluate, workplace, monkeypatch
-):
+def test_a_failure_on_the_way_keeps_an_earlier_evaluation_and_the_next_try_replaces_it(evaluate, place, monkeypatch):
     flags = ("--run_name", "earlier", "--num_comparisons", "6")
     evaluate(*flags, "--num_posts", "6")
-    folder = workplace / "runs" / "earlier"
+    folder = place / "runs" / "earlier"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     monkeypatch.setattr("sys.argv", ["eval.py"])
     with pytest.raises(UserError, match="lacks 5 of the 6 posts"):
-        write_lines(workplace / "few.jsonl", [{"id": "tiny-valid-000000", "summary": "one"}])
+        write_lines(place / "few.jsonl", [{"id": "tiny-valid-000000", "summary": "one"}])
         evaluate(*flags, "--num_posts", "6", "--samples", "x=few.jsonl", "--overwrite")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     evaluate(*flags, "--num_posts", "4", "--overwrite")
     assert len(read_jsonl(folder / "samples.jsonl")) == 4 and (folder / "report.html").is_file()
 
 
-def test_policies_with_other_tokenizers_are_compared_as_text(evaluate, workplace, monkeypatch):
+def test_policies_with_other_tokenizers_are_compared_as_text(evaluate, place, monkeypatch):
     """Each reads and writes with its own; nothing asks for the same one."""
     original = load_tokenizer
     asked = []
@@ -141,17 +139,17 @@ def test_policies_with_other_tokenizers_are_compared_as_text(evaluate, workplace
     assert asked == ["base", "sft", "ppo"]
 
 
-def test_a_policy_that_is_not_there_is_left_out_and_named(evaluate, workplace, monkeypatch, capsys):
-    monkeypatch.setattr("nanorlhf.inputs.EMBEDDED", workplace / "no_checkpoints")
-    (workplace / "no_checkpoints").mkdir(exist_ok=True)
-    shutil.copytree(workplace / "sft", workplace / "no_checkpoints" / "sft")
+def test_a_policy_that_is_not_there_is_left_out_and_named(evaluate, place, monkeypatch, capsys):
+    monkeypatch.setattr("nanorlhf.inputs.EMBEDDED", place / "no_checkpoints")
+    (place / "no_checkpoints").mkdir(exist_ok=True)
+    shutil.copytree(place / "sft", place / "no_checkpoints" / "sft")
     evaluate("--run_name", "part", "--split", "test", "--judge", "rm", models=())
-    found = json.loads((workplace / "runs" / "part" / "metrics.json").read_text())
+    found = json.loads((place / "runs" / "part" / "metrics.json").read_text())
     assert list(found["policies"]) == ["reference", "sft"]
     assert len(found["win_rates"]) == 1 and found["about"]["posts"] == 8
     printed = capsys.readouterr().out
     for stage in ("base", "ppo"):
-        assert f"{stage}: not found, left out ({workplace / 'no_checkpoints' / stage} is not there)" in printed
+        assert f"{stage}: not found, left out ({place / 'no_checkpoints' / stage} is not there)" in printed
     assert "the judge is the reward model that PPO optimised" in " ".join(printed.split())
 
 
@@ -178,37 +176,37 @@ def test_a_policy_that_is_not_there_is_left_out_and_named(evaluate, workplace, m
         (["--judge", "claude", "--judge_cache", "other.jsonl"], "judge cache other.jsonl has model 'm'"),
     ],
 )
-def test_bad_flags_end_in_a_sentence_before_any_folder_is_made(evaluate, workplace, flags, said):
-    write_lines(workplace / "other.jsonl", [{"kind": "judge", "model": "m", "prompt_sha256": "x"}])
+def test_bad_flags_end_in_a_sentence_before_any_folder_is_made(evaluate, place, flags, said):
+    write_lines(place / "other.jsonl", [{"kind": "judge", "model": "m", "prompt_sha256": "x"}])
     with pytest.raises(UserError, match=re.escape(said)):
         evaluate("--run_name", "bad", *flags)
-    assert not (workplace / "runs" / "bad").exists()
+    assert not (place / "runs" / "bad").exists()
 
 
-def test_the_gold_judge_refuses_real_posts_before_anything_is_overwritten(evaluate, workplace):
+def test_the_gold_judge_refuses_real_posts_before_anything_is_overwritten(evaluate, place):
     write_lines(
-        workplace / "reddit" / "tldr" / "valid.jsonl",
+        place / "reddit" / "tldr" / "valid.jsonl",
         [{"id": "t3_a", "subreddit": "x", "title": "t", "post": "p", "summary": "s"}],
     )
     with pytest.raises(UserError, match="the gold judge knows only the tiny world's posts"):
         evaluate("--run_name", "real", "--data", "reddit")
-    assert not (workplace / "runs" / "real").exists()
+    assert not (place / "runs" / "real").exists()
 
 
-def test_an_evaluation_that_exists_is_not_overwritten(workplace, monkeypatch, capsys):
-    monkeypatch.chdir(workplace)
-    (workplace / "runs" / "kept").mkdir(parents=True)
-    (workplace / "runs" / "kept" / "metrics.json").write_text("{}")
+def test_an_evaluation_that_exists_is_not_overwritten(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    (place / "runs" / "kept").mkdir(parents=True)
+    (place / "runs" / "kept" / "metrics.json").write_text("{}")
     flags = "--preset tiny --data world --policy sft=sft --reward_model rm --run_name kept".split()
     with pytest.raises(SystemExit) as stop:
         cli(evaluation.main, evaluation.Config, evaluation.PRESETS, evaluation.__doc__, flags)
     assert stop.value.code == 2 and "runs/kept" in capsys.readouterr().err
-    assert (workplace / "runs" / "kept" / "metrics.json").read_text() == "{}"
+    assert (place / "runs" / "kept" / "metrics.json").read_text() == "{}"
 
 
-def test_what_was_generated_once_is_found_again_and_not_for_another_model(evaluate, workplace, monkeypatch, capsys):
+def test_what_was_generated_once_is_found_again_and_not_for_another_model(evaluate, place, monkeypatch, capsys):
     evaluate("--run_name", "once", "--num_posts", "4")
-    first = read_jsonl(workplace / "runs" / "once" / "samples.jsonl")
+    first = read_jsonl(place / "runs" / "once" / "samples.jsonl")
     assert "reused" not in capsys.readouterr().out
 
     def generate(*_, **__):
@@ -218,48 +216,48 @@ def test_what_was_generated_once_is_found_again_and_not_for_another_model(evalua
         patch.setattr("nanorlhf.summaries.summarise", generate)
         evaluate.again("--run_name", "twice", "--num_posts", "4", "--judge", "rm")
         assert "reused  sft" in capsys.readouterr().out
-        again = read_jsonl(workplace / "runs" / "twice" / "samples.jsonl")
+        again = read_jsonl(place / "runs" / "twice" / "samples.jsonl")
         assert [row["ppo"] for row in again] == [row["ppo"] for row in first]
-        one, two = (json.loads((workplace / "runs" / name / "metrics.json").read_text()) for name in ("once", "twice"))
+        one, two = (json.loads((place / "runs" / name / "metrics.json").read_text()) for name in ("once", "twice"))
         assert one["policies"] == two["policies"]
         for flags in (["--seed", "2"], ["--temperature", "0.5"], ["--num_posts", "3"], ["--response_length", "9"]):
             with pytest.raises(AssertionError, match="generated again"):
                 evaluate.again("--run_name", "other", "--num_posts", "4", *flags)
-        weights = workplace / "sft" / "model.safetensors"
+        weights = place / "sft" / "model.safetensors"
         before = weights.read_bytes()
-        weights.write_bytes((workplace / "ppo" / "model.safetensors").read_bytes())
+        weights.write_bytes((place / "ppo" / "model.safetensors").read_bytes())
         with pytest.raises(AssertionError, match="generated again"):
             evaluate.again("--run_name", "other", "--num_posts", "4")
         weights.write_bytes(before)
-        patch.setattr("nanorlhf.summaries.CODE", [workplace / "sft" / "config.json"])
+        patch.setattr("nanorlhf.summaries.CODE", [place / "sft" / "config.json"])
         with pytest.raises(AssertionError, match="generated again"):
             evaluate.again("--run_name", "other", "--num_posts", "4")
 
 
 @pytest.mark.parametrize("field", ["subreddit", "summary"])
-def test_what_was_generated_is_not_found_for_other_queries_or_references(evaluate, workplace, monkeypatch, field):
+def test_what_was_generated_is_not_found_for_other_queries_or_references(evaluate, place, monkeypatch, field):
     """The subreddit is part of the query; the reference decides the loss that is stored with the summaries."""
     evaluate("--run_name", "before", "--num_posts", "4", "--overwrite", "--judge", "rm", models=("sft",))
-    found = json.loads((workplace / "runs" / "before" / "metrics.json").read_text())["policies"]["sft"]
+    found = json.loads((place / "runs" / "before" / "metrics.json").read_text())["policies"]["sft"]
     load = evaluation.load_posts
     monkeypatch.setattr(evaluation, "load_posts", lambda *_: [replace(p, **{field: " other"}) for p in load(*_)])
     evaluate.again("--run_name", "after", "--num_posts", "4", "--overwrite", "--judge", "rm", models=("sft",))
-    again = json.loads((workplace / "runs" / "after" / "metrics.json").read_text())["policies"]["sft"]
+    again = json.loads((place / "runs" / "after" / "metrics.json").read_text())["policies"]["sft"]
     assert again["loss"] != found["loss"]
 
 
-def test_another_reward_model_as_judge_is_named_and_not_called_the_one_that_was_optimised(evaluate, workplace, capsys):
-    flags = ("--num_posts", "4", "--judge", "rm", "--judge_model", str(workplace / "rm"))
+def test_another_reward_model_as_judge_is_named_and_not_called_the_one_that_was_optimised(evaluate, place, capsys):
+    flags = ("--num_posts", "4", "--judge", "rm", "--judge_model", str(place / "rm"))
     evaluate("--run_name", "other_rm", *flags, models=("sft",))
     printed = " ".join(capsys.readouterr().out.split())
     assert "the judge is the reward model rm" in printed and "that PPO optimised" not in printed
 
 
-def test_text_of_another_model_is_judged_beside_ours(evaluate, workplace):
-    posts = [json.loads(line) for line in (workplace / "world" / "tldr" / "valid.jsonl").read_text().splitlines()]
-    write_lines(workplace / "theirs.jsonl", [{"id": p["id"], "summary": " " + p["summary"]} for p in posts[::-1]])
+def test_text_of_another_model_is_judged_beside_ours(evaluate, place):
+    posts = [json.loads(line) for line in (place / "world" / "tldr" / "valid.jsonl").read_text().splitlines()]
+    write_lines(place / "theirs.jsonl", [{"id": p["id"], "summary": " " + p["summary"]} for p in posts[::-1]])
     evaluate("--run_name", "beside", "--samples", "theirs=theirs.jsonl", models=("sft",))
-    found = json.loads((workplace / "runs" / "beside" / "metrics.json").read_text())
+    found = json.loads((place / "runs" / "beside" / "metrics.json").read_text())
     assert (
         found["policies"]["theirs"]["rougeL"] == 1.0
         and found["policies"]["theirs"]["gold"] > found["policies"]["sft"]["gold"]
@@ -267,7 +265,7 @@ def test_text_of_another_model_is_judged_beside_ours(evaluate, workplace):
     assert "eos_rate" not in found["policies"]["theirs"] and "loss" not in found["policies"]["theirs"]
     played = {f"{row['ours']} {row['theirs']}": row["rate"] for row in found["win_rates"]}
     assert list(played) == ["sft theirs", "sft reference", "theirs reference"] and played["theirs reference"] == 0.5
-    row = read_jsonl(workplace / "runs" / "beside" / "samples.jsonl")[0]
+    row = read_jsonl(place / "runs" / "beside" / "samples.jsonl")[0]
     assert row["verdict/theirs_vs_reference"] == "tie" and row["theirs"] == row["reference"]
 
 
@@ -281,16 +279,16 @@ def test_text_of_another_model_is_judged_beside_ours(evaluate, workplace):
         ([{"id": f"tiny-valid-{i:06d}", "summary": " "} for i in range(24)], "policy x wrote 24 empty summaries"),
     ],
 )
-def test_a_file_of_samples_that_does_not_fit_is_refused(evaluate, workplace, rows, said):
-    write_lines(workplace / "x.jsonl", rows)
+def test_a_file_of_samples_that_does_not_fit_is_refused(evaluate, place, rows, said):
+    write_lines(place / "x.jsonl", rows)
     with pytest.raises(UserError, match=re.escape(said)):
         evaluate("--run_name", "unfit", "--samples", "x=x.jsonl", models=("sft",))
-    assert not (workplace / "runs" / "unfit").exists()
+    assert not (place / "runs" / "unfit").exists()
 
 
-def test_the_loss_on_the_references_is_that_of_their_tokens_alone(workplace):
-    posts = load_posts(workplace / "world", "valid")[:5]
-    tokenizer, policy = load_tokenizer(workplace / "sft"), load_policy(workplace / "sft")
+def test_the_loss_on_the_references_is_that_of_their_tokens_alone(place):
+    posts = load_posts(place / "world", "valid")[:5]
+    tokenizer, policy = load_tokenizer(place / "sft"), load_policy(place / "sft")
     queries, references = encode_posts(posts, tokenizer, 104)
     total = 0.0
     for query, reference in zip(queries, references, strict=True):
@@ -300,7 +298,7 @@ def test_the_loss_on_the_references_is_that_of_their_tokens_alone(workplace):
     assert loss == pytest.approx(total / sum(map(len, references)), rel=1e-5)
 
 
-def test_claude_judges_end_to_end(evaluate, workplace, monkeypatch):
+def test_claude_judges_end_to_end(evaluate, place, monkeypatch):
     server = ClaudeServer(longer)
     monkeypatch.setenv("ANTHROPIC_API_KEY", "test")
     monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url)
@@ -308,13 +306,13 @@ def test_claude_judges_end_to_end(evaluate, workplace, monkeypatch):
     evaluate("--run_name", "claude", *flags, models=("sft", "ppo"))
     server.close()
     evaluate.again("--run_name", "claude_again", *flags, models=("sft", "ppo"))  # the server is gone: from the cache
-    one, two = (json.loads((workplace / "runs" / n / "metrics.json").read_text()) for n in ("claude", "claude_again"))
+    one, two = (json.loads((place / "runs" / n / "metrics.json").read_text()) for n in ("claude", "claude_again"))
     assert one["win_rates"] == two["win_rates"] and one["about"]["judge_details"] == two["about"]["judge_details"]
     row = one["win_rates"][0]
-    samples = read_jsonl(workplace / "runs" / "claude" / "samples.jsonl")
+    samples = read_jsonl(place / "runs" / "claude" / "samples.jsonl")
     longer_ones = sum((len(s["ppo"]) > len(s["sft"])) + 0.5 * (len(s["ppo"]) == len(s["sft"])) for s in samples)
     assert row["rate"] == pytest.approx(longer_ones / 6) and row["swap_agreement"] == 1.0
-    page = (workplace / "runs" / "claude" / "report.md").read_text()
+    page = (place / "runs" / "claude" / "report.md").read_text()
     assert one["about"]["judge_details"]["prompt_sha256"][:12] in page and "unparsed: none" in page
 
 
