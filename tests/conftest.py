@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracle is built from random weights; nothing may be downloaded
 
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,10 @@ import torch
 from nanorlhf.checkpoint import save_policy
 from nanorlhf.llama import LlamaConfig
 from nanorlhf.models import Policy, ScalarModel
+
+# A shell starts what it puts into the background with SIGINT ignored, and children inherit that: back to a terminal's.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # These need processes of their own, which test_triton.py starts: Triton decides once whether kernels are interpreted.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
