@@ -174,7 +174,7 @@ def tiles(rows: int, ceiling: dict[str, float]) -> list[dict]:
     with changed(FILES["linear_logprob"], "use_tiles", lambda *_: False):
         show("linear_logprob", "chunks of cuBLAS logits", ops["linear_logprob"][0])
     for elements in (2**26, 2**27, 2**28, 2**29, 2**30):
-        with changed(FILES["linear_ppo_loss"], "CHUNK_ELEMENTS", elements):
+        with changed(kernels.runtime, "CHUNK_ELEMENTS", elements):
             show("linear_ppo_loss fwd+bwd", f"chunks of {elements // V} rows", ops["linear_ppo_loss fwd+bwd"][0])
     return results
 

@@ -42,6 +42,13 @@ def check_rows(name: str, values: Tensor, rows: int, like: Tensor, dtype: torch.
         raise ValueError(f"{name}: got dtype {values.dtype}, expected {dtype or 'a float'}")
 
 
+def check_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    """The operands of an operation from hidden states: hidden (M, D), weight (V, D), labels (M,)."""
+    check_matrix("hidden", hidden, ("M", "D"))
+    check_matrix("weight", weight, ("V", hidden.shape[1]), like=hidden)
+    check_labels(labels, hidden.shape[0], weight.shape[0], like=hidden)
+
+
 def check_labels(labels: Tensor, rows: int, vocab: int, like: Tensor) -> None:
     """One int64 label a row. That they are below `vocab` is checked on the CPU, and on CUDA only on request.
 

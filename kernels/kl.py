@@ -7,13 +7,11 @@ Where PPO's sampled k1 estimates this sum from the one token that was drawn, her
 about ten passes over two (M, V) matrices; the kernel reads each once.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from kernels.checks import check_labels, check_matrix, check_temperature
-from kernels.runtime import EMPTY, LN2, MASKED, compute_type, jit, launch, tl, use_triton, wide
+from kernels.runtime import EMPTY, LN2, MASKED, compute_type, jit, launch, log2_scale, tl, use_triton, wide
 
 # Two rows at a time: half as many columns as logprob_entropy, or registers spill.
 ROW = dict(BLOCK=2048, num_warps=8)
@@ -156,7 +154,7 @@ def _forward(
     outputs = tuple(logits.new_empty(M, dtype=wide(logits.dtype)) for _ in range(7))
     if M:
         arguments = (logits, reference_logits, labels, *outputs, logits.stride(0), reference_logits.stride(0))
-        scale = 1 / (temperature * math.log(2))
+        scale = log2_scale(temperature)
         launch(_kl_fwd, (M,), *arguments, scale, V=V, COMPUTE=compute_type(logits), **ROW)
     return outputs
 
@@ -173,7 +171,7 @@ def _backward(
         strides = (logits.stride(0), reference_logits.stride(0), grad.stride(0))
         constants = dict(V=V, COMPUTE=compute_type(logits), **ROW)
         grid = (M, -(-V // ROW["BLOCK"]))
-        scales = 1 / (temperature * math.log(2)), 1 / temperature
+        scales = log2_scale(temperature), 1 / temperature
         launch(_kl_bwd, grid, logits, reference_logits, *rows, grad, *strides, *scales, **constants)
     return grad
 

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.checks import check_labels, check_matrix, check_rows
+from kernels.checks import check_head, check_rows
 from kernels.linear import linear_fp32
 from kernels.linear_ppo_loss import linear_loss
 from kernels.runtime import chunks, use_triton
-
-CHUNK_ELEMENTS = 2**28  # logits at a time: 1 GB in fp32, 2,093 rows of Llama 3's vocabulary
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -33,13 +31,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, weights
     args: hidden (M, D); weight (V, D), same dtype; labels (M,) int64; weights (M,), 0 where a token does not count
     -> loss () fp32
     """
-    check_matrix("hidden", hidden, ("M", "D"))
-    check_matrix("weight", weight, ("V", hidden.shape[1]), like=hidden)
-    check_labels(labels, hidden.shape[0], weight.shape[0], like=hidden)
+    check_head(hidden, weight, labels)
     check_rows("weights", weights, hidden.shape[0], like=hidden)
     if use_triton(hidden):
         return linear_loss(hidden, weight, labels, weights, None, None, temperature=1.0, cliprange=0.0).loss
-    slices = chunks(hidden.shape[0], weight.shape[0], CHUNK_ELEMENTS)
+    slices = chunks(hidden.shape[0], weight.shape[0])
     if len(slices) <= 1:
         return linear_cross_entropy_reference(hidden, weight, labels, weights)
     losses = [

@@ -8,20 +8,29 @@ matrix kernel holds a tile of each in registers, one after the other, and keeps 
 kernel merges the tiles. Elsewhere: chunks of both logits and the row kernel of `kl`. For scoring, without gradient.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-from kernels.checks import check_labels, check_matrix, check_temperature
+from kernels.checks import check_head, check_matrix, check_temperature
 from kernels.kl import kl, kl_reference
 from kernels.linear import linear_fp32, mm_wide
 from kernels.linear_logprob import descriptor, tile_logits, tile_of
-from kernels.runtime import INTERPRETED, LN2, MASKED, chunks, jit, launch, tl, triton, use_tiles, use_triton, wide
+from kernels.runtime import (
+    INTERPRETED,
+    LN2,
+    MASKED,
+    chunks,
+    jit,
+    launch,
+    log2_scale,
+    tl,
+    triton,
+    use_tiles,
+    use_triton,
+    wide,
+)
 
-CHUNK_ELEMENTS = 2**28  # logits at a time, of each side: 1 GB in fp32, 2,093 rows of Llama 3's vocabulary
-
-# Two tiles of fp32 logits at once: half as wide as linear_logprob's, or registers spill (569 stores at 128 x 256).
+# Two tiles of fp32 logits at once: half as wide as linear_logprob's, or registers spill.
 TILE = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=16, num_warps=8, num_stages=3)
 if INTERPRETED:
     TILE |= dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, GROUP=2)
@@ -103,7 +112,7 @@ def _tiles(
     M, D = hidden.shape
     V = weight.shape[0]
     tiles = -(-V // TILE["BLOCK_N"])
-    scale = 1 / (temperature * math.log(2))
+    scale = log2_scale(temperature)
     matrices = []
     for h, w in ((hidden, weight), (ref_hidden, ref_weight)):
         matrices.append(descriptor(h, TILE["BLOCK_M"], TILE["BLOCK_K"]))
@@ -123,7 +132,7 @@ def _chunks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     M, V = hidden.shape[0], weight.shape[0]
     outputs = tuple(hidden.new_empty(M, dtype=wide(hidden.dtype)) for _ in range(3))
-    slices = chunks(M, V, CHUNK_ELEMENTS)
+    slices = chunks(M, V)
     size = slices[0].stop if slices else 0
     buffer, ref_buffer = (hidden.new_empty(size, V, dtype=wide(hidden.dtype)) for _ in range(2))
     for rows in slices:
@@ -159,10 +168,8 @@ def linear_kl(
     -> kl, logprobs, ref_logprobs: (M,) fp32 each
     """
     check_temperature(temperature)
-    check_matrix("hidden", hidden, ("M", "D"))
-    check_matrix("weight", weight, ("V", hidden.shape[1]), like=hidden)
+    check_head(hidden, weight, labels)
     check_matrix("ref_hidden", ref_hidden, tuple(hidden.shape), like=hidden)
     check_matrix("ref_weight", ref_weight, tuple(weight.shape), like=hidden)
-    check_labels(labels, hidden.shape[0], weight.shape[0], like=hidden)
     operands = hidden, weight, ref_hidden, ref_weight, labels, temperature
     return _forward(*operands) if use_triton(hidden) else _chunks(*operands)

@@ -14,18 +14,27 @@ a row (41 MB in place of 3.5 GB). Elsewhere logits are made one chunk of rows at
 them again, chunk by chunk: dz is written in the dtype of hidden, and two matmuls finish.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.checks import check_labels, check_matrix, check_temperature
+from kernels.checks import check_head, check_temperature
 from kernels.linear import addmm_wide, linear_fp32, mm_wide
 from kernels.logprob_entropy import backward_rows, forward_rows
-from kernels.runtime import INTERPRETED, LN2, MASKED, chunks, jit, launch, tl, triton, use_tiles, use_triton, wide
-
-CHUNK_ELEMENTS = 2**28  # logits at a time: 1 GB in fp32, 2,093 rows of Llama 3's vocabulary
+from kernels.runtime import (
+    INTERPRETED,
+    LN2,
+    MASKED,
+    chunks,
+    jit,
+    launch,
+    log2_scale,
+    tl,
+    triton,
+    use_tiles,
+    use_triton,
+    wide,
+)
 
 # Registers decide: a tile of fp32 logits fills 128 of each thread's 255, and 4 stages of operands 197 of 227 KB of
 # shared memory. 128 rows of hidden states stay in cache while 8 such row tiles take turns on a tile of the weight.
@@ -170,7 +179,7 @@ def tile_stats(
 
 
 def _forward_tiles(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, ...]:
-    scale = 1 / (temperature * math.log(2))
+    scale = log2_scale(temperature)
     partials, label_logits = tile_stats(hidden, weight, labels, scale, TILE)
     outputs = tuple(torch.empty_like(label_logits) for _ in range(4))
     tiles = partials[0].shape[1]
@@ -185,7 +194,7 @@ def _forward_tiles(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: 
 def _forward_chunks(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, ...]:
     M, V = hidden.shape[0], weight.shape[0]
     outputs = tuple(hidden.new_empty(M, dtype=wide(hidden.dtype)) for _ in range(4))
-    slices = chunks(M, V, CHUNK_ELEMENTS)
+    slices = chunks(M, V)
     buffer = hidden.new_empty(slices[0].stop if slices else 0, V, dtype=wide(hidden.dtype))
     for rows in slices:
         logits = mm_wide(hidden[rows], weight.T, out=buffer[: rows.stop - rows.start])
@@ -214,7 +223,7 @@ def _backward(
     M, V = hidden.shape[0], weight.shape[0]
     grad_hidden = torch.empty_like(hidden) if of_hidden else hidden.new_empty(0)
     grad_weight = torch.zeros_like(weight, dtype=wide(weight.dtype)) if of_weight else weight.new_empty(0)
-    slices = chunks(M, V, CHUNK_ELEMENTS)
+    slices = chunks(M, V)
     size = slices[0].stop if slices else 0
     logits_buffer, grad_buffer = hidden.new_empty(size, V, dtype=wide(hidden.dtype)), hidden.new_empty(size, V)
     zeros = torch.zeros_like(entropy)
@@ -269,13 +278,11 @@ def linear_logprob(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: 
     -> logprobs (M,) fp32, entropy (M,) fp32
     """
     check_temperature(temperature)
-    check_matrix("hidden", hidden, ("M", "D"))
-    check_matrix("weight", weight, ("V", hidden.shape[1]), like=hidden)
-    check_labels(labels, hidden.shape[0], weight.shape[0], like=hidden)
+    check_head(hidden, weight, labels)
     if use_triton(hidden):
         logprobs, entropy, _, _ = _forward(hidden, weight, labels, temperature)
         return logprobs, entropy
-    slices = chunks(hidden.shape[0], weight.shape[0], CHUNK_ELEMENTS)
+    slices = chunks(hidden.shape[0], weight.shape[0])
     if len(slices) <= 1:
         return linear_logprob_reference(hidden, weight, labels, temperature)
     parts = [

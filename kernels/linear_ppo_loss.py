@@ -13,19 +13,16 @@ four, and no logits are kept. At 6,784 rows of Llama 3's vocabulary: chunks of 1
 the same bits every time. `linear_cross_entropy` is the same with c = -w.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.checks import check_labels, check_matrix, check_rows, check_temperature
+from kernels.checks import check_head, check_rows, check_temperature
 from kernels.linear import addmm_wide, mm_wide
 from kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from kernels.logprob_entropy import ROW, row_stats
-from kernels.runtime import LN2, LOG2E, chunks, compute_type, jit, launch, tl, use_triton, wide
-
-CHUNK_ELEMENTS = 2**28  # logits at a time: 1 GB in fp32, 2,093 rows of Llama 3's vocabulary
+from kernels.runtime import LN2, LOG2E, chunks, compute_type, jit, launch, log2_scale, tl, use_triton, wide
 
 
 class PPOLoss(NamedTuple):
@@ -132,12 +129,12 @@ def _forward(
     with_grad = of_hidden or of_weight
     grad_hidden = torch.empty_like(hidden) if of_hidden else hidden.new_empty(0)
     grad_weight = torch.zeros_like(weight, dtype=dtype) if of_weight else weight.new_empty(0, dtype=dtype)
-    slices = chunks(M, V, CHUNK_ELEMENTS)
+    slices = chunks(M, V)
     size = slices[0].stop if slices else 0
     logits_buffer = hidden.new_empty(size, V, dtype=dtype)
     grad_buffer = hidden.new_empty(size if with_grad else 0, V)
     constants = dict(V=V, PPO=advantages is not None, WITH_GRAD=with_grad, COMPUTE=compute_type(hidden), **ROW)
-    scalars = 1 / (temperature * math.log(2)), 1 / temperature, cliprange
+    scalars = log2_scale(temperature), 1 / temperature, cliprange
     for rows in slices:
         n = rows.stop - rows.start
         logits = mm_wide(hidden[rows], weight.T, out=logits_buffer[:n])
@@ -212,9 +209,7 @@ def linear_ppo_loss(
     check_temperature(temperature)
     if not cliprange >= 0:
         raise ValueError(f"cliprange: got {cliprange}, expected 0 or more")
-    check_matrix("hidden", hidden, ("M", "D"))
-    check_matrix("weight", weight, ("V", hidden.shape[1]), like=hidden)
-    check_labels(labels, hidden.shape[0], weight.shape[0], like=hidden)
+    check_head(hidden, weight, labels)
     for name, values in (("old_logprobs", old_logprobs), ("advantages", advantages), ("weights", weights)):
         check_rows(name, values, hidden.shape[0], like=hidden)
     if use_triton(hidden):

@@ -9,13 +9,11 @@ response positions of a PPO batch at V = 128,256. The kernel reads it once, 1.7 
 row.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from kernels.checks import check_labels, check_matrix, check_temperature
-from kernels.runtime import EMPTY, LN2, MASKED, compute_type, jit, launch, tl, use_triton, wide
+from kernels.runtime import EMPTY, LN2, MASKED, compute_type, jit, launch, log2_scale, tl, use_triton, wide
 
 # 4096 columns on 8 warps: 16 logits a thread, in 128-bit loads. Wider blocks spill, narrower ones load less at a time.
 ROW = dict(BLOCK=4096, num_warps=8)
@@ -133,7 +131,7 @@ def forward_rows(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Te
     """Launch the forward kernel: (M, V), (M,) -> logprobs, entropy, lse, tops, log2sums, (M,) each."""
     M, V = logits.shape
     outputs = tuple(logits.new_empty(M, dtype=wide(logits.dtype)) for _ in range(5))
-    scale = 1 / (temperature * math.log(2))
+    scale = log2_scale(temperature)
     if M:
         arguments = (logits, labels, *outputs, logits.stride(0), scale)
         launch(_logprob_entropy_fwd, (M,), *arguments, V=V, COMPUTE=compute_type(logits), **ROW)
@@ -153,7 +151,7 @@ def backward_rows(
         arguments = (logits, labels, *saved, *grads, grad_logits, logits.stride(0), grad_logits.stride(0))
         grid = (M, -(-V // ROW["BLOCK"]))
         constants = dict(V=V, COMPUTE=compute_type(logits), **ROW)
-        scales = 1 / (temperature * math.log(2)), 1 / temperature
+        scales = log2_scale(temperature), 1 / temperature
         launch(_logprob_entropy_bwd, grid, *arguments, *scales, **constants)
 
 

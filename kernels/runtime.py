@@ -8,6 +8,7 @@ With TRITON_INTERPRET=1 as well, `triton` runs the kernels on CPU tensors in Tri
 they are tested without a GPU. Both variables are read once, when this file is imported.
 """
 
+import math
 import os
 from types import SimpleNamespace
 
@@ -31,6 +32,8 @@ except ImportError:  # macOS, or a CPU build of torch: the references do the wor
 MODE = os.environ.get("NANORLHF_KERNELS", "auto")
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 CHECK_LABELS = os.environ.get("NANORLHF_CHECK_LABELS") == "1"  # on CUDA too, where it waits for the device
+
+CHUNK_ELEMENTS = 2**28  # logits at a time: 1 GB in fp32, 2,093 rows of Llama 3's vocabulary
 
 LOG2E = tl.constexpr(1.4426950408889634)  # the hardware's exponential is 2^x
 LN2 = tl.constexpr(0.6931471805599453)
@@ -85,9 +88,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def chunks(rows: int, columns: int, elements: int) -> list[slice]:
-    """Equal slices of `rows` so that none has more than `elements` logits (but at least one row)."""
-    count = max(1, min(rows, -(-rows * columns // elements)))
+def log2_scale(temperature: float) -> float:
+    """What turns a difference of logits into a power of 2: log2(e) / T."""
+    return 1 / (temperature * math.log(2))
+
+
+def chunks(rows: int, columns: int) -> list[slice]:
+    """Equal slices of `rows` so that none has more than CHUNK_ELEMENTS logits (but at least one row)."""
+    count = max(1, min(rows, -(-rows * columns // CHUNK_ELEMENTS)))
     size = -(-rows // count)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 

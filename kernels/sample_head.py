@@ -13,8 +13,6 @@ cumulative sum passes u, computes its 128 logits again, and picks. No logits, no
 on the device, so one captured CUDA graph serves every step.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -22,7 +20,7 @@ from kernels.checks import check_matrix, check_temperature
 from kernels.linear import linear_fp32, mm_wide
 from kernels.linear_logprob import merge_tiles, tile_stats
 from kernels.logprob_entropy import forward_rows
-from kernels.runtime import INTERPRETED, LN2, MASKED, jit, launch, tl, triton, use_tiles, use_triton, wide
+from kernels.runtime import INTERPRETED, LN2, MASKED, jit, launch, log2_scale, tl, triton, use_tiles, use_triton, wide
 
 # Each vocabulary tile reads all hidden states again, 0.5 MB from L2: at 64 tokens that is twice the traffic of W
 # itself, at 128 as much. Three stages leave room for two programs on a multiprocessor.
@@ -106,7 +104,7 @@ def _tiles(
     hidden: Tensor, weight: Tensor, u: Tensor, step: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, D), V = hidden.shape, weight.shape[0]
-    scale = 1 / (temperature * math.log(2))
+    scale = log2_scale(temperature)
     partials, _ = tile_stats(hidden, weight, None, scale, TILE)
     tokens = torch.empty(B, dtype=torch.int64, device=hidden.device)
     logprobs, entropy = (hidden.new_empty(B, dtype=torch.float32) for _ in range(2))

@@ -108,13 +108,13 @@ def test_cross_entropy_equals_float64(inputs):
 @pytest.mark.parametrize("rows", [1, 3, 12, 13, 14])
 def test_chunks_of_rows_change_neither_values_nor_gradients(inputs, monkeypatch, rows):
     hidden, weight, labels, weights = inputs
-    operations = {
-        logprob_file: lambda h, w: linear_logprob(h, w, labels, 0.7),
-        cross_entropy_file: lambda h, w: linear_cross_entropy(h, w, labels, weights),
-    }
-    for file, operation in operations.items():
-        whole = gradients(operation, hidden, weight)
-        monkeypatch.setattr(file, "CHUNK_ELEMENTS", rows * V + V - 1)
+    operations = (
+        lambda h, w: linear_logprob(h, w, labels, 0.7),
+        lambda h, w: linear_cross_entropy(h, w, labels, weights),
+    )
+    wholes = [gradients(operation, hidden, weight) for operation in operations]
+    monkeypatch.setattr(runtime, "CHUNK_ELEMENTS", rows * V + V - 1)
+    for operation, whole in zip(operations, wholes, strict=True):
         chunked = gradients(operation, hidden, weight)
         for a, b in zip([*chunked[0], *chunked[1]], [*whole[0], *whole[1]], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -125,7 +125,7 @@ def test_no_more_logits_than_a_chunk_are_formed_at_a_time(inputs, monkeypatch):
     formed = []
     for file in (logprob_file, cross_entropy_file):
         monkeypatch.setattr(file, "linear_fp32", lambda x, w: formed.append(x.shape[0]) or linear_fp32(x, w))
-        monkeypatch.setattr(file, "CHUNK_ELEMENTS", 5 * V)
+    monkeypatch.setattr(runtime, "CHUNK_ELEMENTS", 5 * V)
     linear_logprob(hidden, weight, labels, 1.0)
     linear_cross_entropy(hidden, weight, labels, weights)
     assert formed == [5, 5, 3, 5, 5, 3]
@@ -134,7 +134,7 @@ def test_no_more_logits_than_a_chunk_are_formed_at_a_time(inputs, monkeypatch):
 def test_a_vocabulary_larger_than_a_chunk_is_done_one_row_at_a_time(inputs, monkeypatch):
     hidden, weight, labels, _ = inputs
     whole = linear_logprob(hidden, weight, labels)
-    monkeypatch.setattr(logprob_file, "CHUNK_ELEMENTS", V // 2)
+    monkeypatch.setattr(runtime, "CHUNK_ELEMENTS", V // 2)
     torch.testing.assert_close(linear_logprob(hidden, weight, labels), whole)
 
 

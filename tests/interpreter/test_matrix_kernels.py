@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import some_labels
 
-from kernels import linear_cross_entropy, linear_kl, linear_logprob, linear_ppo_loss, sample_head
+from kernels import linear_cross_entropy, linear_kl, linear_logprob, linear_ppo_loss, runtime, sample_head
 
 logprob_file = importlib.import_module("kernels.linear_logprob")
 ppo_file = importlib.import_module("kernels.linear_ppo_loss")
@@ -35,8 +35,7 @@ def path(request, monkeypatch):
     if request.param == "chunks":
         for file in (logprob_file, kl_file, sample_file):
             monkeypatch.setattr(file, "use_tiles", lambda hidden, weight: False)
-    for file in (logprob_file, ppo_file, kl_file):
-        monkeypatch.setattr(file, "CHUNK_ELEMENTS", 1009 * 13)
+    monkeypatch.setattr(runtime, "CHUNK_ELEMENTS", 1009 * 13)
     return request.param
 
 
