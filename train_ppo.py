@@ -36,7 +36,7 @@ import torch
 import kernels
 from nanorlhf import monitor, ppo, preflight
 from nanorlhf.card import write_card
-from nanorlhf.checkpoint import load_policy, load_scalar, save_policy, save_scalar
+from nanorlhf.checkpoint import check_folder, load_policy, load_scalar, save_policy, save_scalar
 from nanorlhf.config import check, cli
 from nanorlhf.device import now
 from nanorlhf.encoding import encode_posts, length_report
@@ -50,7 +50,7 @@ from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate, read_responses
 from nanorlhf.run import Run, read_metrics
 from nanorlhf.tldr import batch_indices, load_posts
-from nanorlhf.tokenizer import check_matches, check_same, load_tokenizer
+from nanorlhf.tokenizer import check_same, load_tokenizer
 
 
 @dataclass
@@ -178,6 +178,8 @@ def main(cfg: Config) -> None:
     cfg.data, cfg.sft_model, cfg.reward_model = str(data), str(sft_folder), str(rm_folder)  # what --resume goes on with
     tokenizer = load_tokenizer(sft_folder)
     check_same(tokenizer, load_tokenizer(rm_folder), "the reward model")
+    check_folder(sft_folder, tokenizer)
+    check_folder(rm_folder, tokenizer, scalar=True)
     posts = load_posts(data, "train")
     eos_id, R = tokenizer.eos_id, cfg.response_length
 
@@ -192,8 +194,6 @@ def main(cfg: Config) -> None:
         reference = load_policy(sft_folder, run.device, run.dtype).requires_grad_(False)
         reward_model = load_scalar(rm_folder, run.device, run.dtype).requires_grad_(False)
         critic = critic_from(reward_model).requires_grad_(True)
-        for model in (policy, reward_model):
-            check_matches(tokenizer, model.config.vocab_size, model.config.eos_token_id)
         models, frozen = (policy, reference, critic, reward_model), preflight.fingerprint([reference, reward_model])
         optimizer = AdamW([policy, critic], lr=cfg.lr)
         origins = f"{sft_folder} ({sft_from}); critic and reward model {rm_folder} ({rm_from})"

@@ -31,7 +31,7 @@ import torch
 import kernels
 from nanorlhf import preflight
 from nanorlhf.card import write_card
-from nanorlhf.checkpoint import load_policy, save_scalar
+from nanorlhf.checkpoint import check_folder, load_policy, save_scalar
 from nanorlhf.config import check, cli
 from nanorlhf.device import now
 from nanorlhf.encoding import encode_comparisons, encode_posts, length_report
@@ -49,7 +49,7 @@ from nanorlhf.tldr import (
     load_posts,
     without_posts_of,
 )
-from nanorlhf.tokenizer import check_matches, load_tokenizer
+from nanorlhf.tokenizer import load_tokenizer
 
 
 @dataclass
@@ -119,6 +119,7 @@ def main(cfg: Config) -> None:
     folder, sft_from = find_model("sft", cfg.sft_model, "sft_model", cfg.preset)
     cfg.data, cfg.sft_model = str(data), str(folder)  # what --resume goes on with
     tokenizer = load_tokenizer(folder)
+    check_folder(folder, tokenizer)
     stats = ComparisonStats()
     train, held_out = load_comparisons(data, "train", stats), load_comparisons(data, "valid")
     valid = without_posts_of(train, held_out)
@@ -142,7 +143,6 @@ def main(cfg: Config) -> None:
 
         # 2. model and optimizer
         policy = load_policy(folder, run.device, run.dtype)
-        check_matches(tokenizer, policy.config.vocab_size, policy.config.eos_token_id)
         model = reward_model_from(policy, cfg.seed)
         del policy
         optimizer = AdamW([model], lr=cfg.lr)

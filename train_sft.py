@@ -29,7 +29,7 @@ import kernels
 from kernels import linear_cross_entropy
 from nanorlhf import preflight
 from nanorlhf.card import write_card
-from nanorlhf.checkpoint import load_policy, save_policy
+from nanorlhf.checkpoint import check_folder, load_policy, save_policy
 from nanorlhf.config import check, cli
 from nanorlhf.device import now
 from nanorlhf.encoding import encode_posts, length_report
@@ -42,7 +42,7 @@ from nanorlhf.packing import pack, split_by_tokens
 from nanorlhf.rollout import summarise
 from nanorlhf.run import Run
 from nanorlhf.tldr import batch_indices, load_posts
-from nanorlhf.tokenizer import check_matches, load_tokenizer
+from nanorlhf.tokenizer import load_tokenizer
 
 
 @dataclass
@@ -96,6 +96,7 @@ def main(cfg: Config) -> None:
     folder, model_from = find_model("base", cfg.model, "model", cfg.preset)
     cfg.data, cfg.model = str(data), str(folder)  # what --resume goes on with
     tokenizer = load_tokenizer(folder)
+    check_folder(folder, tokenizer)
     train, valid = load_posts(data, "train"), load_posts(data, "valid")[: cfg.eval_posts]
     total_steps = cfg.num_epochs * (len(train) // cfg.batch_size)
     total_steps = min(total_steps, cfg.max_updates or total_steps)
@@ -109,7 +110,6 @@ def main(cfg: Config) -> None:
 
         # 2. model and optimizer
         policy = load_policy(folder, run.device, run.dtype)
-        check_matches(tokenizer, policy.config.vocab_size, policy.config.eos_token_id)
         optimizer = AdamW([policy], lr=cfg.lr)
         run.say(f"model   {folder} ({model_from}): {parameter_count(policy):,} parameters")
         run.say(f"plan    {total_steps} steps of {cfg.batch_size} posts")

@@ -125,9 +125,11 @@ def train(folder: Path, stage: str) -> dict:
     runs = folder / "runs"
     flags = {
         "sft": ["--model", folder / "2_layers", "--batch_size", "8", "--eval_posts", "2", "--response_length", "8"],
-        "rm": ["--sft_model", runs / "sft" / "final", "--batch_size", "4", "--eval_pairs", "4", "--shift_posts", "8"],
+        "rm": ["--sft_model", runs / "sft" / "final", "--batch_size", "4", "--eval_pairs", "4",
+               "--shift_posts", "8"],
         "ppo": ["--sft_model", runs / "sft" / "final", "--reward_model", runs / "rm" / "final", "--batch_size", "4",
-                "--total_episodes", "4", "--num_ppo_epochs", "1", "--response_length", "8"],
+                "--total_episodes", "4", "--num_ppo_epochs", "1", "--response_length", "8",
+                "--no_preflight"],  # one step after random weights, a policy does not stop yet, and the check says so
     }  # fmt: skip
     shared = ["--preset", "llama-1b", "--device", "cpu", "--data", folder / "data", "--max_updates", "1"]
     command = [sys.executable, ROOT / f"train_{stage}.py", *shared, "--microbatch_tokens", "512", *flags[stage]]
@@ -135,8 +137,10 @@ def train(folder: Path, stage: str) -> dict:
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     rows = [json.loads(line) for line in open(runs / stage / "metrics.jsonl")]
-    loss = {"sft": "train/sft/loss", "rm": "train/rm/loss", "ppo": "preflight/ratio"}[stage]
-    return {"seconds": time.perf_counter() - began, "peak_gib": peak, loss: rows[0][loss]}
+    shown = {"sft": ["train/sft/loss"], "rm": ["train/rm/loss"], "ppo": ["val/ratio", "objective/kl", "grad_norm"]}[
+        stage
+    ]
+    return {"seconds": time.perf_counter() - began, "peak_gib": peak} | {name: rows[0][name] for name in shown}
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------

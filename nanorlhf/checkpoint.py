@@ -18,13 +18,43 @@ from nanorlhf.atomic import atomic_folder, write_tensors
 from nanorlhf.errors import UserError
 from nanorlhf.model_config import ARCHITECTURES, config_json, read_config, read_json
 from nanorlhf.models import Policy, ScalarModel
+from nanorlhf.tokenizer import Tokenizer, check_matches
 from nanorlhf.weights import file_parts, load_weights
 
 MAX_SHARD_BYTES = 5 * 10**9
 MUCH = 10**8  # parameters whose memory is worth a look at the files first
 
 
+SCALARS = (ARCHITECTURES["reward_model"], ARCHITECTURES["critic"])
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def check_folder(folder: str | Path, tokenizer: Tokenizer, scalar: bool = False) -> None:
+    """What can be said before any post is encoded or weight read. scalar: it must be a reward model or a critic.
+
+    Raises UserError for a folder that is no Llama, of the other kind, or with another tokenizer's rows.
+    """
+    config = read_config(folder)
+    _kind(folder, scalar)
+    check_matches(tokenizer, config.vocab_size, config.eos_token_id)
+
+
+def _kind(folder: str | Path, scalar: bool) -> str | None:
+    """The architecture that config.json names (base models may name none), which is a scalar one or is not."""
+    named = read_json(Path(folder) / "config.json").get("architectures")
+    kind = named[0] if isinstance(named, list) and named else None
+    if scalar and kind not in SCALARS:
+        raise UserError(
+            f"{folder}: architectures is {kind}, expected a reward model or a critic; `python train_rm.py` makes one"
+        )
+    if not scalar and kind in SCALARS:
+        raise UserError(
+            f"{folder}: architectures is {kind}, expected a language model ({ARCHITECTURES['policy']}): this folder "
+            "holds a reward model or a critic"
+        )
+    return kind
 
 
 def _empty(build, folder: str | Path, device: str, dtype: torch.dtype) -> nn.Module:
@@ -44,6 +74,7 @@ def _empty(build, folder: str | Path, device: str, dtype: torch.dtype) -> nn.Mod
 def load_policy(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Policy:
     """A causal language model from a Hugging Face folder."""
     config = read_config(folder)
+    _kind(folder, scalar=False)
     policy = _empty(lambda: Policy(config), folder, device, dtype)
     load_weights(policy, folder, ignore=("lm_head.",) if config.tie_word_embeddings else ())
     return policy
@@ -51,15 +82,10 @@ def load_policy(folder: str | Path, device: str = "cpu", dtype: torch.dtype = to
 
 def load_scalar(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ScalarModel:
     """A reward model or a critic from a folder that `save_scalar` wrote; which of the two, its config.json says."""
-    raw, config = read_json(Path(folder) / "config.json"), read_config(folder)
-    kind = (raw.get("architectures") or [None])[0]
-    if kind not in (ARCHITECTURES["reward_model"], ARCHITECTURES["critic"]):
-        raise UserError(
-            f"{folder}: architectures is {kind}, expected a reward model or a critic; `python train_rm.py` makes one"
-        )
-    model = _empty(lambda: ScalarModel(config, bias=kind == ARCHITECTURES["critic"]), folder, device, dtype)
+    config, is_critic = read_config(folder), _kind(folder, scalar=True) == ARCHITECTURES["critic"]
+    model = _empty(lambda: ScalarModel(config, bias=is_critic), folder, device, dtype)
     model.score.float()  # the head stays fp32, see models.py
-    model.score_shift = float(raw.get("score_shift", 0.0))
+    model.score_shift = float(read_json(Path(folder) / "config.json").get("score_shift", 0.0))
     load_weights(model, folder)
     return model
 

@@ -65,11 +65,21 @@ DAMAGED_MODELS = [
     (lambda: edit_json(CONFIG, intermediate_size=64), "tensor model.layers.0.mlp.gate_proj.weight has shape"),
     (lambda: edit_json(CONFIG, num_hidden_layers=1), "unexpected tensors ['model.layers.1."),
     (lambda: edit_json(CONFIG, model_type="qwen2"), "model_type is 'qwen2', expected 'llama'"),
+    (lambda: edit_json(CONFIG, architectures=["LlamaForSequenceClassification"]), "expected a language model"),
+    (lambda: edit_json(CONFIG, architectures=7, vocab_size=32000), "the model has 32000 embedding rows"),
     (lambda: edit(CONFIG, lambda c: c[:-9]), "config.json: not valid JSON"),
     (lambda: Path(TOKENS).unlink(), "no tokenizer.model or tokenizer.json in model"),
     (lambda: edit(TOKENS, lambda c: c[:99]), "tokenizer.model: neither a sentencepiece model nor"),
     (lambda: shutil.rmtree("model"), "model: model is not a folder"),
 ]
+
+
+@pytest.mark.parametrize("script, flag", [(train_sft, "--model"), (train_rm, "--sft_model")])
+def test_the_wrong_model_is_refused_before_any_post_is_encoded(world, capsys, monkeypatch, script, flag):
+    for encode in ("encode_posts", "encode_comparisons"):
+        monkeypatch.setattr(script, encode, lambda *_: pytest.fail("posts were encoded first"), raising=False)
+    edit_json(CONFIG, vocab_size=32000)
+    assert "the model has 32000 embedding rows" in stopped(script, capsys, flag, "model")
 
 
 @pytest.mark.parametrize("damage, named", DAMAGED_MODELS, ids=[named for _, named in DAMAGED_MODELS])
