@@ -40,7 +40,7 @@ def card(record: dict, metrics: dict, folder: Path) -> str:
     kept = {name: value for name, value in metrics.items() if name.startswith(SHOWN) and "accuracy/" not in name}
     command = " ".join([Path(record["argv"][0]).name, *record["argv"][1:]])
     front = ["---", "library_name: transformers", f"pipeline_tag: {task}", "tags: [rlhf, ppo, tldr, nanorlhf]"]
-    if base := hub_id_of(settings.get("model") or ""):
+    if base := _base_of(settings.get("model") or settings.get("sft_model") or ""):
         front.append(f"base_model: {base}")
     lines = [
         *front,
@@ -67,6 +67,14 @@ def card(record: dict, metrics: dict, folder: Path) -> str:
         *(f"| {name} | {value} |" for name, value in settings.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _base_of(folder: str) -> str | None:
+    """The hub's id of the model that training began from: of the hub's cache, or handed on by the card of a stage."""
+    there = Path(folder) / "README.md"
+    lines = there.read_text().splitlines() if there.is_file() else []
+    handed_on = (line.removeprefix("base_model: ") for line in lines if line.startswith("base_model: "))
+    return hub_id_of(folder) or next(handed_on, None)
 
 
 def _use(model: dict, auto: str, folder: Path) -> list[str]:

@@ -39,6 +39,15 @@ def test_a_card_is_written_beside_the_weights_with_the_last_of_each_metric(make_
     assert "vllm serve final" in text and "stops at EOS (2)" in text and "AutoModelForCausalLM" in text
 
 
+def test_a_later_stage_hands_the_base_model_on(make_policy, tokenizer, tmp_path):
+    save_policy(make_policy(), tmp_path / "final", tokenizer)
+    (tmp_path / "final" / "README.md").write_text(card(RECORD, {}, tmp_path / "final"))
+    later = RECORD | {"config": {"preset": "tiny", "run_name": "later", "sft_model": str(tmp_path / "final")}}
+    assert "base_model: someone/llama-1b" in card(later, {}, tmp_path / "final").split("---")[1]
+    alone = RECORD | {"config": {"preset": "tiny", "run_name": "alone", "sft_model": str(tmp_path / "nowhere")}}
+    assert "base_model" not in card(alone, {}, tmp_path / "final")
+
+
 def test_each_kind_of_model_says_how_its_output_is_read(make_scalar, tokenizer, tmp_path):
     reward_model = make_scalar(bias=False, score_shift=0.625)
     save_scalar(reward_model, tmp_path / "rm", tokenizer)
