@@ -72,7 +72,7 @@ def card(record: dict, metrics: dict, folder: Path) -> str:
 def _base_of(folder: str) -> str | None:
     """The hub's id of the model that training began from: of the hub's cache, or handed on by the card of a stage."""
     there = Path(folder) / "README.md"
-    lines = there.read_text().splitlines() if there.is_file() else []
+    lines = there.read_text(errors="replace").splitlines() if there.is_file() else []
     handed_on = (line.removeprefix("base_model: ") for line in lines if line.startswith("base_model: "))
     return hub_id_of(folder) or next(handed_on, None)
 
