@@ -8,7 +8,8 @@ folder. The steps, numbered as in the code:
 
     1. read comparisons: a post, the summary a person chose, the one they rejected
     2. start from the SFT model's trunk with a new linear head, drawn from N(0, 1/sqrt(D+1))
-    3. for each batch: score both summaries at their EOS in one forward pass, Bradley-Terry loss, one AdamW step
+    3. for each batch: score both summaries at their EOS in one forward pass that reads the post once (nanorlhf/pairs.py),
+       Bradley-Terry loss, one AdamW step
     4. shift the scores so that the authors' own summaries of the SFT set have mean 0
     5. save
     6. measure accuracy on held-out comparisons, by batch, split and confidence
@@ -39,7 +40,8 @@ from nanorlhf.inputs import find_data, find_model
 from nanorlhf.losses import bradley_terry_loss, pair_accuracy
 from nanorlhf.models import ScalarModel, parameter_count, reward_model_from
 from nanorlhf.optim import SCHEDULES, AdamW
-from nanorlhf.packing import pack, split_by_tokens
+from nanorlhf.packing import split_by_tokens
+from nanorlhf.pairs import pack_pairs
 from nanorlhf.run import Run
 from nanorlhf.tldr import (
     Comparison,
@@ -156,12 +158,13 @@ def main(cfg: Config) -> None:
             lr = SCHEDULES[cfg.lr_schedule](step, total_steps, cfg.lr)
             batch = batch_indices(len(train), cfg.batch_size, cfg.seed, step)
             run.at(step + 1, [train[i].post.id for i in batch])
-            pairs = [(queries[i] + chosen[i], queries[i] + rejected[i]) for i in batch]
+            pairs = [(queries[i], chosen[i], rejected[i]) for i in batch]
             if cfg.preflight and step == 0:
                 preflight.report(preflight.reward_model(model, pairs, tokenizer), run.say, "before step 1")
             totals = defaultdict(float)
-            for group in split_by_tokens([len(a) + len(b) for a, b in pairs], cfg.microbatch_tokens):
-                packed = pack([pairs[i][0] for i in group] + [pairs[i][1] for i in group], run.device)
+            lengths = [sum(map(len, pair)) for pair in pairs]  # of query, chosen and rejected
+            for group in split_by_tokens(lengths, cfg.microbatch_tokens):
+                packed = pack_pairs(*zip(*(pairs[i] for i in group), strict=True), run.device)  # the query once
                 chosen_scores, rejected_scores = model.last_scores(packed).chunk(2)  # (b,) each, read at EOS
                 share = len(group) / cfg.batch_size  # microbatches add up to the mean over the batch
                 loss = share * bradley_terry_loss(chosen_scores, rejected_scores)
@@ -173,8 +176,7 @@ def main(cfg: Config) -> None:
             grad_norm = optimizer.step(lr, cfg.max_grad_norm, cfg.on_nan)
             step += 1
             margin = totals["train/rm/chosen_scores"] - totals["train/rm/rejected_scores"]
-            tokens = sum(len(a) + len(b) for a, b in pairs)
-            speed = {"perf/tokens_per_s": tokens / (now(run.device) - began)}
+            speed = {"perf/tokens_per_s": sum(lengths) / (now(run.device) - began)}
             more = {"train/rm/margin": margin, "lr": lr, "grad_norm": grad_norm, "episode": step * cfg.batch_size}
             run.log(step, totals | more | speed)
             run.end_step(step, optimizer)

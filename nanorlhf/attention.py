@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanorlhf.packing import Packed
+from nanorlhf.pairs import PackedPairs
 
 # What a transformer block calls: (layer index, q (N, H, Dh), k (N, Hkv, Dh), v (N, Hkv, Dh)) -> (N, H, Dh).
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -22,11 +23,31 @@ BUCKET = 32  # tokens: sequences whose lengths round up to the same multiple sha
 
 def causal(packed: Packed) -> Attend:
     """Returns the `attend` of a packed batch: each token sees itself and what came before it in its own sequence."""
+    if isinstance(packed, PackedPairs):
+        return _apart(packed)
     rectangles = cache(lambda: _Rectangles(packed))  # made by the first layer that needs them
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         flash = q.is_cuda and q.dtype != torch.float32
         return _varlen(q, k, v, packed) if flash else _padded(q, k, v, rectangles())
+
+    return attend
+
+
+def _apart(pairs: PackedPairs) -> Attend:
+    """Each pair as its two sequences; a query's results are equal in both, and those of the first go on."""
+    attend_apart = causal(pairs.apart)
+    n, N = len(pairs.spread), len(pairs.tokens)
+    half = sum(pairs.apart.lengths[: len(pairs.lengths)])  # tokens of all query + chosen
+    sides = pairs.spread.split((half, n - half))  # no row occurs twice in either, as _Move asks
+    count = torch.arange(n, device=pairs.spread.device)
+
+    def both(x: Tensor) -> Tensor:  # (N, heads, Dh) -> (n, heads, Dh)
+        return torch.cat([_Move.apply(x, rows, count[: len(rows)], len(rows)) for rows in sides])
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attend_apart(layer, both(q), both(k), both(v))
+        return _Move.apply(out, pairs.home, count[: len(pairs.home)], N)  # 0 in the rows of the filling
 
     return attend
 

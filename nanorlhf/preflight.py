@@ -22,6 +22,7 @@ from nanorlhf.errors import UserError
 from nanorlhf.losses import bradley_terry_loss, next_token_labels, sequence_mean_weights
 from nanorlhf.models import Policy, ScalarModel
 from nanorlhf.packing import in_microbatches, pack
+from nanorlhf.pairs import pack_pairs
 from nanorlhf.ppo import Experience
 from nanorlhf.tokenizer import Tokenizer
 
@@ -224,18 +225,23 @@ def sft(policy: Policy, sequences: list[list[int]], tokenizer: Tokenizer) -> lis
 
 
 @torch.no_grad()
-def reward_model(model: ScalarModel, pairs: list[tuple[list[int], list[int]]], tokenizer: Tokenizer) -> list[Check]:
-    """Before the first step of the reward model. args: pairs: (query + chosen, query + rejected)"""
-    dtype = model.model.embed_tokens.weight.dtype
-    sequences = [sequence for pair in pairs for sequence in pair][: 2 * ROWS]
-    together, alone = model.scores(sequences), torch.cat([model.scores([sequence]) for sequence in sequences])
+def reward_model(
+    model: ScalarModel, pairs: list[tuple[list[int], list[int], list[int]]], tokenizer: Tokenizer
+) -> list[Check]:
+    """Before the first step of the reward model. args: pairs: (query, chosen, rejected)"""
+    dtype, device = model.model.embed_tokens.weight.dtype, model.score.weight.device
+    few = pairs[:ROWS]
+    together = model.last_scores(pack_pairs(*zip(*few, strict=True), device))
+    sequences = [q + chosen for q, chosen, _ in few] + [q + rejected for q, _, rejected in few]
+    alone = torch.cat([model.scores([sequence]) for sequence in sequences])
     twice = model.scores([sequences[0], sequences[0]])
     loss = bradley_terry_loss(twice[:1], twice[1:]).item()
-    ends = [sequence[-1] == tokenizer.eos_id for pair in pairs for sequence in pair]
+    ends = [summary[-1] == tokenizer.eos_id for _, *summaries in pairs for summary in summaries]
     return [
         equals("sequences that end in EOS", sum(ends) / len(ends), 1, "the score is read at EOS, which was cut off"),
         at_most("score alone - in a batch", (together - alone).abs().max().item(), SCORE[dtype],
-                "a score depends on its neighbours: attention, positions or the index of the last token"),
+                "a score depends on its neighbours: attention, positions or the index of the last token, or the two "
+                "summaries see each other"),
         at_most("identical texts: loss - ln 2", abs(loss - math.log(2)), SCORE[dtype],
                 "the two summaries of a pair are not read alike"),
     ]  # fmt: skip

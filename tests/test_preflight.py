@@ -13,6 +13,7 @@ from nanorlhf.attention import causal
 from nanorlhf.errors import UserError
 from nanorlhf.models import critic_from, reward_model_from
 from nanorlhf.packing import Packed, in_microbatches
+from nanorlhf.pairs import PackedPairs
 from nanorlhf.ppo import Experience
 
 EOS, R = 2, 6
@@ -325,7 +326,7 @@ def test_sft_stops_when_pad_is_eos(make_policy, make_sequences):
 
 def rm_checks(model, make_sequences, eos=EOS):
     queries, chosen, rejected = make_sequences([20, 3, 8]), make_sequences([4, 9, 5]), make_sequences([6, 2, 7], seed=1)
-    pairs = [(q + c + [EOS], q + r + [eos]) for q, c, r in zip(queries, chosen, rejected, strict=True)]
+    pairs = [(q, c + [EOS], r + [eos]) for q, c, r in zip(queries, chosen, rejected, strict=True)]
     checks = preflight.reward_model(model, pairs, SimpleNamespace(eos_id=EOS, pad_id=0))
     return preflight.report(checks, print, "before step 1")
 
@@ -341,7 +342,7 @@ def test_a_reward_model_whose_sequences_lost_their_eos_is_stopped(make_policy, m
 
 
 def test_a_score_that_depends_on_its_neighbours_is_stopped(make_policy, make_sequences, monkeypatch):
-    right = Packed.last_rows
-    monkeypatch.setattr(Packed, "last_rows", lambda packed: right(packed).roll(1))
+    right = PackedPairs.last_rows
+    monkeypatch.setattr(PackedPairs, "last_rows", lambda packed: right(packed).roll(1))
     with stopped_by("score alone - in a batch is"):
         rm_checks(reward_model_from(make_policy(), seed=0), make_sequences)
