@@ -8,8 +8,8 @@ folder. The steps, numbered as in the code:
 
     1. read comparisons: a post, the summary a person chose, the one they rejected
     2. start from the SFT model's trunk with a new linear head, drawn from N(0, 1/sqrt(D+1))
-    3. for each batch: score both summaries at their EOS in one forward pass that reads the post once (nanorlhf/pairs.py),
-       Bradley-Terry loss, one AdamW step
+    3. for each batch: score both summaries at their EOS in one forward pass, which reads their post once
+       (nanorlhf/pairs.py), Bradley-Terry loss, one AdamW step
     4. shift the scores so that the authors' own summaries of the SFT set have mean 0
     5. save
     6. measure accuracy on held-out comparisons, by batch, split and confidence
