@@ -38,7 +38,7 @@ from nanorlhf import monitor, ppo, preflight
 from nanorlhf.card import write_card
 from nanorlhf.checkpoint import check_folder, load_policy, load_scalar, save_policy, save_scalar
 from nanorlhf.config import check, cli
-from nanorlhf.device import now
+from nanorlhf.device import now, side_by_side
 from nanorlhf.encoding import encode_posts, length_report
 from nanorlhf.hacks import Alarms
 from nanorlhf.inputs import find_data, find_model
@@ -128,33 +128,39 @@ def learn(
     e, R = episode, cfg.response_length
     actions, states = e.action_mask[minibatch].sum(), e.value_mask[minibatch].sum()  # how many there are of each
     packed = pack([e.sequences[i] for i in rows], e.responses.device)
-    mask = e.action_mask[rows]
+    responses, old_logprobs, advantages, mask = (
+        tensor[rows] for tensor in (e.responses, e.logprobs, e.advantages, e.action_mask)
+    )  # (b, R) each
 
-    # ppo.policy_loss in value and gradient, but fused with the head, so that no logits are kept
-    policy_loss, new_logprobs, entropy, clipfrac = policy.response_ppo_loss(
-        packed, e.responses[rows], e.logprobs[rows], e.advantages[rows], mask / actions, cfg.temperature, cfg.cliprange
-    )  # new_logprobs, entropy (b, R)
-    policy_loss.backward()
-    _, policy_stats = ppo.policy_loss(
-        new_logprobs, e.logprobs[rows], e.advantages[rows], mask, cfg.cliprange, denominator=actions
-    )
-    new_values = critic.response_values(packed, R)  # (b, R)
-    value_loss, value_stats = ppo.value_loss(
-        new_values, e.values[rows], e.returns[rows], e.value_mask[rows], cfg.cliprange_value, denominator=states
-    )
-    (cfg.vf_coef * value_loss).backward()
+    def learn_policy() -> dict[str, torch.Tensor]:
+        # ppo.policy_loss in value and gradient, but fused with the head, so that no logits are kept
+        loss, new_logprobs, entropy, clipfrac = policy.response_ppo_loss(
+            packed, responses, old_logprobs, advantages, mask / actions, cfg.temperature, cfg.cliprange
+        )  # new_logprobs, entropy (b, R)
+        loss.backward()
+        _, stats = ppo.policy_loss(new_logprobs, old_logprobs, advantages, mask, cfg.cliprange, denominator=actions)
+        return {
+            "loss/policy_avg": loss.detach(),
+            "policy/approxkl_avg": stats["approxkl"],
+            "policy/clipfrac_avg": clipfrac,
+            "policy/entropy_avg": torch.where(mask, entropy, 0.0).sum() / actions,
+            "policy/entropy_avg_paper": entropy.sum() / (len(minibatch) * R),
+            "val/ratio": stats["ratio"],
+            "val/ratio_squared": stats["ratio_squared"],
+        }
 
-    return {
-        "loss/policy_avg": policy_loss.detach(),
-        "loss/value_avg": value_loss.detach(),
-        "policy/approxkl_avg": policy_stats["approxkl"],
-        "policy/clipfrac_avg": clipfrac,
-        "policy/entropy_avg": torch.where(mask, entropy, 0.0).sum() / actions,
-        "policy/entropy_avg_paper": entropy.sum() / (len(minibatch) * R),
-        "val/ratio": policy_stats["ratio"],
-        "val/ratio_squared": policy_stats["ratio_squared"],
-        "val/clipfrac_avg": value_stats["clipfrac"],
-    }
+    def learn_critic() -> dict[str, torch.Tensor]:
+        new_values = critic.response_values(packed, R)  # (b, R)
+        loss, stats = ppo.value_loss(
+            new_values, e.values[rows], e.returns[rows], e.value_mask[rows], cfg.cliprange_value, denominator=states
+        )
+        (cfg.vf_coef * loss).backward()
+        return {"loss/value_avg": loss.detach(), "val/clipfrac_avg": stats["clipfrac"]}
+
+    of_policy, of_critic = side_by_side(
+        learn_policy, learn_critic, device=e.responses.device
+    )  # they share only the batch
+    return of_policy | of_critic
 
 
 def main(cfg: Config) -> None:
