@@ -111,6 +111,22 @@ def accuracy_by(comparisons: list[Comparison], correct: list[bool]) -> dict[str,
     return {name: sum(hits) / len(hits) for name, hits in groups.items()}
 
 
+def learn(model: ScalarModel, pairs: list[tuple[list[int], list[int]]], cfg: Config) -> dict[str, torch.Tensor]:
+    """Forward and backward pass over a batch of (chosen, rejected), a microbatch at a time -> its metrics, ()."""
+    device, totals = model.score.weight.device, defaultdict(float)
+    for group in split_by_tokens([len(a) + len(b) for a, b in pairs], cfg.microbatch_tokens):
+        packed = pack([pairs[i][0] for i in group] + [pairs[i][1] for i in group], device)
+        chosen_scores, rejected_scores = model.last_scores(packed).chunk(2)  # (b,) each, read at EOS
+        share = len(group) / cfg.batch_size  # microbatches add up to the mean over the batch
+        loss = share * bradley_terry_loss(chosen_scores, rejected_scores)
+        loss.backward()
+        totals["train/rm/loss"] += loss.detach()
+        totals["train/rm/accuracy"] += share * pair_accuracy(chosen_scores, rejected_scores)
+        totals["train/rm/chosen_scores"] += share * chosen_scores.detach().mean()
+        totals["train/rm/rejected_scores"] += share * rejected_scores.detach().mean()
+    return totals
+
+
 def main(cfg: Config) -> None:
     check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
 
@@ -159,17 +175,7 @@ def main(cfg: Config) -> None:
             pairs = [(queries[i] + chosen[i], queries[i] + rejected[i]) for i in batch]
             if cfg.preflight and step == 0:
                 preflight.report(preflight.reward_model(model, pairs, tokenizer), run.say, "before step 1")
-            totals = defaultdict(float)
-            for group in split_by_tokens([len(a) + len(b) for a, b in pairs], cfg.microbatch_tokens):
-                packed = pack([pairs[i][0] for i in group] + [pairs[i][1] for i in group], run.device)
-                chosen_scores, rejected_scores = model.last_scores(packed).chunk(2)  # (b,) each, read at EOS
-                share = len(group) / cfg.batch_size  # microbatches add up to the mean over the batch
-                loss = share * bradley_terry_loss(chosen_scores, rejected_scores)
-                loss.backward()
-                totals["train/rm/loss"] += loss.detach()
-                totals["train/rm/accuracy"] += share * pair_accuracy(chosen_scores, rejected_scores)
-                totals["train/rm/chosen_scores"] += share * chosen_scores.detach().mean()
-                totals["train/rm/rejected_scores"] += share * rejected_scores.detach().mean()
+            totals = learn(model, pairs, cfg)
             grad_norm = optimizer.step(lr, cfg.max_grad_norm, cfg.on_nan)
             step += 1
             margin = totals["train/rm/chosen_scores"] - totals["train/rm/rejected_scores"]
