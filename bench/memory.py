@@ -57,9 +57,12 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type == self.device:
-                self._count(tensor.untyped_storage())
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given:  # else a view of what was there
+                    self._count(storage)
         workspace = WORKSPACE.get(function._schema.name)
         self.peak = max(self.peak, self.live + (workspace(*args) if workspace else 0))
         return result

@@ -147,8 +147,8 @@ def ppo(shape: Shape, memory, device: str, cfg: train_ppo.Config, recompute: boo
     B, R = cfg.batch_size, cfg.response_length
     queries = shape.queries(B)
     sequences = [query + [0] * R for query in queries]
-    groups = split_by_tokens([len(s) for s in sequences], cfg.microbatch_tokens)
-    largest = np.array(max(groups, key=lambda group: sum(len(sequences[i]) for i in group)))
+    largest = _largest([len(s) for s in sequences], cfg.microbatch_tokens)
+    one = [sequences[i] for i in largest]  # a microbatch: the others need no more
     with memory:
         states = _States(memory, recompute)
         models = policy, _, critic, _ = four_models(shape.config, device, dtype)
@@ -159,15 +159,20 @@ def ppo(shape: Shape, memory, device: str, cfg: train_ppo.Config, recompute: boo
         episode = Experience(sequences, responses, mask, mask, *(numbers,) * 4)
 
         def learn() -> None:
-            train_ppo.learn(policy, critic, episode, np.arange(B), largest, cfg)
+            train_ppo.learn(policy, critic, episode, np.arange(B), np.array(largest), cfg)
 
         learn()
         states.first_step(optimizer)
         phases = {"rollout": _rollout(memory, policy, queries, cfg)}
-        phases["score"] = _peak(memory, lambda: train_ppo.score(*models, sequences, sequences, responses, cfg))
+        phases["score"] = _peak(memory, lambda: train_ppo.score(*models, one, one, responses[: len(one)], cfg))
         learn()  # the next one finds gradients
         phases["learn"] = _peak(memory, learn)
     return Plan("ppo", cfg.microbatch_tokens, recompute, states.bytes, phases)
+
+
+def _largest(lengths: list[int], microbatch_tokens: int) -> list[int]:
+    """The microbatch with the most tokens."""
+    return max(split_by_tokens(lengths, microbatch_tokens), key=lambda group: sum(lengths[i] for i in group))
 
 
 def _rollout(memory, policy: Policy, queries: list[list[int]], cfg: train_ppo.Config) -> int:
@@ -181,6 +186,7 @@ def _rollout(memory, policy: Policy, queries: list[list[int]], cfg: train_ppo.Co
 
 def sft(shape: Shape, memory, device: str, cfg: train_sft.Config, recompute: bool, dtype=torch.bfloat16) -> Plan:
     sequences = shape.with_summaries(cfg.batch_size)
+    sequences = [sequences[i] for i in _largest([len(s) for s in sequences], cfg.microbatch_tokens)]
     with memory:
         states = _States(memory, recompute)
         policy = random_model(Policy, shape.config, device, dtype)
@@ -188,12 +194,14 @@ def sft(shape: Shape, memory, device: str, cfg: train_sft.Config, recompute: boo
         optimizer = states.trained(policy)
         train_sft.learn(policy, sequences, cfg)
         states.first_step(optimizer)
+        train_sft.learn(policy, sequences, cfg)  # the next one finds gradients
         phases = {"learn": _peak(memory, lambda: train_sft.learn(policy, sequences, cfg))}
     return Plan("sft", cfg.microbatch_tokens, recompute, states.bytes, phases)
 
 
 def rm(shape: Shape, memory, device: str, cfg: train_rm.Config, recompute: bool, dtype=torch.bfloat16) -> Plan:
     pairs = shape.pairs(cfg.batch_size)
+    pairs = [pairs[i] for i in _largest([len(a) + len(b) for a, b in pairs], cfg.microbatch_tokens)]
     with memory:
         states = _States(memory, recompute)
         model = random_model(ScalarModel, shape.config, device, dtype, bias=False)
@@ -201,6 +209,7 @@ def rm(shape: Shape, memory, device: str, cfg: train_rm.Config, recompute: bool,
         optimizer = states.trained(model)
         train_rm.learn(model, pairs, cfg)
         states.first_step(optimizer)
+        train_rm.learn(model, pairs, cfg)  # the next one finds gradients
         phases = {"learn": _peak(memory, lambda: train_rm.learn(model, pairs, cfg))}
     return Plan("rm", cfg.microbatch_tokens, recompute, states.bytes, phases)
 
@@ -239,6 +248,8 @@ def propose(stage: str, shape: Shape, gpu_gb: float, microbatch_tokens: int | No
             if plan.fits(gpu_gb):
                 flags = [f"--microbatch_tokens {tokens}"] if tokens != own else []
                 return Proposal(plan, True, " ".join(flags + ["--checkpointing"] * recompute))
+            if sum(plan.states.values()) > budget(gpu_gb):  # nothing that a flag changes
+                return Proposal(plan, False, "")
             tokens //= 2
     return Proposal(plan, False, "")
 
