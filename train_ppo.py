@@ -28,7 +28,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU 
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ from nanorlhf.inputs import find_data, find_model
 from nanorlhf.jsonl import append, finite
 from nanorlhf.models import Policy, ScalarModel, critic_from, parameter_count, response_kl
 from nanorlhf.optim import SCHEDULES, AdamW
-from nanorlhf.packing import in_microbatches, pack, split_by_tokens
+from nanorlhf.packing import in_microbatches, pack, split_by_tokens, to_device
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate, read_responses
 from nanorlhf.run import Run, read_metrics
@@ -118,6 +118,39 @@ PRESETS = {
 }  # fmt: skip
 
 
+class Scored(NamedTuple):
+    """What the four models say about a batch of responses, fp32."""
+
+    logprobs: torch.Tensor  # (B, R)
+    entropy: torch.Tensor  # (B, R) of the policy
+    ref_logprobs: torch.Tensor  # (B, R)
+    full_kl: torch.Tensor | None  # (B, R) with --kl_estimator full
+    values: torch.Tensor  # (B, R)
+    raw_scores: torch.Tensor  # (B,)
+
+
+def score(
+    policy: Policy, reference: Policy, critic: ScalarModel, reward_model: ScalarModel,
+    sequences: list[list[int]], finished: list[list[int]], responses: torch.Tensor, cfg: Config,
+) -> Scored:  # fmt: skip
+    """Policy, reference and critic read all R tokens of a response, the reward model only what people see.
+
+    args: sequences: queries with their R tokens; finished: the same up to EOS; responses (B, R) int64
+    """
+    forward = partial(in_microbatches, max_tokens=cfg.microbatch_tokens, device=responses.device)
+    R, T = responses.shape[1], cfg.temperature
+    logprobs, entropy = forward(lambda p, i: policy.response_logprobs(p, responses[i], T), sequences)
+    full_kl = None
+    if cfg.kl_estimator == "full":
+        both = partial(response_kl, policy, reference)
+        full_kl, _, ref_logprobs = forward(lambda p, i: both(p, responses[i], T), sequences)
+    else:
+        ref_logprobs, _ = forward(lambda p, i: reference.response_logprobs(p, responses[i], T), sequences)
+    (values,) = forward(lambda p, i: [critic.response_values(p, R)], sequences)  # (B, R), like the log-probs
+    (raw_scores,) = forward(lambda p, i: [reward_model.last_scores(p)], finished)  # (B,)
+    return Scored(logprobs, entropy, ref_logprobs, full_kl, values, raw_scores)
+
+
 def learn(
     policy: Policy, critic: ScalarModel, episode: Experience, minibatch: np.ndarray, rows: np.ndarray, cfg: Config
 ) -> dict[str, torch.Tensor]:
@@ -126,8 +159,9 @@ def learn(
     Both losses are means over the tokens of the whole minibatch, so gradients and metrics of its microbatches add up.
     """
     e, R = episode, cfg.response_length
-    actions, states = e.action_mask[minibatch].sum(), e.value_mask[minibatch].sum()  # how many there are of each
     packed = pack([e.sequences[i] for i in rows], e.responses.device)
+    minibatch, rows = (to_device(torch.from_numpy(x), e.responses.device) for x in (minibatch, rows))  # copied once
+    actions, states = e.action_mask[minibatch].sum(), e.value_mask[minibatch].sum()  # how many there are of each
     responses, old_logprobs, advantages, mask = (
         tensor[rows] for tensor in (e.responses, e.logprobs, e.advantages, e.action_mask)
     )  # (b, R) each
@@ -157,9 +191,8 @@ def learn(
         (cfg.vf_coef * loss).backward()
         return {"loss/value_avg": loss.detach(), "val/clipfrac_avg": stats["clipfrac"]}
 
-    of_policy, of_critic = side_by_side(
-        learn_policy, learn_critic, device=e.responses.device
-    )  # they share only the batch
+    # The two share nothing but the batch.
+    of_policy, of_critic = side_by_side(learn_policy, learn_critic, device=responses.device)
     return of_policy | of_critic
 
 
@@ -229,19 +262,12 @@ def main(cfg: Config) -> None:
             summaries = read_responses(tokenizer, responses)  # of (B, R) tokens
             rolled_out = now(run.device)
 
-            # 4. score: policy, reference and critic read all R tokens, the reward model only what people see
+            # 4. score
             sequences = [query + response for query, response in zip(batch_queries, responses.tolist(), strict=True)]
             finished = [s[: len(s) - R + summary.tokens] for s, summary in zip(sequences, summaries, strict=True)]
-            forward = partial(in_microbatches, max_tokens=cfg.microbatch_tokens, device=run.device)
-            T = cfg.temperature
-            logprobs, entropy = forward(lambda p, i: policy.response_logprobs(p, responses[i], T), sequences)
-            if cfg.kl_estimator == "full":
-                both = partial(response_kl, policy, reference)
-                full_kl, _, ref_logprobs = forward(lambda p, i: both(p, responses[i], T), sequences)
-            else:
-                ref_logprobs, _ = forward(lambda p, i: reference.response_logprobs(p, responses[i], T), sequences)
-            (values,) = forward(lambda p, i: [critic.response_values(p, R)], sequences)  # (B, R), like the log-probs
-            (raw_scores,) = forward(lambda p, i: [reward_model.last_scores(p)], finished)  # (B,)
+            logprobs, entropy, ref_logprobs, full_kl, values, raw_scores = score(
+                *models, sequences, finished, responses, cfg
+            )
             action_mask = ppo.action_mask(responses, eos_id)  # (B, R)
             value_mask = ppo.value_mask(responses, eos_id)  # (B, R)
             run.check_finite(scores=raw_scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
@@ -265,7 +291,9 @@ def main(cfg: Config) -> None:
                 if update == 0:
                     n = preflight.REFERENCES
                     known = [q + r for q, r in zip(queries[:n], references[:n], strict=True)]
-                    (known_scores,) = forward(lambda packed, i: [reward_model.last_scores(packed)], known)
+                    (known_scores,) = in_microbatches(
+                        lambda packed, i: [reward_model.last_scores(packed)], known, cfg.microbatch_tokens, run.device
+                    )
                     checks += preflight.first_update(
                         episode, ref_logprobs, raw_scores, known_scores, tokenizer, run.dtype
                     )
@@ -296,7 +324,7 @@ def main(cfg: Config) -> None:
                 | {"time/rollout": rolled_out - began, "time/score": scored - rolled_out}
                 | {"time/learn": learned - scored}
                 | monitor.speed(policy.config, sequences, finished, R, cfg.num_ppo_epochs, learned - began, run.device)
-                | (monitor.diversity(policy, tokenizer, batch_queries, R, T, cfg.seed) if look else {})
+                | (monitor.diversity(policy, tokenizer, batch_queries, R, cfg.temperature, cfg.seed) if look else {})
                 | checked
             )
             run.log(update + 1, metrics)

@@ -113,6 +113,24 @@ def accuracy_by(comparisons: list[Comparison], correct: list[bool]) -> dict[str,
     return {name: sum(hits) / len(hits) for name, hits in groups.items()}
 
 
+def learn(
+    model: ScalarModel, pairs: list[tuple[list[int], list[int], list[int]]], cfg: Config
+) -> dict[str, torch.Tensor]:
+    """Forward and backward pass over a batch of (query, chosen, rejected), by microbatches -> its metrics, () each."""
+    device, totals = model.score.weight.device, defaultdict(float)
+    for group in split_by_tokens([sum(map(len, pair)) for pair in pairs], cfg.microbatch_tokens):
+        packed = pack_pairs(*zip(*(pairs[i] for i in group), strict=True), device)  # the query of a pair once
+        chosen_scores, rejected_scores = model.last_scores(packed).chunk(2)  # (b,) each, read at EOS
+        share = len(group) / cfg.batch_size  # microbatches add up to the mean over the batch
+        loss = share * bradley_terry_loss(chosen_scores, rejected_scores)
+        loss.backward()
+        totals["train/rm/loss"] += loss.detach()
+        totals["train/rm/accuracy"] += share * pair_accuracy(chosen_scores, rejected_scores)
+        totals["train/rm/chosen_scores"] += share * chosen_scores.detach().mean()
+        totals["train/rm/rejected_scores"] += share * rejected_scores.detach().mean()
+    return totals
+
+
 def main(cfg: Config) -> None:
     check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
 
@@ -161,22 +179,11 @@ def main(cfg: Config) -> None:
             pairs = [(queries[i], chosen[i], rejected[i]) for i in batch]
             if cfg.preflight and step == 0:
                 preflight.report(preflight.reward_model(model, pairs, tokenizer), run.say, "before step 1")
-            totals = defaultdict(float)
-            lengths = [sum(map(len, pair)) for pair in pairs]  # of query, chosen and rejected
-            for group in split_by_tokens(lengths, cfg.microbatch_tokens):
-                packed = pack_pairs(*zip(*(pairs[i] for i in group), strict=True), run.device)  # the query once
-                chosen_scores, rejected_scores = model.last_scores(packed).chunk(2)  # (b,) each, read at EOS
-                share = len(group) / cfg.batch_size  # microbatches add up to the mean over the batch
-                loss = share * bradley_terry_loss(chosen_scores, rejected_scores)
-                loss.backward()
-                totals["train/rm/loss"] += loss.detach()
-                totals["train/rm/accuracy"] += share * pair_accuracy(chosen_scores, rejected_scores)
-                totals["train/rm/chosen_scores"] += share * chosen_scores.detach().mean()
-                totals["train/rm/rejected_scores"] += share * rejected_scores.detach().mean()
+            totals = learn(model, pairs, cfg)
             grad_norm = optimizer.step(lr, cfg.max_grad_norm, cfg.on_nan)
             step += 1
             margin = totals["train/rm/chosen_scores"] - totals["train/rm/rejected_scores"]
-            speed = {"perf/tokens_per_s": sum(lengths) / (now(run.device) - began)}
+            speed = {"perf/tokens_per_s": sum(len(part) for pair in pairs for part in pair) / (now(run.device) - began)}
             more = {"train/rm/margin": margin, "lr": lr, "grad_norm": grad_norm, "episode": step * cfg.batch_size}
             run.log(step, totals | more | speed)
             run.end_step(step, optimizer)

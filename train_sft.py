@@ -36,7 +36,7 @@ from nanorlhf.encoding import encode_posts, length_report
 from nanorlhf.inputs import find_data, find_model
 from nanorlhf.losses import next_token_labels, sequence_mean_weights
 from nanorlhf.metrics import rouge
-from nanorlhf.models import parameter_count
+from nanorlhf.models import Policy, parameter_count
 from nanorlhf.optim import SCHEDULES, AdamW
 from nanorlhf.packing import pack, split_by_tokens
 from nanorlhf.rollout import summarise
@@ -88,6 +88,20 @@ PRESETS = {
 }  # fmt: skip
 
 
+def learn(policy: Policy, sequences: list[list[int]], cfg: Config) -> torch.Tensor:
+    """Forward and backward pass over a batch, a microbatch at a time -> its loss, ()."""
+    device = policy.head_weight.device
+    total = torch.zeros((), device=device)
+    for group in split_by_tokens([len(s) for s in sequences], cfg.microbatch_tokens):
+        packed = pack([sequences[i] for i in group], device)
+        labels, counts = next_token_labels(packed)  # (N,), (N,)
+        weights = sequence_mean_weights(packed, counts, sequences=cfg.batch_size)  # (N,)
+        loss = linear_cross_entropy(policy.hidden(packed), policy.head_weight, labels, weights)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
 def main(cfg: Config) -> None:
     check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
 
@@ -124,14 +138,7 @@ def main(cfg: Config) -> None:
             sequences = [queries[i] + responses[i] for i in batch]  # ids are joined as they are, never encoded again
             if cfg.preflight and step == 0:
                 preflight.report(preflight.sft(policy, sequences, tokenizer), run.say, "before step 1")
-            loss = torch.zeros((), device=run.device)
-            for group in split_by_tokens([len(s) for s in sequences], cfg.microbatch_tokens):
-                packed = pack([sequences[i] for i in group], run.device)
-                labels, counts = next_token_labels(packed)  # (N,), (N,)
-                weights = sequence_mean_weights(packed, counts, sequences=cfg.batch_size)  # (N,)
-                micro_loss = linear_cross_entropy(policy.hidden(packed), policy.head_weight, labels, weights)
-                micro_loss.backward()
-                loss += micro_loss.detach()
+            loss = learn(policy, sequences, cfg)
             grad_norm = optimizer.step(lr, cfg.max_grad_norm, cfg.on_nan)
             step += 1
             metrics = {"train/sft/loss": loss, "lr": lr, "grad_norm": grad_norm, "episode": step * cfg.batch_size}

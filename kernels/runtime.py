@@ -52,7 +52,7 @@ def use_triton(tensor: Tensor) -> bool:
     if MODE == "triton" and (triton is None or not tensor.is_cuda):
         where = "Triton is not installed" if triton is None else f"the tensor is on {tensor.device}"
         raise ValueError(f"NANORLHF_KERNELS=triton: {where}, expected CUDA and Triton: unset it, or set it to auto")
-    return triton is not None and tensor.is_cuda
+    return triton is not None and (tensor.is_cuda or tensor.is_meta)  # a meta tensor stands for one on a GPU
 
 
 def use_tiles(hidden: Tensor, weight: Tensor) -> bool:

@@ -27,7 +27,7 @@ def sequence_mean_weights(packed: Packed, counts: Tensor, sequences: int) -> Ten
 
     args: counts (N,) bool -> (N,) fp32, 0 where a token does not count
     """
-    labels_per_sequence = torch.tensor(packed.lengths, device=counts.device) - 1  # (B,)
+    labels_per_sequence = packed.cu_seqlens.diff() - 1  # (B,)
     weights = 1.0 / (labels_per_sequence.clamp(min=1) * sequences)  # one token alone has no label, and inf * 0 is nan
     by_token = torch.repeat_interleave(weights, labels_per_sequence + 1, output_size=sum(packed.lengths))
     return F.pad(by_token, (0, packed.filling)) * counts

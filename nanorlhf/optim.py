@@ -49,7 +49,8 @@ class AdamW:
                 self.names.append(f"{index}.{name}")
                 self.labels.append(f"{type(model).__name__}.{name}")  # what an error calls it
                 self.parameters.append(parameter)
-        assert len({p.data_ptr() for p in self.parameters}) == len(self.parameters), "two models share a parameter"
+        places = {id(p) if p.is_meta else p.data_ptr() for p in self.parameters}
+        assert len(places) == len(self.parameters), "two models share a parameter"
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is not parameter:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanorlhf.packing import ROUND_TO, Packed, pack
+from nanorlhf.packing import ROUND_TO, Packed, pack, to_device
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def pack_pairs(
         start = end_of_chosen + len(r)
     spread = np.array(with_chosen + with_rejected)
     _, home = np.unique(spread, return_index=True)  # of a row that occurs twice: the first
-    spread, home = torch.from_numpy(spread).to(device), torch.from_numpy(home).to(device)
+    spread, home = (to_device(torch.from_numpy(rows), device) for rows in (spread, home))
 
     positions = packed.positions.clone()
     positions[spread] = apart.positions

@@ -1,0 +1,93 @@
+"""What the benchmarks of whole steps run on: models of a real shape with random weights, posts of realistic lengths.
+
+Random weights cost the same time and memory as trained ones, and nothing has to be downloaded: every figure of
+bench.update, bench.plan and bench.scaling can be made on a fresh machine.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from bench.stand_ins import LLAMA_32_1B
+from nanorlhf.inputs import EMBEDDED
+from nanorlhf.llama import LlamaConfig
+from nanorlhf.model_config import read_config
+from nanorlhf.models import Policy, ScalarModel
+
+POSTS, PAIRS = 116_722, 92_858  # rows of OpenAI's training splits: an epoch of SFT and of PPO, and one of the RM
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and the lengths of what it reads, in tokens. mean, spread: of a normal distribution that is cut off."""
+
+    name: str
+    config: LlamaConfig
+    preset: str  # whose batch sizes and flags the scripts take
+    mean: int
+    spread: int
+    least: int
+    most: int
+    response: int  # tokens of a written summary, on average
+
+    def lengths(self, count: int, seed: int = 0) -> list[int]:
+        """Lengths of `count` queries: N(mean, spread), rounded, cut off at `least` and `most`."""
+        drawn = np.random.default_rng(seed).normal(self.mean, self.spread, count)
+        return np.clip(drawn.round(), self.least, self.most).astype(int).tolist()
+
+    def queries(self, count: int, seed: int = 0) -> list[list[int]]:
+        """`count` queries of random tokens."""
+        rng = np.random.default_rng([seed, 1])
+        return [rng.integers(3, self.config.vocab_size, n).tolist() for n in self.lengths(count, seed)]
+
+    def summaries(self, count: int, seed: int = 0) -> list[list[int]]:
+        """`count` summaries of random tokens, `response` / 2 to 3 / 2 of them each."""
+        rng = np.random.default_rng([seed, 2])
+        sizes = rng.integers(self.response // 2, 3 * self.response // 2 + 1, count)
+        return [rng.integers(3, self.config.vocab_size, n).tolist() for n in sizes]
+
+    def with_summaries(self, count: int, seed: int = 0) -> list[list[int]]:
+        """`count` queries, each with a summary after it: a batch of SFT."""
+        return [q + s for q, s in zip(self.queries(count, seed), self.summaries(count, seed), strict=True)]
+
+    def pairs(self, count: int, seed: int = 0) -> list[tuple[list[int], list[int], list[int]]]:
+        """`count` queries with two summaries each: a batch of the reward model."""
+        parts = self.queries(count, seed), self.summaries(count, seed), self.summaries(count, seed + 1)
+        return list(zip(*parts, strict=True))
+
+
+def llama_config() -> LlamaConfig:
+    """Llama-3.2-1B's, from its config.json on the hub."""
+    names = LlamaConfig.__dataclass_fields__
+    return LlamaConfig(**{name: LLAMA_32_1B.get(name, 128_004) for name in names})  # the file names no PAD
+
+
+def shape_for(device: torch.device | str) -> Shape:
+    """Llama-3.2-1B on TL;DR for a GPU (and the meta device), the embedded world's for a CPU."""
+    if torch.device(device).type == "cpu":
+        return Shape("tiny", read_config(EMBEDDED / "sft"), "tiny", mean=85, spread=9, least=58, most=104, response=15)
+    return Shape("Llama-3.2-1B", llama_config(), "llama-1b", mean=352, spread=100, least=64, most=512, response=33)
+
+
+@torch.no_grad()
+def random_model(kind: type[nn.Module], config: LlamaConfig, device, dtype: torch.dtype, **options) -> nn.Module:
+    """A Policy or ScalarModel made on the device itself, weights from N(0, 0.02), norms 1, and an fp32 scalar head."""
+    with torch.device("meta"):
+        model = kind(config, **options)
+    model = model.to(dtype)
+    if isinstance(model, ScalarModel):
+        model.score.float()
+    model = model.to_empty(device=device)
+    for parameter in model.parameters():
+        parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, 0.02)
+    return model
+
+
+def four_models(config: LlamaConfig, device, dtype: torch.dtype) -> tuple[Policy, Policy, ScalarModel, ScalarModel]:
+    """Policy, reference, critic and reward model, as train_ppo.py has them: the second and the last frozen."""
+    policy, reference = (random_model(Policy, config, device, dtype) for _ in range(2))
+    critic = random_model(ScalarModel, config, device, dtype, bias=True)
+    reward_model = random_model(ScalarModel, config, device, dtype, bias=False)
+    return policy, reference.requires_grad_(False), critic, reward_model.requires_grad_(False)

@@ -1,0 +1,140 @@
+"""bench.plan against real tensors: what it counts is what is there."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import plan
+from bench.memory import Meter, saved_bytes
+from bench.shapes import four_models, llama_config, random_model, shape_for
+from kernels import runtime
+from nanorlhf.models import Policy
+from nanorlhf.optim import AdamW
+from nanorlhf.packing import pack
+from nanorlhf.rollout import KVCache
+
+REAL = shape_for("meta")
+SMALL = shape_for("cpu")
+
+
+def nbytes(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def test_weights_masters_gradients_and_moments_are_those_of_a_real_optimizer():
+    models = policy, _, critic, _ = four_models(SMALL.config, "cpu", torch.bfloat16)
+    optimizer = AdamW([policy, critic], lr=1e-3)
+    for parameter in optimizer.parameters:
+        parameter.sum().backward()
+    gradients = nbytes(master.grad for master in optimizer.masters)
+    optimizer.step(1e-3)
+    moments = [x for s in optimizer.adam.state.values() for key, x in s.items() if key != "step"]
+    masters = [m for m, p in zip(optimizer.masters, optimizer.parameters, strict=True) if m is not p]
+    real = [nbytes(p for m in models for p in m.parameters()), nbytes(masters), gradients, nbytes(moments)]
+    states = plan.predict("ppo", SMALL, batch_size=4).states
+    assert list(states) == ["weights of four models", "fp32 masters", "fp32 gradients", "Adam's two moments"]
+    for name, size in zip(states, real, strict=True):
+        rounding = 512 * 4 * len(optimizer.parameters)  # the allocator's, a tensor
+        assert size <= states[name] <= size + rounding, name
+
+
+def test_the_models_of_the_plan_have_the_size_of_llama_32_1b():
+    policy = random_model(Policy, llama_config(), "meta", torch.bfloat16)
+    assert sum(p.numel() for p in policy.parameters()) == 1_235_814_400
+
+
+def test_the_cache_is_as_large_as_the_real_one(make_policy):
+    policy = make_policy()
+    cache = KVCache(policy, batch=3, slots=20)
+    assert plan.kv_cache_bytes(policy.config, 3, 20, 4) == cache.k.nbytes + cache.v.nbytes
+
+
+def test_what_a_token_keeps_for_the_backward_pass_by_hand():
+    """In bf16 on a GPU, a layer: 115,848 bytes a token. The list to shorten when a layer is to cost less."""
+    c = llama_config()
+    D, F, heads, q, kv = 2048, 8192, 32, 2 * 2048, 2 * 8 * 64  # q, kv: bytes of queries, of keys
+    norm = 4 * D + 4 + 2 * D + 2 * D  # the input in fp32, 1/rms, x/rms in bf16, the output: it enters a matmul
+    attention = (q + kv) + 2 * q + q + 4 * heads  # turned q and k, k and v once a query head, the output, its log-sums
+    mlp = 2 * 2 * F + 2 * F + 2 * F  # gate and up, silu(gate), their product
+    layer = 2 * norm + attention + mlp
+    rotations, last_norm, ids = 2 * 4 * 32, norm - 2 * D, 8  # cos and sin for all layers; the output goes to the head
+    assert layer == 115_848
+    kept = plan.saved_per_token(REAL)
+    assert kept == pytest.approx(c.num_hidden_layers * layer + rotations + last_norm + ids, abs=1)
+
+
+def test_checkpointing_keeps_the_input_of_each_block_and_the_rotations():
+    inputs = 16 * 2 * 2048
+    rotations, last_norm, ids = 2 * 4 * 32, 4 * 2048 + 4 + 2 * 2048, 8
+    assert plan.saved_per_token(REAL, recompute=True) == pytest.approx(inputs + rotations + last_norm + ids, abs=1)
+
+
+def test_the_meter_sees_what_autograd_keeps_in_real_tensors(monkeypatch):
+    """On the CPU: what lives after a forward pass is what saved_tensors_hooks are shown, and the result."""
+    monkeypatch.setattr(runtime, "MODE", "torch")
+    monkeypatch.setattr("bench.memory.BLOCK", 1)
+    policy = random_model(Policy, SMALL.config, "cpu", torch.float32)
+    sequences = SMALL.with_summaries(5)
+    policy.hidden(pack(sequences))  # the frequencies are made once
+
+    def forward():
+        return policy.hidden(pack(sequences))
+
+    saved = saved_bytes(forward, list(policy.parameters()))
+    with Meter("cpu") as meter:
+        hidden = forward()
+        live = meter.live
+    ids = 8 * hidden.shape[0]  # made from a list, by no operation that a meter sees
+    assert live - hidden.nbytes == saved - ids
+    assert meter.peak > live
+
+
+def test_the_meter_counts_a_storage_once_and_forgets_it():
+    with Meter() as meter:
+        x = torch.empty(1000, device="meta")  # 4,000 bytes in blocks of 512
+        view = x[:10]
+        assert meter.live == 4096
+        del x
+        assert meter.live == 4096
+        del view
+        assert (meter.live, meter.peak) == (0, 4096)
+
+
+def test_the_head_works_in_chunks_of_logits(make_policy):
+    """A chunk of fp32 logits and its gradient: at most CHUNK_ELEMENTS of each, however many rows there are."""
+    few, many = (plan.predict("sft", REAL, tokens, batch_size=128).phases["learn"] for tokens in (4096, 8192))
+    kept = plan.saved_per_token(REAL)
+    assert many - few == pytest.approx(4096 * kept, rel=0.1)  # all that grows is what the trunk keeps
+
+
+def test_an_80_gb_card_takes_ppo_without_checkpointing_in_smaller_microbatches():
+    proposal = plan.propose("ppo", REAL, 80)
+    assert proposal.flags == "--microbatch_tokens 8192" and not proposal.plan.checkpointing
+    assert plan.propose("ppo", REAL, 141).flags == ""
+
+
+def test_the_command_says_what_helps_and_ends_in_json(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench.plan", "--gpu_gb", "48"])
+    plan.main()
+    out = capsys.readouterr().out
+    assert "does not fit, and no flag helps" in out
+    assert [result["fits"] for result in json.loads(out.splitlines()[-1])["results"]] == [True, True, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("stage", list(plan.STAGES))
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "checkpointing"])
+def test_a_gpu_holds_the_prediction_within_a_tenth(stage, recompute):
+    """Llama-3.2-1B's width and vocabulary with 4 layers; every phase against max_memory_allocated."""
+    shape = replace(REAL, config=replace(REAL.config, num_hidden_layers=4))
+    passes, script = plan.STAGES[stage]
+    cfg = script.Config(batch_size=64, microbatch_tokens=8192)
+    torch.cuda.empty_cache()
+    there = torch.cuda.memory_allocated()
+    measured = passes(shape, plan.CudaMemory(), "cuda", cfg, recompute)
+    predicted = passes(shape, Meter(), "meta", cfg, recompute)
+    for phase, size in measured.phases.items():
+        assert predicted.phases[phase] == pytest.approx(size - there, rel=0.1), phase
