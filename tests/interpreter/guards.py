@@ -14,6 +14,12 @@ WRITES = {  # what each kernel may write
     "_merge": {"kls", "logprobs", "ref_logprobs", "entropies", "row_tops", "log2sums"},
     "_loss_rows": {"grad_logits", "losses", "logprobs", "entropies", "clipped_rows"},
     "_pick": {"tokens", "logprobs", "entropies"},
+    "_rms_norm_fwd": {"normed", "summed", "scales"},
+    "_rms_norm_bwd": {"grad_x", "grad_weights"},
+    "_rope_fwd": {"q", "k", "v"},
+    "_rope_bwd": {"grad_qkv"},
+    "_swiglu_fwd": {"out"},
+    "_swiglu_bwd": {"grad_gate_up"},
     "_decode": {"outs", "lses"},
     "_merge_splits": {"outs"},
 }
