@@ -19,9 +19,10 @@ from torch import Tensor
 from kernels.checks import check_matrix, check_rows
 from kernels.runtime import INTERPRETED, compute_type, jit, launch, tl, triton, use_triton, wide
 
+ROWS = 16 if INTERPRETED else 1  # at a time: on a GPU a row of 2048 keeps four warps busy
 # P: four programs on each of Hopper's 132 multiprocessors, and 24 rows a program at 12,896 tokens. One a
 # multiprocessor would leave the memory waiting for its reductions; one a row would write a weight gradient for each.
-PROGRAMS = 3 if INTERPRETED else 528
+PROGRAMS = 2 if INTERPRETED else 528
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,27 +46,29 @@ def _rms_norm_fwd(
     summed,  # out  (N, D), with ADD
     scales,  # out  (N,) 1 / rms, for the backward pass
     eps,
+    N,
     D: tl.constexpr,
     ADD: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # D, padded to a power of 2
     COMPUTE: tl.constexpr,
 ):
-    """One program a row."""
-    row = tl.program_id(0).to(tl.int64)
+    """One program ROWS rows."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
-    inside = columns < D
-    at = row * D + columns
+    inside = (rows < N)[:, None] & (columns < D)[None, :]
+    at = rows[:, None] * D + columns[None, :]
     s = tl.load(x + at, mask=inside, other=0.0).to(COMPUTE)
     if ADD:
         s += tl.load(residual + at, mask=inside, other=0.0).to(COMPUTE)
         s = s.to(summed.dtype.element_ty)  # the norm sees what the residual stream holds
         tl.store(summed + at, s, mask=inside)
         s = s.to(COMPUTE)
-    scale = 1 / tl.sqrt(tl.sum(s * s, axis=0) / D + eps)
-    tl.store(scales + row, scale)
-    s = (s * scale).to(normed.dtype.element_ty).to(COMPUTE)
-    w = tl.load(weight + columns, mask=inside, other=0.0).to(COMPUTE)
-    tl.store(normed + at, (s * w).to(normed.dtype.element_ty), mask=inside)
+    scale = 1 / tl.sqrt(tl.sum(s * s, axis=1) / D + eps)
+    tl.store(scales + rows, scale, mask=rows < N)
+    s = (s * scale[:, None]).to(normed.dtype.element_ty).to(COMPUTE)
+    w = tl.load(weight + columns, mask=columns < D, other=0.0).to(COMPUTE)
+    tl.store(normed + at, (s * w[None, :]).to(normed.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -80,10 +83,11 @@ def _rms_norm_bwd(
     N,
     D: tl.constexpr,
     ADD: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Program p takes rows p, p + P, p + 2P, ...
+    """Program p takes rows p, p + P, p + 2P, ... (where ROWS is 1).
 
     With n = s / rms and g the gradient of y:
 
@@ -92,28 +96,29 @@ def _rms_norm_bwd(
     """
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    inside = columns < D
-    w = tl.load(weight + columns, mask=inside, other=0.0).to(COMPUTE)
-    grad_w = tl.zeros([BLOCK], COMPUTE)
-    for row in tl.range(program, N, tl.num_programs(0), num_stages=2):  # the next row is loaded meanwhile
-        at = tl.cast(row, tl.int64) * D + columns
+    w = tl.load(weight + columns, mask=columns < D, other=0.0).to(COMPUTE)[None, :]
+    grad_w = tl.zeros([ROWS, BLOCK], COMPUTE)
+    for first in tl.range(program * ROWS, N, tl.num_programs(0) * ROWS, num_stages=2):  # the next is loaded meanwhile
+        rows = tl.cast(first, tl.int64) + tl.arange(0, ROWS)
+        inside = (rows < N)[:, None] & (columns < D)[None, :]
+        at = rows[:, None] * D + columns[None, :]
         s = tl.load(summed + at, mask=inside, other=0.0)
         g = tl.load(grad_normed + at, mask=inside, other=0.0).to(COMPUTE)
-        scale = tl.load(scales + row)
+        scale = tl.load(scales + rows, mask=rows < N, other=0.0)[:, None]
         n = s.to(COMPUTE) * scale
         grad_w += g * n.to(s.dtype).to(COMPUTE)  # the weight met n as it was rounded
         g *= w
-        grad = (g - n * (tl.sum(g * n, axis=0) / D)) * scale
+        grad = (g - n * (tl.sum(g * n, axis=1) / D)[:, None]) * scale
         if ADD:
             grad += tl.load(grad_summed + at, mask=inside, other=0.0).to(COMPUTE)
         tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=inside)
-    tl.store(grad_weights + program * D + columns, grad_w, mask=inside)
+    tl.store(grad_weights + program * D + columns, tl.sum(grad_w, axis=0), mask=columns < D)
 
 
 def _row(D: int) -> dict:
     """A whole row at once: 16 numbers a thread, in 128-bit loads, up to D = 8192, and 16 warps beyond."""
     block = triton.next_power_of_2(D)
-    return dict(BLOCK=block, num_warps=min(16, max(1, block // 512)))
+    return dict(ROWS=ROWS, BLOCK=block, num_warps=min(16, max(1, block // 512)))
 
 
 def _norm_rows(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,8 +129,8 @@ def _norm_rows(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -
     normed, summed = torch.empty_like(x), torch.empty_like(x) if add else nothing
     scales = x.new_empty(N, dtype=wide(x.dtype))
     if N:
-        arguments = (x, residual if add else nothing, weight, normed, summed, scales, eps)
-        launch(_rms_norm_fwd, (N,), *arguments, D=D, ADD=add, COMPUTE=compute_type(x), **_row(D))
+        arguments = (x, residual if add else nothing, weight, normed, summed, scales, eps, N)
+        launch(_rms_norm_fwd, (-(-N // ROWS),), *arguments, D=D, ADD=add, COMPUTE=compute_type(x), **_row(D))
     return normed, summed, scales
 
 
@@ -149,7 +154,7 @@ def _backward(
     """-> gradients of x (and the residual: it is the same) and of the weight"""
     N, D = summed.shape
     grad_x = torch.empty_like(summed)
-    programs = min(PROGRAMS, N)
+    programs = min(PROGRAMS, -(-N // ROWS))
     parts = summed.new_empty(programs, D, dtype=wide(summed.dtype))
     if N:
         add = grad_summed is not None

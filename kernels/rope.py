@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_heads, check_matrix
-from kernels.runtime import jit, launch, tl, triton, use_triton, wide
+from kernels.runtime import INTERPRETED, jit, launch, tl, triton, use_triton, wide
+
+TOKENS = 16 if INTERPRETED else 1  # a program; 32 heads of 64 on 2 warps are 128-bit loads
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -35,44 +37,44 @@ def rope_reference(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tupl
 
 @jit
 def _turn(
-    source,  # in   (HEADS, DH), `source_head` elements from one head to the next
-    target,  # out  (HEADS, DH), contiguous or the like: `target_head`
-    source_head,
-    target_head,
-    cos,  # (1, HALF)
-    sin,  # (1, HALF)
+    source,  # in   (N, HEADS, DH), `row` elements from one token to the next, `head_row` from one head to the next
+    row,
+    head_row,
+    target,  # out  (N, HEADS, DH), likewise
+    target_row,
+    target_head_row,
+    cos,  # in   (TOKENS, 1, HALF)
+    sin,  # in   (TOKENS, 1, HALF)
+    tokens,  # in   (TOKENS, 1, 1) int64
+    N,
     HEADS: tl.constexpr,
     DH: tl.constexpr,
     SLOTS: tl.constexpr,  # HEADS, padded to a power of 2
     HALF: tl.constexpr,  # DH / 2, padded to a power of 2
+    TURN: tl.constexpr,  # or only copied
 ):
-    """The heads of one token, turned."""
-    head = tl.arange(0, SLOTS)[:, None]
-    i = tl.arange(0, HALF)[None, :]
-    inside = (head < HEADS) & (i < DH // 2)
-    a = tl.load(source + head * source_head + i, mask=inside, other=0.0).to(cos.dtype)
-    b = tl.load(source + head * source_head + DH // 2 + i, mask=inside, other=0.0).to(cos.dtype)
-    turned_a = (a * cos - b * sin).to(target.dtype.element_ty)
-    turned_b = (b * cos + a * sin).to(target.dtype.element_ty)
-    tl.store(target + head * target_head + i, turned_a, mask=inside)
-    tl.store(target + head * target_head + DH // 2 + i, turned_b, mask=inside)
+    """The heads of TOKENS tokens."""
+    heads = tl.arange(0, SLOTS)[None, :, None]
+    i = tl.arange(0, HALF)[None, None, :]
+    inside = (tokens < N) & (heads < HEADS) & (i < DH // 2)
+    source += tokens * row + heads * head_row + i
+    target += tokens * target_row + heads * target_head_row + i
+    a = tl.load(source, mask=inside, other=0.0)
+    b = tl.load(source + DH // 2, mask=inside, other=0.0)
+    if TURN:
+        a, b = a.to(cos.dtype), b.to(cos.dtype)
+        a, b = a * cos - b * sin, b * cos + a * sin
+    tl.store(target, a.to(target.dtype.element_ty), mask=inside)
+    tl.store(target + DH // 2, b.to(target.dtype.element_ty), mask=inside)
 
 
 @jit
-def _copy(source, target, source_head, target_head, HEADS: tl.constexpr, DH: tl.constexpr,
-          SLOTS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    head = tl.arange(0, SLOTS)[:, None]
-    d = tl.arange(0, WIDTH)[None, :]
-    inside = (head < HEADS) & (d < DH)
-    x = tl.load(source + head * source_head + d, mask=inside, other=0.0)
-    tl.store(target + head * target_head + d, x, mask=inside)
-
-
-@jit
-def _angles(cos, sin, token, DH: tl.constexpr, HALF: tl.constexpr):
-    i = tl.arange(0, HALF)[None, :]
-    at = token * (DH // 2) + i
-    return tl.load(cos + at, mask=i < DH // 2, other=0.0), tl.load(sin + at, mask=i < DH // 2, other=0.0)
+def _angles(cos, sin, N, DH: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr):
+    """This program's tokens (TOKENS, 1, 1), and their cos and sin (TOKENS, 1, HALF)."""
+    tokens = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
+    i = tl.arange(0, HALF)[None, None, :]
+    at, inside = tokens * (DH // 2) + i, (tokens < N) & (i < DH // 2)
+    return tokens, tl.load(cos + at, mask=inside, other=0.0), tl.load(sin + at, mask=inside, other=0.0)
 
 
 @jit
@@ -83,24 +85,24 @@ def _rope_fwd(
     q,  # out  (N, H, Dh)
     k,  # out  (N, Hkv, Dh)
     v,  # out  (N, Hkv, Dh)
-    stride,  # elements of qkv from one token to the next
-    head_stride,  # and from one head to the next
+    row,  # elements of qkv from one token to the next
+    head_row,  # and from one head to the next
+    N,
     H: tl.constexpr,
     HKV: tl.constexpr,
     DH: tl.constexpr,
-    Q_SLOTS: tl.constexpr,  # H, padded to a power of 2; the next two likewise
-    KV_SLOTS: tl.constexpr,
-    HALF: tl.constexpr,
+    TOKENS: tl.constexpr,
+    Q_SLOTS: tl.constexpr,  # H, padded to a power of 2
+    KV_SLOTS: tl.constexpr,  # Hkv, likewise
+    HALF: tl.constexpr,  # Dh / 2, likewise
 ):
-    """One program a token."""
-    token = tl.program_id(0).to(tl.int64)
-    c, s = _angles(cos, sin, token, DH, HALF)
-    source = qkv + token * stride
-    _turn(source, q + token * H * DH, head_stride, DH, c, s, H, DH, Q_SLOTS, HALF)
-    source += H * head_stride
-    _turn(source, k + token * HKV * DH, head_stride, DH, c, s, HKV, DH, KV_SLOTS, HALF)
-    source += HKV * head_stride
-    _copy(source, v + token * HKV * DH, head_stride, DH, HKV, DH, KV_SLOTS, 2 * HALF)
+    """One program TOKENS tokens."""
+    tokens, c, s = _angles(cos, sin, N, DH, TOKENS, HALF)
+    k_heads = qkv + H * head_row
+    v_heads = k_heads + HKV * head_row
+    _turn(qkv, row, head_row, q, H * DH, DH, c, s, tokens, N, H, DH, Q_SLOTS, HALF, True)
+    _turn(k_heads, row, head_row, k, HKV * DH, DH, c, s, tokens, N, HKV, DH, KV_SLOTS, HALF, True)
+    _turn(v_heads, row, head_row, v, HKV * DH, DH, c, s, tokens, N, HKV, DH, KV_SLOTS, HALF, False)
 
 
 @jit
@@ -111,26 +113,29 @@ def _rope_bwd(
     cos,  # in   (N, Dh/2)
     sin,  # in   (N, Dh/2)
     grad_qkv,  # out  (N, H + 2 Hkv, Dh)
+    N,
     H: tl.constexpr,
     HKV: tl.constexpr,
     DH: tl.constexpr,
+    TOKENS: tl.constexpr,
     Q_SLOTS: tl.constexpr,
     KV_SLOTS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """One program a token: the rotation's transpose is the rotation by the opposite angle."""
-    token = tl.program_id(0).to(tl.int64)
-    c, s = _angles(cos, sin, token, DH, HALF)
-    target = grad_qkv + token * (H + 2 * HKV) * DH
-    _turn(grad_q + token * H * DH, target, DH, DH, c, -s, H, DH, Q_SLOTS, HALF)
-    _turn(grad_k + token * HKV * DH, target + H * DH, DH, DH, c, -s, HKV, DH, KV_SLOTS, HALF)
-    _copy(grad_v + token * HKV * DH, target + (H + HKV) * DH, DH, DH, HKV, DH, KV_SLOTS, 2 * HALF)
+    """One program TOKENS tokens: the transpose of a rotation is the rotation by the opposite angle."""
+    tokens, c, s = _angles(cos, sin, N, DH, TOKENS, HALF)
+    row: tl.constexpr = (H + 2 * HKV) * DH
+    k_heads = grad_qkv + H * DH
+    v_heads = k_heads + HKV * DH
+    _turn(grad_q, H * DH, DH, grad_qkv, row, DH, c, -s, tokens, N, H, DH, Q_SLOTS, HALF, True)
+    _turn(grad_k, HKV * DH, DH, k_heads, row, DH, c, -s, tokens, N, HKV, DH, KV_SLOTS, HALF, True)
+    _turn(grad_v, HKV * DH, DH, v_heads, row, DH, c, -s, tokens, N, HKV, DH, KV_SLOTS, HALF, False)
 
 
 def _shape(heads: int, kv_heads: int, Dh: int) -> dict:
     slots = {"Q_SLOTS": heads, "KV_SLOTS": kv_heads, "HALF": Dh // 2}
     padded = {name: triton.next_power_of_2(size) for name, size in slots.items()}
-    return dict(H=heads, HKV=kv_heads, DH=Dh, num_warps=2) | padded  # at 32 heads of 64: 128-bit loads
+    return dict(H=heads, HKV=kv_heads, DH=Dh, TOKENS=TOKENS, num_warps=2) | padded
 
 
 @torch.library.custom_op("nanorlhf::rope", mutates_args=())
@@ -139,7 +144,8 @@ def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tens
     heads = merged - 2 * kv_heads
     q, k, v = (qkv.new_empty(N, n, Dh) for n in (heads, kv_heads, kv_heads))
     if N:
-        launch(_rope_fwd, (N,), qkv, cos, sin, q, k, v, *qkv.stride()[:2], **_shape(heads, kv_heads, Dh))
+        arguments = (qkv, cos, sin, q, k, v, *qkv.stride()[:2], N)
+        launch(_rope_fwd, (-(-N // TOKENS),), *arguments, **_shape(heads, kv_heads, Dh))
     return q, k, v
 
 
@@ -149,7 +155,7 @@ def _backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: 
     grad_qkv = grad_q.new_empty(N, heads + 2 * kv_heads, Dh)
     if N:
         grads = (grad.contiguous() for grad in (grad_q, grad_k, grad_v))
-        launch(_rope_bwd, (N,), *grads, cos, sin, grad_qkv, **_shape(heads, kv_heads, Dh))
+        launch(_rope_bwd, (-(-N // TOKENS),), *grads, cos, sin, grad_qkv, N, **_shape(heads, kv_heads, Dh))
     return grad_qkv
 
 

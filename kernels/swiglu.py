@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.checks import check_matrix
-from kernels.runtime import LOG2E, compute_type, jit, launch, tl, triton, use_triton
+from kernels.runtime import INTERPRETED, LOG2E, compute_type, jit, launch, tl, triton, use_triton
 
-BLOCK = 2048  # columns of out a program, on 4 warps: 16 a thread, in 128-bit loads
+# 2048 columns of out a program, on 4 warps: 16 a thread, in 128-bit loads.
+ROWS, BLOCK = 16 if INTERPRETED else 1, 2048
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -28,18 +29,20 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 def _swiglu_fwd(
     gate_up,  # in   (N, 2 F)
     out,  # out  (N, F)
+    N,
     F: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """One program a row and block of columns."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < F
-    gate = tl.load(gate_up + row * 2 * F + columns, mask=inside, other=0.0).to(COMPUTE)
-    up = tl.load(gate_up + row * 2 * F + F + columns, mask=inside, other=0.0).to(COMPUTE)
+    """One program ROWS rows and a block of columns."""
+    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    columns = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = (rows < N) & (columns < F)
+    gate = tl.load(gate_up + rows * 2 * F + columns, mask=inside, other=0.0).to(COMPUTE)
+    up = tl.load(gate_up + rows * 2 * F + F + columns, mask=inside, other=0.0).to(COMPUTE)
     silu = gate / (1 + tl.exp2(-gate * LOG2E))
-    tl.store(out + row * F + columns, (silu * up).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + rows * F + columns, (silu * up).to(out.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -47,34 +50,37 @@ def _swiglu_bwd(
     gate_up,  # in   (N, 2 F)
     grad_out,  # in   (N, F)
     grad_gate_up,  # out  (N, 2 F)
+    N,
     F: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """One program a row and block of columns. With p = 1 / (1 + exp(-gate)) and g the gradient of out:
+    """One program ROWS rows and a block of columns. With p = 1 / (1 + exp(-gate)) and g the gradient of out:
 
     d / d up   = g gate p
     d / d gate = g up p (1 + gate (1 - p))
     """
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < F
-    gate = tl.load(gate_up + row * 2 * F + columns, mask=inside, other=0.0).to(COMPUTE)
-    up = tl.load(gate_up + row * 2 * F + F + columns, mask=inside, other=0.0).to(COMPUTE)
-    g = tl.load(grad_out + row * F + columns, mask=inside, other=0.0).to(COMPUTE)
+    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    columns = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = (rows < N) & (columns < F)
+    gate = tl.load(gate_up + rows * 2 * F + columns, mask=inside, other=0.0).to(COMPUTE)
+    up = tl.load(gate_up + rows * 2 * F + F + columns, mask=inside, other=0.0).to(COMPUTE)
+    g = tl.load(grad_out + rows * F + columns, mask=inside, other=0.0).to(COMPUTE)
     p = 1 / (1 + tl.exp2(-gate * LOG2E))
     grad_gate = (g * up * p * (1 + gate * (1 - p))).to(grad_gate_up.dtype.element_ty)
     grad_up = (g * gate * p).to(grad_gate_up.dtype.element_ty)
-    tl.store(grad_gate_up + row * 2 * F + columns, grad_gate, mask=inside)
-    tl.store(grad_gate_up + row * 2 * F + F + columns, grad_up, mask=inside)
+    tl.store(grad_gate_up + rows * 2 * F + columns, grad_gate, mask=inside)
+    tl.store(grad_gate_up + rows * 2 * F + F + columns, grad_up, mask=inside)
 
 
 def _start(kernel, gate_up: Tensor, *others: Tensor) -> None:
     N, F = gate_up.shape[0], gate_up.shape[1] // 2
     if N and F:
         block = min(BLOCK, triton.next_power_of_2(F))
-        grid = (N, -(-F // block))
-        launch(kernel, grid, gate_up, *others, F=F, BLOCK=block, COMPUTE=compute_type(gate_up), num_warps=4)
+        grid = (-(-N // ROWS), -(-F // block))
+        constants = dict(F=F, ROWS=ROWS, BLOCK=block, COMPUTE=compute_type(gate_up))
+        launch(kernel, grid, gate_up, *others, N, **constants, num_warps=4)
 
 
 @torch.library.custom_op("nanorlhf::swiglu", mutates_args=())

@@ -11,10 +11,10 @@ norm_file, rope_file, swiglu_file = (
     importlib.import_module(f"kernels.{name}") for name in ("rms_norm", "rope", "swiglu")
 )
 
-# (N, D): one number, one row, primes, more rows than programs, fewer than there are, no power of 2, whole blocks.
-MATRICES = [(1, 1), (1, 97), (2, 64), (7, 53), (11, 200), (4, 512)]
+# (N, D): one number, one row, whole blocks, primes, more rows than the programs take at once.
+MATRICES = [(1, 1), (1, 97), (2, 64), (37, 53), (70, 11), (4, 512)]
 # (N, H, Hkv, Dh): Dh of 64, 128, 32, and 6 and 20 that are no powers of 2; H / Hkv of 1, 3, 4, 8.
-HEADS = [(1, 1, 1, 2), (3, 4, 4, 64), (5, 8, 2, 128), (7, 8, 1, 32), (3, 6, 2, 20), (13, 3, 1, 6)]
+HEADS = [(1, 1, 1, 2), (3, 4, 4, 64), (5, 8, 2, 128), (7, 8, 1, 32), (3, 6, 2, 20), (37, 3, 1, 6)]
 
 
 def normal(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
@@ -229,8 +229,8 @@ def test_rows_beyond_32_bits_are_found(name):
         eps, scales, weight = 1e-5, torch.empty(5), torch.ones(64, dtype=torch.float16)
         normed, summed = far(D), far(D)
         x, residual, grad_normed, grad_summed, grad_x = far(D, a), far(D, b), far(D, g), far(D, g), far(D)
-        constants |= dict(D=D, ADD=True)
-        runtime.launch(norm_file._rms_norm_fwd, (5,), x, residual, weight, normed, summed, scales, eps, **constants)
+        constants |= dict(D=D, ADD=True, ROWS=2)
+        runtime.launch(norm_file._rms_norm_fwd, (3,), x, residual, weight, normed, summed, scales, eps, 5, **constants)
         s = (a + b).float()
         torch.testing.assert_close(summed[4, :64], a + b)
         torch.testing.assert_close(scales[4], (s.pow(2).sum() / D + eps).rsqrt())
@@ -242,8 +242,8 @@ def test_rows_beyond_32_bits_are_found(name):
         torch.testing.assert_close(grad_x[4, :64], expected.half(), rtol=2e-3, atol=1e-2)
     else:
         gate_up, out, grad_out, grad = far(D, a, b), far(D // 2), far(D // 2, g), far(D)
-        runtime.launch(swiglu_file._swiglu_fwd, (5, 1), gate_up, out, F=D // 2, **constants)
-        runtime.launch(swiglu_file._swiglu_bwd, (5, 1), gate_up, grad_out, grad, F=D // 2, **constants)
+        runtime.launch(swiglu_file._swiglu_fwd, (3, 1), gate_up, out, 5, F=D // 2, ROWS=2, **constants)
+        runtime.launch(swiglu_file._swiglu_bwd, (3, 1), gate_up, grad_out, grad, 5, F=D // 2, ROWS=2, **constants)
         near = torch.cat((a, b))[None].float().requires_grad_()
         swiglu_file.swiglu_reference(near).backward(g[None].float())
         torch.testing.assert_close(
