@@ -27,9 +27,13 @@ from pathlib import Path
 import torch
 
 M, D, V, B, R = 6784, 2048, 128_256, 128, 53  # one PPO batch of Llama-3.2-1B: 128 responses of 53 tokens
+N, H, HKV, DH, F, S = 12_896, 32, 8, 64, 8192, 576  # and its body: packed tokens of 32 sequences, slots of the KV cache
 SHARED_LIMIT = 232_448  # bytes of shared memory a block can have on sm_90
 MATRIX = ("_tile_stats", "_tile_kl")  # kernels that must use wgmma
-STREAMS = ("_logprob_entropy_fwd", "_logprob_entropy_bwd", "_kl_fwd", "_kl_bwd", "_loss_rows")  # 128-bit loads
+STREAMS = (  # kernels that must load 128 bits at a time
+    "_logprob_entropy_fwd", "_logprob_entropy_bwd", "_kl_fwd", "_kl_bwd", "_loss_rows", "_rms_norm_fwd",
+    "_rms_norm_bwd", "_rope_fwd", "_rope_bwd", "_swiglu_fwd", "_swiglu_bwd", "_decode",
+)  # fmt: skip
 
 
 def signature(kernel, args: tuple, constants: dict) -> tuple[dict, dict, dict]:
@@ -82,7 +86,7 @@ def compile_launch(kernel, args: tuple, constants: dict, options: dict) -> dict:
         "spills": len(re.findall(r"\bSTL\b", sass)),
         "shared": compiled.metadata.shared,
         "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
-        "wide_loads": len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", sass)),
+        "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E(?:\.\w+)*\.128\b", sass)),
     }
 
 
@@ -94,6 +98,9 @@ def launches() -> list[dict]:
     logprob_entropy, kl, linear_logprob, linear_ppo_loss, linear_kl, sample_head = (
         importlib.import_module(f"kernels.{file}")
         for file in files  # each function has the name of its file
+    )
+    rms_norm, rope, swiglu, decode_attention = (
+        importlib.import_module(f"kernels.{file}") for file in ("rms_norm", "rope", "swiglu", "decode_attention")
     )
     rows = []
 
@@ -134,6 +141,23 @@ def launches() -> list[dict]:
     op = "sample_head"
     u, step = torch.empty(B, R, dtype=torch.float64, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
     sample_head._tiles(hidden[:B], weight, u, step, 0.7)
+    x, w, scales = torch.empty(N, D, **bf16), torch.empty(D, **bf16), torch.empty(N, **fp32)
+    op = "rms_norm"
+    rms_norm._forward._init_fn(x, w, 1e-5)
+    rms_norm._backward._init_fn(x, w, scales, x, None)
+    op = "add_rms_norm"
+    rms_norm._add_forward._init_fn(x, x, w, 1e-5)
+    rms_norm._backward._init_fn(x, w, scales, x, x)
+    op = "rope"
+    qkv, angles = torch.empty(N, H + 2 * HKV, DH, **bf16), torch.empty(N, DH // 2, **fp32)
+    rope._backward._init_fn(*rope._forward._init_fn(qkv, angles, angles, HKV), angles, angles)
+    op = "swiglu"
+    gate_up = torch.empty(N, 2 * F, **bf16)
+    swiglu._backward._init_fn(gate_up, swiglu._forward._init_fn(gate_up))
+    op = "decode_attention"
+    for batch in (B, 8):  # the second one is split
+        q, cache = torch.empty(batch, H, DH, **bf16), torch.empty(batch, S, HKV, DH, **bf16)
+        decode_attention._forward._init_fn(q, cache, cache, labels[:batch])
     unique = {}
     for found in rows:  # a loop over chunks launches the same kernel again
         unique.setdefault(tuple(found.values()), found)

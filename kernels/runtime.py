@@ -19,8 +19,8 @@ try:
     import triton
     import triton.language as tl
 
-    # The number of rows M differs from batch to batch: without this, each new divisor of it would compile anew.
-    jit = triton.jit(do_not_specialize=["M"])
+    # The number of rows, M or N, differs from batch to batch: without this, each new divisor of it would compile anew.
+    jit = triton.jit(do_not_specialize=["M", "N"])
 except ImportError:  # macOS, or a CPU build of torch: the references do the work
     triton = None
     tl = SimpleNamespace(constexpr=lambda value: value)

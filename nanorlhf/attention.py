@@ -8,6 +8,7 @@ padding after it, so no mask tensor is needed, and the padded rows are dropped a
 
 from collections.abc import Callable
 from functools import cache
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -55,11 +56,14 @@ def _apart(pairs: PackedPairs) -> Attend:
 def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # imported here: it needs a CUDA build of torch
 
-    group = q.shape[1] // k.shape[1]  # query heads for each key/value head
-    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # (N, H, Dh)
+    grouped = {}
+    if "enable_gqa" in signature(varlen_attn).parameters:  # torch 2.12: query heads may share a key/value head
+        grouped["enable_gqa"] = q.shape[1] != k.shape[1]
+    else:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (N, H, Dh)
     cu = F.pad(packed.cu_seqlens, (0, 1), value=q.shape[0])  # (B+2,): the filling is a sequence of its own
     longest = max(packed.max_length, packed.filling)
-    return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))  # all to the left, nothing to the right
+    return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **grouped)  # nothing to the right
 
 
 class _Rectangles:

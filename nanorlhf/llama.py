@@ -3,7 +3,10 @@
 A block is two lines of algebra on the residual stream x (N, D):
 
     x = x + attention(rms_norm(x))
-    x = x + swiglu(rms_norm(x))
+    x = x + mlp(rms_norm(x))
+
+In the code an addition and the norm that follows it are one operation, so each line ends where the next one begins:
+blocks hand on the stream and the update that the last sublayer has made and nobody has added yet.
 
 N packed tokens go in (nanorlhf/packing.py) and (N, D) comes out, never (N, V): the language-model head is 27% of a
 forward pass at a vocabulary of 128,256, and PPO reads it at the response tokens only, so the head lives in models.py.
@@ -19,10 +22,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import linear
+from kernels import add_rms_norm, linear, rms_norm, rope, swiglu
 from nanorlhf.attention import Attend
 
 
@@ -64,16 +66,18 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean square in fp32 (Zhang & Sennrich 2019)."""
+    """x / rms(x) * weight, the mean square in fp32 (Zhang & Sennrich 2019), after an update of x."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, D) -> (N, D)
-        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
-        return self.weight * normed.to(x.dtype)
+    def forward(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream x takes the update in: -> rms_norm(x + update), x + update. All (N, D)."""
+        if update is None:
+            return rms_norm(x, self.weight, self.eps), x
+        return add_rms_norm(update, x, self.weight, self.eps)
 
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
@@ -96,15 +100,6 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
     return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn coordinate pair (i, i + Dh/2) of each head by its angle.
-
-    args: x (N, heads, Dh); cos, sin (N, 1, Dh/2) -> like x
-    """
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
@@ -113,10 +108,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.qkv_sizes[0], config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:  # (N, D) -> (N, D)
-        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.config.head_dim))  # (N, H + 2 Hkv, Dh)
-        qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
-        q, k = rotate(qk, cos, sin).split((heads, kv_heads), dim=1)  # (N, H, Dh), (N, Hkv, Dh)
+        q, k, v = rope(qkv, cos, sin, self.config.num_key_value_heads)  # (N, H, Dh), (N, Hkv, Dh) twice
         out = attend(self.layer, q, k, v)  # (N, H, Dh)
         return self.o_proj(out.flatten(1))
 
@@ -128,8 +121,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, D) -> (N, D)
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # (N, F) each
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(self.gate_up_proj(x)))  # (N, 2F) -> (N, F) -> (N, D)
 
 
 class Block(nn.Module):
@@ -140,9 +132,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, update: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend):
+        """x (N, D), and the update of the block before, (N, D) or None -> x, and the update of this one."""
+        normed, x = self.input_layernorm(x, update)
+        normed, x = self.post_attention_layernorm(x, self.self_attn(normed, cos, sin, attend))
+        return x, self.mlp(normed)
 
 
 class Llama(nn.Module):
@@ -168,11 +162,11 @@ class Llama(nn.Module):
         -> (N, D) in the dtype of the weights
         """
         angles = positions[:, None].float() * self.frequencies(positions.device)  # (N, Dh/2)
-        cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (N, 1, Dh/2), fp32: bf16 cannot hold position 300
-        x = self.embed_tokens(tokens)  # (N, D)
+        cos, sin = angles.cos(), angles.sin()  # (N, Dh/2), fp32: bf16 cannot hold position 300
+        x, update = self.embed_tokens(tokens), None  # (N, D)
         for layer in self.layers:
-            x = layer(x, cos, sin, attend)
-        return self.norm(x)
+            x, update = layer(x, update, cos, sin, attend)
+        return self.norm(x, update)[0]
 
 
 @torch.no_grad()
