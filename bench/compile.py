@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 M, D, V, B, R = 6784, 2048, 128_256, 128, 53  # one PPO batch of Llama-3.2-1B: 128 responses of 53 tokens
+N, H, HKV, DH, F, S = 12_896, 32, 8, 64, 8192, 576  # and its body: packed tokens of 32 sequences, slots of the KV cache
 SHARED_LIMIT = 232_448  # bytes of shared memory a block can have on sm_90
 MATRIX = ("_tile_stats", "_tile_kl")  # kernels that must use wgmma
 STREAMS = ("_logprob_entropy_fwd", "_logprob_entropy_bwd", "_kl_fwd", "_kl_bwd", "_loss_rows")  # 128-bit loads
@@ -95,6 +96,7 @@ def launches() -> list[dict]:
         importlib.import_module(f"kernels.{file}")
         for file in files  # each function has the name of its file
     )
+    decode_attention = importlib.import_module("kernels.decode_attention")
     rows = []
 
     def record(kernel, grid, args, constants, options):
@@ -134,6 +136,10 @@ def launches() -> list[dict]:
     op = "sample_head"
     u, step = torch.empty(B, R, dtype=torch.float64, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
     sample_head._tiles(hidden[:B], weight, u, step, 0.7)
+    op = "decode_attention"
+    for batch in (B, 8):  # the second one is split
+        q, cache = torch.empty(batch, H, DH, **bf16), torch.empty(batch, S, HKV, DH, **bf16)
+        decode_attention._forward._init_fn(q, cache, cache, labels[:batch])
     unique = {}
     for found in rows:  # a loop over chunks launches the same kernel again
         unique.setdefault(tuple(found.values()), found)

@@ -13,11 +13,16 @@ and straight from hidden states h (M, D) and the head's weight W (V, D), so that
     linear_kl             exact KL between two heads                    --kl_estimator full, evaluation
     sample_head           next token, its log-prob, entropy             rollout
 
+for a transformer's body:
+
+    decode_attention      one new token a sequence over a cache of keys and values                  rollout
+
     linear, linear_fp32   x W^T: cuBLAS on a GPU, oneDNN on a CPU in fp32
 
 `NANORLHF_KERNELS=torch` takes the references everywhere; runtime.py says how the path is chosen.
 """
 
+from kernels.decode_attention import decode_attention
 from kernels.kl import kl
 from kernels.linear import chosen, linear, linear_fp32
 from kernels.linear_cross_entropy import linear_cross_entropy
@@ -30,6 +35,7 @@ from kernels.sample_head import sample_head
 __all__ = [
     "PPOLoss",
     "chosen",
+    "decode_attention",
     "kl",
     "linear",
     "linear_cross_entropy",

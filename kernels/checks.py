@@ -15,21 +15,33 @@ def check_temperature(temperature: float) -> None:
         )
 
 
-def check_matrix(name: str, matrix: Tensor, shape: tuple, like: Tensor | None = None) -> None:
-    """A contiguous float matrix. shape: sizes, with a name in place of one that is free."""
-    sizes = tuple(matrix.shape)
+def check_tensor(name: str, tensor: Tensor, shape: tuple, like: Tensor | None = None) -> None:
+    """A float tensor. shape: sizes, with a name in place of one that is free."""
+    sizes = tuple(tensor.shape)
     fits = len(sizes) == len(shape) and all(isinstance(b, str) or a == b for a, b in zip(sizes, shape, strict=True))
     if not fits:
         raise ValueError(f"{name}: got shape {sizes}, expected ({', '.join(map(str, shape))})")
-    if matrix.dtype not in FLOATS:
-        raise ValueError(f"{name}: got dtype {matrix.dtype}, expected float32, bfloat16 or float16")
-    if like is not None and (matrix.dtype != like.dtype or matrix.device != like.device):
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{name}: got dtype {tensor.dtype}, expected float32, bfloat16 or float16")
+    if like is not None and (tensor.dtype != like.dtype or tensor.device != like.device):
         raise ValueError(
-            f"{name}: got {matrix.dtype} on {matrix.device}, expected {like.dtype} on {like.device} like the operand "
+            f"{name}: got {tensor.dtype} on {tensor.device}, expected {like.dtype} on {like.device} like the operand "
             "beside it"
         )
+
+
+def check_matrix(name: str, matrix: Tensor, shape: tuple, like: Tensor | None = None) -> None:
+    """A contiguous float matrix."""
+    check_tensor(name, matrix, shape, like)
     if not matrix.is_contiguous():
         raise ValueError(f"{name}: got strides {matrix.stride()}, expected a contiguous matrix: call .contiguous()")
+
+
+def check_heads(name: str, heads: Tensor, shape: tuple, like: Tensor | None = None) -> None:
+    """A float tensor (..., heads, Dh), perhaps a view into a larger one: only the last dimension is contiguous."""
+    check_tensor(name, heads, shape, like)
+    if heads.stride(-1) != 1:
+        raise ValueError(f"{name}: got strides {heads.stride()}, expected 1 as the last: call .contiguous()")
 
 
 def check_rows(name: str, values: Tensor, rows: int, like: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -50,13 +62,20 @@ def check_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, rows: int, vocab: int, like: Tensor) -> None:
-    """One int64 label a row. That they are below `vocab` is checked on the CPU, and on CUDA only on request.
-
-    There the answer would have to be waited for, so it is off unless NANORLHF_CHECK_LABELS=1; a label outside the
-    vocabulary then gives nan.
-    """
+    """One int64 label a row; outside the vocabulary it is refused on the CPU, and on CUDA gives nan (see _below)."""
     check_rows("labels", labels, rows, like, torch.int64)
-    if (labels.device.type == "cpu" or runtime.CHECK_LABELS) and not torch.compiler.is_compiling() and rows:
-        low, high = labels.min().item(), labels.max().item()
-        if low < 0 or high >= vocab:
-            raise ValueError(f"labels: got {low if low < 0 else high}, expected token ids from 0 to {vocab - 1}")
+    _below("labels", labels, vocab, "token ids")
+
+
+def check_positions(positions: Tensor, rows: int, slots: int, like: Tensor) -> None:
+    """One int64 slot of a cache a row; outside it is refused on the CPU (see _below)."""
+    check_rows("positions", positions, rows, like, torch.int64)
+    _below("positions", positions, slots, "slots")
+
+
+def _below(name: str, numbers: Tensor, bound: int, what: str) -> None:
+    """0 <= numbers < bound, on the CPU; on CUDA the answer would have to be waited for: NANORLHF_CHECK_LABELS=1."""
+    if (numbers.device.type == "cpu" or runtime.CHECK_LABELS) and not torch.compiler.is_compiling() and len(numbers):
+        low, high = (x.item() for x in numbers.aminmax())
+        if low < 0 or high >= bound:
+            raise ValueError(f"{name}: got {low if low < 0 else high}, expected {what} from 0 to {bound - 1}")

@@ -247,6 +247,9 @@ def operands():
         kernels.linear_cross_entropy: dict(hidden=h, weight=w, labels=y, weights=row),
         kernels.linear_kl: dict(hidden=h, weight=w, ref_hidden=h, ref_weight=w, labels=y, temperature=1.0),
         kernels.sample_head: dict(hidden=h, weight=w, u=u, step=step, temperature=1.0),
+        kernels.decode_attention: dict(
+            q=torch.randn(4, 6, 8), keys=torch.randn(4, 11, 2, 8), values=torch.randn(4, 11, 2, 8), positions=y
+        ),
     }
 
 
@@ -254,8 +257,11 @@ BAD = {  # what is wrong with an argument -> (a version of it that is, words of 
     "shape": (lambda x: x[:3] if x.dim() == 1 else x[:, :5], r"got shape \(.*expected \("),
     "integers": (lambda x: x.long(), r"got .*torch.int64.*expected"),
     "strides": (lambda x: torch.cat((x, x), 1)[:, ::2], r"got strides .*call .contiguous\(\)"),
-    "too large": (lambda x: x + 1, r"labels: got 11, expected token ids from 0 to 10"),
-    "negative": (lambda x: x - 1, r"labels: got -1, expected token ids from 0 to 10"),
+    "head strides": (lambda x: torch.stack((x, x), -1)[..., 0], r"got strides .*call .contiguous\(\)"),
+    "fewer": (lambda x: x[:3], r"got shape \(.*expected \("),
+    "one more": (lambda x: torch.cat((x, x[..., :1, :]), -2), r"got shape \(.*expected \("),
+    "too large": (lambda x: x + 1, r"got 11, expected (token ids|slots) from 0 to 10"),
+    "negative": (lambda x: x - 1, r"got -1, expected (token ids|slots) from 0 to 10"),
     "int32": (lambda x: x.int(), r"got .*torch.int32.*expected (torch.int64|one int64)"),
     "zero": (lambda x: 0.0, r"temperature: got 0.0, expected a number greater than 0"),
     "nan": (lambda x: float("nan"), r"temperature: got nan, expected a number greater than 0"),
@@ -270,6 +276,10 @@ FAULTS = {
     **dict.fromkeys(("weights", "advantages", "old_logprobs"), ("shape", "integers")),
     "u": ("integers", "strides"),
     "step": ("int32",),
+    "q": ("integers", "head strides"),
+    "keys": ("integers", "head strides", "fewer"),
+    "values": ("integers", "head strides", "fewer", "one more"),
+    "positions": ("shape", "too large", "negative", "int32"),
 }
 
 
@@ -288,3 +298,9 @@ def test_every_operation_names_the_argument_that_is_wrong(operation):
             operation(**operands()[operation] | {name: operands()[operation][name].bfloat16()})
         with pytest.raises(ValueError, match=rf"^{name}: got shape"):
             operation(**operands()[operation] | {name: operands()[operation][name][:, :5].contiguous()})
+
+
+def test_query_heads_that_key_heads_do_not_divide_are_refused():
+    arguments = operands()[kernels.decode_attention]
+    with pytest.raises(ValueError, match="^keys: got 2 heads, expected a divisor of the 5 heads of q$"):
+        kernels.decode_attention(**arguments | dict(q=arguments["q"][:, :5]))
