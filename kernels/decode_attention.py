@@ -36,6 +36,16 @@ def decode_attention_reference(q: Tensor, keys: Tensor, values: Tensor, position
     return out.flatten(1, 2)
 
 
+def _products(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """The same on a CPU, as two batched matrix products: torch's fused attention there is made for long queries."""
+    (B, H, Dh), (S, Hkv) = q.shape, keys.shape[1:3]
+    keys, values = (x.transpose(1, 2).reshape(B * Hkv, S, Dh) for x in (keys, values))  # a view if S stands inside
+    scores = torch.bmm(q.reshape(B * Hkv, H // Hkv, Dh) / math.sqrt(Dh), keys.mT)  # (B Hkv, H / Hkv, S)
+    behind = torch.arange(S) > positions[:, None]  # (B, S)
+    p = scores.view(B, H, S).masked_fill_(behind[:, None], -math.inf).softmax(dim=-1)
+    return torch.bmm(p.view(B * Hkv, H // Hkv, S), values).view(B, H, Dh)
+
+
 @jit
 def _decode(
     q,  # in   (B, H, Dh)
@@ -174,5 +184,8 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor)
     if H % keys.shape[2]:
         raise ValueError(f"keys: got {keys.shape[2]} heads, expected a divisor of the {H} heads of q")
     check_positions(positions, B, keys.shape[1], like=q)
-    operation = _forward if use_triton(q) else decode_attention_reference
+    if use_triton(q):
+        operation = _forward
+    else:
+        operation = _products if q.device.type == "cpu" and q.dtype == torch.float32 else decode_attention_reference
     return operation(q, keys, values, positions)
