@@ -123,7 +123,7 @@ class Decoder:
         -> responses (B, R) int64, logprobs (B, R) fp32; new tensors
         """
         step = lambda: self.step(policy)  # noqa: E731
-        if use_graph and self.device.type == "cuda":
+        if use_graph and self.device.type == "cuda" and self.responses.shape[1] > 1:
             step = self.captured(policy).replay
         self.cache.clear()
         self.noise.copy_(noise)

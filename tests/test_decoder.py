@@ -81,7 +81,7 @@ def test_nan_of_an_earlier_batch_does_not_stay_in_the_cache(make_policy, make_se
     weights = copy.deepcopy(policy.state_dict())
     with torch.no_grad():
         policy.model.layers[0].self_attn.qkv_proj.weight.fill_(torch.nan)
-    Decoder.prefill(kept(policy)[0], policy, make_sequences([30] * 4))  # fills slots behind those of shorter queries
+        kept(policy)[0].prefill(policy, make_sequences([30] * 4))  # fills slots behind those of shorter queries
     assert kept(policy)[0].cache.keys.isnan().any()
     policy.load_state_dict(weights)
     again = generate(policy, queries, R, 0.7)
@@ -188,15 +188,16 @@ def test_the_replays_never_wait_for_the_gpu(on_gpu):
     loop = decoder_for(policy, len(queries), 300, 53, 0.7)
     loop.decode(policy, queries, uniforms(0, list(range(len(queries))), 53))
     graph = loop.captured(policy)
-    loop.t.zero_()
-    hidden = loop.prefill(policy, queries)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loop.write(policy, hidden)
-        for _ in range(52):
-            graph.replay()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with torch.no_grad():
+        loop.t.zero_()
+        hidden = loop.prefill(policy, queries)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loop.write(policy, hidden)
+            for _ in range(52):
+                graph.replay()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     assert loop.t.item() == 53
 
 
