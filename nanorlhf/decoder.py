@@ -10,6 +10,7 @@ A graph holds addresses, not numbers: the optimizer rewrites the weights in plac
 ones. It is captured again only when the weights have moved, or for another batch size.
 """
 
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,10 +25,10 @@ from nanorlhf.packing import Packed, pack, split_by_tokens
 # model reaches 32 MB, from where on glibc asks the system for every tensor's memory, zeroed page by page.
 PREFILL_TOKENS = 4096
 # S is a multiple of it. The GPU's kernel never reads a slot that is empty, and with fewer sizes fewer graphs are
-# captured; on a CPU every slot is read, and 8 floats are what its vectors like.
+# captured; on a CPU every slot is read.
 ROUND_SLOTS = {"cuda": 64, "cpu": 8}
 WARM_UPS = 3  # steps before a capture: kernels are compiled and libraries set up outside of it, as torch asks
-KEPT = 2  # decoders a policy: the rollout's, and that of the samples for the diversity metrics
+KEPT = 2  # decoders a policy: the rollout's, and the smaller one of the samples for the diversity metrics
 
 
 class KVCache:
@@ -95,7 +96,7 @@ class Decoder:
 
     def __init__(self, policy: Policy, batch: int, slots: int, response_length: int, temperature: float):
         weight = policy.head_weight
-        self.device, self.dtype, self.slots, self.temperature = weight.device, weight.dtype, slots, temperature
+        self.device, self.temperature = weight.device, temperature
         self.cache = KVCache(policy, batch, slots)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -109,12 +110,6 @@ class Decoder:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.addresses: list[int] = []  # of the weights that the graph reads
 
-    def fits(self, weight: Tensor, batch: int, slots: int, response_length: int, temperature: float) -> bool:
-        """Whether it can decode such a batch. On a GPU with more slots than needed too: empty ones are never read."""
-        same = (self.device, self.dtype, tuple(self.responses.shape), self.temperature)
-        enough = slots <= self.slots if weight.is_cuda else slots == self.slots
-        return enough and same == (weight.device, weight.dtype, (batch, response_length), temperature)
-
     @torch.no_grad()
     def decode(
         self, policy: Policy, queries: list[list[int]], noise: Tensor, use_graph: bool = True
@@ -122,7 +117,7 @@ class Decoder:
         """args: B queries; noise (B, R) float64 in [0, 1); use_graph=False: step by step on a GPU too, for tests
         -> responses (B, R) int64, logprobs (B, R) fp32; new tensors
         """
-        step = lambda: self.step(policy)  # noqa: E731
+        step = partial(self.step, policy)
         if use_graph and self.device.type == "cuda" and self.responses.shape[1] > 1:
             step = self.captured(policy).replay
         self.cache.clear()
@@ -185,24 +180,25 @@ class Decoder:
         return graph
 
 
-_kept: WeakKeyDictionary[Policy, list[Decoder]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[Policy, dict[tuple, Decoder]] = WeakKeyDictionary()  # the one used last stands last
 
 
 def decoder_for(policy: Policy, batch: int, longest: int, response_length: int, temperature: float) -> Decoder:
-    """A decoder of B sequences with queries of up to `longest` tokens: one that this policy used before, or a new one.
+    """A decoder of B sequences with queries of up to `longest` tokens: the one that was used for this size before, or a
+    new one. The size is the batch's own, so what was decoded earlier does not change a bit of the result.
 
-    It stays when learning begins: 2.4 GB at Llama-3.2-1B's size, where giving it back would mean
-    a new graph an update, because a graph holds the addresses of its cache.
+    It stays when learning begins: 2.4 GB at Llama-3.2-1B's size, where giving it back would mean a new graph an update,
+    because a graph holds the addresses of its cache.
     """
-    weight, kept = policy.head_weight, _kept.setdefault(policy, [])
+    weight = policy.head_weight
     multiple = ROUND_SLOTS["cuda" if weight.is_cuda else "cpu"]
     slots = -(-(longest + response_length) // multiple) * multiple
-    shape = batch, slots, response_length, temperature
-    found = next((decoder for decoder in kept if decoder.fits(weight, *shape)), None)
-    if found is None:
-        del kept[KEPT - 1 :]  # first: two caches that nobody uses are not kept while a third is made
-        found = Decoder(policy, *shape)
-    else:
-        kept.remove(found)
-    kept.insert(0, found)  # newest first
-    return found
+    size = batch, slots, response_length, temperature
+    kept = _kept.setdefault(policy, {})
+    decoder = kept.pop((weight.device, weight.dtype, *size), None)
+    if decoder is None:
+        while len(kept) >= KEPT:  # before the new one takes its memory
+            del kept[next(iter(kept))]
+        decoder = Decoder(policy, *size)
+    kept[weight.device, weight.dtype, *size] = decoder
+    return decoder
