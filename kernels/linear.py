@@ -52,7 +52,7 @@ class _OneDNNLinear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (M, K), weight (N, K), same dtype and device -> (M, N); differentiable in both."""
     if x.device.type == "cpu" and x.dtype == torch.float32 and _HAS_ONEDNN and runtime.MODE != "torch":
-        return _OneDNNLinear.apply(x, weight)
+        return _OneDNNLinear.apply(x, weight) if torch.is_grad_enabled() else _onednn(x, weight)
     return linear_reference(x, weight)
 
 

@@ -1,8 +1,8 @@
 """Sampling: queries in, R tokens each out, with their log-probs.
 
 The packed queries go through the model once and leave their keys and values in a cache;
-then one token a sequence is decoded, R times. Sampling never stops at EOS (N+ detail
-23.1): every response has R tokens, and ppo.py decides what counts.
+then one token a sequence is decoded, R times (decoder.py). Sampling never stops at EOS (N+
+detail 23.1): every response has R tokens, and ppo.py decides what counts.
 
 The random numbers are a table computed before the first token: u[b, t] depends on (seed,
 episode, t) only. So the same episode gets the same noise in any batch order, in any split
@@ -13,54 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import linear_fp32, sample_head
-from nanorlhf.attention import causal
+from nanorlhf.decoder import decoder_for
 from nanorlhf.models import Policy
-from nanorlhf.packing import pack
 from nanorlhf.ppo import last_token
 from nanorlhf.tokenizer import Tokenizer
-
-
-class KVCache:
-    """Keys and values of B sequences of different lengths: (L, B, S, Hkv, Dh) each, token j of sequence b in slot j."""
-
-    def __init__(self, policy: Policy, batch: int, slots: int):
-        config, weight = policy.config, policy.head_weight
-        shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
-        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
-
-    def prefill(self, packed):
-        """The `attend` of the packed queries: ordinary causal attention that also leaves k and v in the cache."""
-        attend = causal(packed)
-        lengths = torch.tensor(packed.lengths, device=packed.tokens.device)
-        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)  # (n,)
-        n = sequence.shape[0]  # without the filling
-
-        def store_and_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.k[layer, sequence, packed.positions[:n]] = k[:n]
-            self.v[layer, sequence, packed.positions[:n]] = v[:n]
-            return attend(layer, q, k, v)
-
-        return store_and_attend
-
-    def decode(self, positions: Tensor):
-        """The `attend` of one new token a sequence at `positions` (B,): it sees its own sequence, itself included."""
-        batch = torch.arange(positions.shape[0], device=positions.device)
-        slots = torch.arange(self.k.shape[2], device=positions.device)
-        visible = (slots <= positions[:, None])[:, None, None, :]  # (B, 1, 1, S)
-
-        def store_and_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # q (B, H, Dh); k, v (B, Hkv, Dh)
-            self.k[layer, batch, positions] = k
-            self.v[layer, batch, positions] = v
-            keys, values = self.k[layer].transpose(1, 2), self.v[layer].transpose(1, 2)  # (B, Hkv, S, Dh)
-            # The H/Hkv query heads that share a key head stand in the place of a query length: no copy of the cache.
-            grouped = q.unflatten(1, (keys.shape[1], -1))  # (B, Hkv, H/Hkv, Dh)
-            return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible).flatten(1, 2)  # (B, H, Dh)
-
-        return store_and_attend
 
 
 def uniforms(seed: int, episodes: list[int], response_length: int) -> Tensor:
@@ -69,14 +27,6 @@ def uniforms(seed: int, episodes: list[int], response_length: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def greedy(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The likeliest token and its log-prob at temperature 1. (B, D), (V, D) -> (B,) int64, (B,) fp32."""
-    logp = torch.log_softmax(linear_fp32(hidden, head_weight), dim=-1)  # (B, V)
-    tokens = logp.argmax(dim=-1)
-    return tokens, logp.gather(1, tokens[:, None])[:, 0]
-
-
-@torch.no_grad()
 def generate(
     policy: Policy,
     queries: list[list[int]],
@@ -94,26 +44,11 @@ def generate(
     """
     if temperature < 0:
         raise ValueError(f"temperature: got {temperature}, expected 0 (greedy) or more")
-    device = policy.head_weight.device
-    packed = pack(queries, device=device)
-    lengths = torch.tensor(packed.lengths, device=device)  # (B,)
-    cache = KVCache(policy, batch=len(queries), slots=packed.max_length + response_length)
-    u = uniforms(seed, list(range(len(queries))) if episodes is None else episodes, response_length).to(device)
-
-    hidden = policy.model(packed.tokens, packed.positions, cache.prefill(packed))[packed.last_rows()]  # (B, D)
-    responses, logprobs = [], []
-    steps = torch.arange(response_length, device=device)
-    for t in range(response_length):
-        if temperature > 0:
-            tokens, token_logprobs, _ = sample_head(hidden, policy.head_weight, u, steps[t], temperature)  # (B,) each
-        else:
-            tokens, token_logprobs = greedy(hidden, policy.head_weight)
-        responses.append(tokens)
-        logprobs.append(token_logprobs)
-        if t + 1 < response_length:
-            positions = lengths + t  # where this token stands in its sequence
-            hidden = policy.model(tokens, positions, cache.decode(positions))
-    return torch.stack(responses, dim=1), torch.stack(logprobs, dim=1)
+    if not queries or not all(queries):
+        raise ValueError("queries: got none or an empty one, expected at least one, and none of them empty")
+    u = uniforms(seed, list(range(len(queries))) if episodes is None else episodes, response_length)
+    longest = max(len(query) for query in queries)
+    return decoder_for(policy, len(queries), longest, response_length, temperature).decode(policy, queries, u)
 
 
 @dataclass(frozen=True)
@@ -152,9 +87,10 @@ def summarise(
 ) -> list[Summary]:
     """Generate a summary of each query, `batch_size` at a time.
 
-    Batches are cut by length; the noise goes by position in `queries`.
+    Batches are cut by length; the noise goes by position in `queries`. The longest come first:
+    what runs out of memory does so at once, and what was allocated for them serves the others.
     """
-    order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
+    order = sorted(range(len(queries)), key=lambda i: -len(queries[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     summaries: dict[int, Summary] = {}
     for batch in progress(batches, what="generating summaries"):

@@ -29,7 +29,7 @@ from nanorlhf.tldr import Post
 from nanorlhf.tokenizer import check_matches, load_tokenizer
 
 STORE = Path("runs/summaries")
-NAMES = "summaries rollout models llama attention packing encoding tldr tokenizer losses"
+NAMES = "summaries rollout decoder models llama attention packing encoding tldr tokenizer losses"
 CODE = [Path(__file__).with_name(f"{name}.py") for name in NAMES.split()]  # decides a summary, or the loss
 CODE += sorted(Path(kernels.__file__).parent.glob("*.py"))
 

@@ -8,7 +8,7 @@ from planting import Mutation
 
 M = Mutation
 PPO, MODELS, TLDR = "nanorlhf/ppo.py", "nanorlhf/models.py", "nanorlhf/tldr.py"
-ROLLOUT, PACKING, LLAMA = "nanorlhf/rollout.py", "nanorlhf/packing.py", "nanorlhf/llama.py"
+ROLLOUT, DECODER, PACKING, LLAMA = (f"nanorlhf/{name}.py" for name in ("rollout", "decoder", "packing", "llama"))
 LOSSES, OPTIM, MONITOR = "nanorlhf/losses.py", "nanorlhf/optim.py", "nanorlhf/monitor.py"
 SAMPLE, FUSED = "kernels/sample_head.py", "kernels/linear_ppo_loss.py"
 TRAIN = "train_ppo.py"
@@ -60,17 +60,28 @@ MUTATIONS = [
       "test_llama.py::test_rope_frequencies_of_llama_3_2_are_the_published_ones"),
     M("attention_sees_the_future", "T20", "nanorlhf/attention.py", "is_causal=True", "is_causal=False",
       "test_llama.py::test_a_token_does_not_see_what_comes_after_it"),
-    M("decode_position_stands_still", "T19", ROLLOUT, "positions = lengths + t ", "positions = lengths ",
+    M("decode_position_stands_still", "T19", DECODER, "self.positions += 1", "self.positions += 0",
       "test_rollout.py::test_greedy_decoding_with_the_cache_is_the_argmax_of_full_forward_passes"),
-    M("decode_does_not_see_itself", "T19", ROLLOUT, "slots <= positions[:, None]", "slots < positions[:, None]",
+    M("decode_does_not_see_itself", "T19", "kernels/decode_attention.py", "torch.arange(S) > positions[:, None]",
+      "torch.arange(S) >= positions[:, None]",
       "test_rollout.py::test_logprobs_of_the_rollout_are_those_of_the_training_forward"),
+    M("decode_overwrites_the_slot_before", "T19", DECODER, "self.first_rows + positions[:, None]",
+      "self.first_rows + positions[:, None] - 1",
+      "test_rollout.py::test_logprobs_of_the_rollout_are_those_of_the_training_forward"),
+    M("buffers_handed_out", "static buffers", DECODER, "self.responses.clone()", "self.responses",
+      "test_decoder.py::test_what_was_generated_stays_when_the_buffers_are_used_again"),
+    M("cache_not_cleared", "static buffers", DECODER, "self.cache.clear()", "None",
+      "test_decoder.py::test_nan_of_an_earlier_batch_does_not_stay_in_the_cache"),
+    M("step_waits_for_the_host", "static buffers", DECODER, "hidden = policy.model(self.tokens, self.positions,",
+      "hidden = policy.model(self.tokens, self.positions.clamp(max=self.positions.max().item()),",
+      "test_decoder.py::test_the_decoding_loop_reads_no_number_on_the_host"),
     M("positions_run_on", "T19", PACKING, "[torch.arange(length) for length in (*lengths, filling)]",
       "[torch.arange(sum(lengths) + filling)]", "test_packing.py::test_a_packed_batch_by_hand"),
     M("head_before_the_norm", "T21", LLAMA, "return self.norm(x)", "return x", UPDATE),
 
     # --- rollout (detail 23.1)
-    M("rollout_without_temperature", "T15, alignment-lab models.py", ROLLOUT,
-      "steps[t], temperature)", "steps[t], 1.0)",
+    M("rollout_without_temperature", "T15, alignment-lab models.py", DECODER,
+      "self.t, self.temperature)", "self.t, 1.0)",
       "test_rollout.py::test_logprobs_of_the_rollout_are_those_of_the_training_forward"),
     M("eos_forbidden", "T17, TRL #203", SAMPLE, "linear_fp32(hidden, weight) / temperature",
       "linear_fp32(hidden, weight).index_fill(1, torch.tensor(2), -1e9) / temperature",
