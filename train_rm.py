@@ -201,7 +201,11 @@ def main(cfg: Config) -> None:
             "eval/rm/reference_mean_before_shift": model.score_shift,
             "eval/rm/reference_std": reference_scores.std().item(),
         }
-        run.show = ["eval/rm/validation/accuracy", "eval/rm/validation/accuracy_longer_wins", "eval/rm/reference_std"]
+        run.console.show = [
+            "eval/rm/validation/accuracy",
+            "eval/rm/validation/accuracy_longer_wins",
+            "eval/rm/reference_std",
+        ]
         run.log(total_steps, metrics)
         scored = list(zip(valid, chosen_scores.tolist(), rejected_scores.tolist(), strict=True))[:256]
         rows = [

@@ -248,7 +248,7 @@ class Harness:
             process, moment = Process(self.stage, "--resume auto"), self.moment()
             status, said = self.after(process, moment, *sent), process.said
             if status == 128 + sent[0] and Path("runs", self.stage, "config.json").exists():
-                command = f"python train_{self.stage}.py --resume"
+                command = f"python train_{self.stage}.py --resume --device cpu"
                 if said.splitlines()[-1] not in (command, "interrupted: continue with --resume"):
                     self.failures.append(f"{self.stage} signals: its last line is {said.splitlines()[-1]}")
             elif status not in (0, 128 + sent[0]):

@@ -32,7 +32,7 @@ def test_a_living_run_shows_its_process_its_last_metrics_and_whether_its_checkpo
         assert "not finite: objective/kl" in said
         assert "step_6: 0.0 MB, whole" in said and "step_7: 0.0 MB, damaged (state.json is not" in said
     said = status(run.folder).splitlines()
-    assert "alive   no process writes here" in said and said[-1] == "resume  python train_ppo.py --resume"
+    assert "alive   no process writes here" in said and said[-1] == "resume  python train_ppo.py --resume --device cpu"
 
 
 def test_a_folder_that_is_no_run_is_one_sentence_and_exit_status_2(tmp_path):
