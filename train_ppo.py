@@ -66,6 +66,7 @@ class Config:
     dtype: str = "auto"  # of weights and activations: bfloat16 on CUDA, float32 on CPU; masters and all of PPO's
                          # arithmetic are float32
     # fmt: on
+    deterministic: bool = False  # the same bits from run to run on a GPU too, attention's backward pass being slower
     track: bool = False  # mirror the metrics to Weights & Biases
     # -- inputs
     sft_model: str | None = None  # folder or hub id of the SFT model: policy and reference

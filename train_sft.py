@@ -55,6 +55,7 @@ class Config:
     seed: int = 1  # order of the data
     device: str = "auto"  # auto, cpu, cuda or cuda:<number>
     dtype: str = "auto"  # of weights and activations: bfloat16 on CUDA, float32 on CPU; masters and losses are float32
+    deterministic: bool = False  # the same bits from run to run on a GPU too, attention's backward pass being slower
     track: bool = False  # mirror the metrics to Weights & Biases
     # -- inputs
     model: str | None = None  # folder or hub id of the base model [llama-1b: meta-llama/Llama-3.2-1B]

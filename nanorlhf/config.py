@@ -57,6 +57,7 @@ SPELLINGS = {
     "overwrite": "overwrite_output_dir",
     "resume": "resume_from_checkpoint",
     "track": "report_to use_wandb wandb",
+    "deterministic": "full_determinism torch_deterministic use_deterministic_algorithms",
     "model": "model_name_or_path base_model",
     "sft_model": "sft_model_path ref_model",
     "reward_model": "reward_model_path",

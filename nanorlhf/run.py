@@ -34,7 +34,7 @@ import torch
 
 from nanorlhf.config import check, one_sentence
 from nanorlhf.console import Console
-from nanorlhf.device import device_name, pick_device, pick_dtype, seed_everything
+from nanorlhf.device import device_name, make_deterministic, pick_device, pick_dtype, seed_everything
 from nanorlhf.errors import NotFinite, Stopped, UserError, signal_name
 from nanorlhf.jsonl import append, finite, read_jsonl, write_whole
 from nanorlhf.optim import AdamW, not_finite
@@ -55,7 +55,7 @@ MUST_BE_FINITE = (
 
 
 class RunConfig(Protocol):
-    """The fields of a script's Config that Run reads. `resume` and `track` may be absent and then count as False."""
+    """The fields of a script's Config that Run reads. `resume`, `track` and `deterministic` may be absent: False."""
 
     preset: str
     run_name: str
@@ -87,6 +87,9 @@ class Run:
         self.console = Console(unit, total_steps, show)
         self.device = pick_device(cfg.device)
         self.dtype = pick_dtype(cfg.dtype, self.device)
+        deterministic = getattr(cfg, "deterministic", False)
+        if deterministic:
+            make_deterministic(self.device, kernels)
         self._trackers = Trackers(track=getattr(cfg, "track", False))
 
         one_name = cfg.run_name == Path(cfg.run_name).name and cfg.run_name not in ("", "..")
@@ -106,7 +109,8 @@ class Run:
         self.say(f"preset  {cfg.preset}: {getattr(cfg, 'preset_reason', 'set in code')}")
         dtype = str(self.dtype).removeprefix("torch.")
         with_kernels = f", kernels {kernels}" if kernels else ""
-        self.say(f"device  {device_name(self.device)}, {dtype}{with_kernels}, seed {cfg.seed}")
+        repeats = ", deterministic" if deterministic else ""
+        self.say(f"device  {device_name(self.device)}, {dtype}{with_kernels}, seed {cfg.seed}{repeats}")
         self.say(f"folder  {self.folder}" + (" (resumed)" if self.resuming else ""))
 
     def _may_begin(self, locked: bool = False) -> dict:
