@@ -79,7 +79,7 @@ class Config:
     # -- evaluation and saving
     shift_posts: int = 116_722  # SFT posts whose references are given mean score 0 (N+ detail 15: all)
     eval_pairs: int = 100_000  # held-out comparisons for the accuracy, at most
-    save_every: int = 200  # optimizer steps between checkpoints that --resume can use; 0 for none
+    save_every: int = 400  # optimizer steps between checkpoints that --resume can use; 0 for none
     keep: int = 1  # newest checkpoints that stay, beside the one being written: 12 bytes a trained parameter each
     on_nan: str = "stop"  # stop at a loss, score or gradient that is not finite, or skip: leave the step out and count
     preflight: bool = True  # check before the first step that a score is a function of its text alone, read at EOS

@@ -73,7 +73,7 @@ class Config:
     # -- evaluation and saving
     eval_posts: int = 512  # held-out posts for loss and ROUGE after training
     eval_temperature: float = 0.01  # of the generated summaries (N+ section 5.1)
-    save_every: int = 200  # optimizer steps between checkpoints that --resume can use; 0 for none
+    save_every: int = 400  # optimizer steps between checkpoints that --resume can use; 0 for none
     keep: int = 1  # newest checkpoints that stay, beside the one being written: 12 bytes a trained parameter each
     on_nan: str = "stop"  # stop at a loss, score or gradient that is not finite, or skip: leave the step out and count
     preflight: bool = True  # check before the first step that the loss counts each label once, and EOS
