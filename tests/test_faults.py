@@ -17,5 +17,6 @@ def test_whatever_ends_a_run_it_resumes_to_the_same_bits():
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["failures"] == 0 and found["random_kills"] == 9 and found["operations_kills"] == 9
-    for kind in ("random", "operations", "signals", "damage", "full", "two"):
+    kinds = ("random", "operations", "signals", "damage", "full", "read_only", "clock", "two", "download", "judge")
+    for kind in kinds:
         assert found[f"{kind}_survived"] == found[f"{kind}_trials"] > 0, kind
