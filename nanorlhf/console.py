@@ -119,7 +119,7 @@ def typical_pace(marks: list[tuple[int, float]]) -> float:
     """Seconds a step, from (step, when) marks in order: the mean over the steps that took at most ten times as long as
     the middle one. So neither a pause (Ctrl-Z, a laptop asleep) nor a clock that was set counts."""
     pairs = list(zip(marks, marks[1:], strict=False))
-    took = [((b - a) / (last - first), last - first) for (first, a), (last, b) in pairs if b >= a]
+    took = [((b - a) / (last - first), last - first) for (first, a), (last, b) in pairs if b >= a and last > first]
     if not took:
         return 0.0
     usual = 10 * statistics.median_low(pace for pace, _ in took)

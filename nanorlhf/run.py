@@ -136,7 +136,7 @@ class Run:
         if self.resuming:
             self.truncate_metrics(math.inf)  # drops a line that a kill cut short
         about = dict(stage=self._stage, device=device_name(self.device), kernels=self._kernels)
-        about["dtype"] = str(self.dtype).removeprefix("torch.")
+        about |= dict(dtype=str(self.dtype).removeprefix("torch."), total_steps=self.total_steps)
         self._record = record_of(self.cfg, self._before, self._started, **about)
         write_whole(self.folder / "config.json", json.dumps(self._record, indent=2) + "\n")
         self._trackers.begin(self.folder, self._record)
@@ -302,13 +302,14 @@ def _number(name: str, value: Any) -> float:
 
 
 def main() -> None:
-    from nanorlhf.status import status
+    from nanorlhf.status import look
 
     with one_sentence():
         words = sys.argv[1:]
         usage = "status and a run's folder: python -m nanorlhf.run status runs/ppo"
         check(len(words) == 2 and words[0] == "status", "command", " ".join(words) or "(none)", usage)
-        print(status(words[1]))
+        for line in look(words[1]):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ def clear(folder: Path) -> None:
 
 
 def record_of(cfg: Any, before: dict, started: Any, **about: Any) -> dict:
-    """What config.json holds: what one needs to know to repeat the run. about: stage, device, dtype, kernels."""
+    """What config.json holds: what one needs to know to repeat the run. about: stage, device, dtype, kernels,
+    total_steps."""
     record = {
         "stage": about.pop("stage"),
         "id": before.get("id") or f"{cfg.run_name}-{started:%Y%m%d-%H%M%S}",
