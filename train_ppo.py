@@ -66,6 +66,7 @@ class Config:
     dtype: str = "auto"  # of weights and activations: bfloat16 on CUDA, float32 on CPU; masters and all of PPO's
                          # arithmetic are float32
     # fmt: on
+    deterministic: bool = False  # the same bits from run to run on a GPU too, attention's backward pass being slower
     track: bool = False  # mirror the metrics to Weights & Biases
     # -- inputs
     sft_model: str | None = None  # folder or hub id of the SFT model: policy and reference
@@ -98,7 +99,7 @@ class Config:
     missing_eos_score: float = -1.0  # the score of a response that does not stop (N+ detail 23.3)
     # -- logging and saving
     sample_every: int = 50  # updates between tables of samples; 0 for none
-    save_every: int = 100  # updates between checkpoints that --resume can use; 0 for none
+    save_every: int = 200  # updates between checkpoints that --resume can use; 0 for none
     keep: int = 1  # newest checkpoints that stay, beside the one being written: 12 bytes a trained parameter each
     stop_kl: float | None = None  # nats a response: end the run when the KL of an update is above [hacks.py warns]
     on_nan: str = "stop"  # stop at a loss, score or gradient that is not finite, or skip: leave the step out and count

@@ -64,6 +64,7 @@ class Config:
     seed: int = 1  # order of the data, initial head
     device: str = "auto"  # auto, cpu, cuda or cuda:<number>
     dtype: str = "auto"  # of weights and activations: bfloat16 on CUDA, float32 on CPU; masters and losses are float32
+    deterministic: bool = False  # the same bits from run to run on a GPU too, attention's backward pass being slower
     track: bool = False  # mirror the metrics to Weights & Biases
     # -- inputs
     sft_model: str | None = None  # folder or hub id of the SFT model
@@ -80,7 +81,7 @@ class Config:
     # -- evaluation and saving
     shift_posts: int = 116_722  # SFT posts whose references are given mean score 0 (N+ detail 15: all)
     eval_pairs: int = 100_000  # held-out comparisons for the accuracy, at most
-    save_every: int = 200  # optimizer steps between checkpoints that --resume can use; 0 for none
+    save_every: int = 400  # optimizer steps between checkpoints that --resume can use; 0 for none
     keep: int = 1  # newest checkpoints that stay, beside the one being written: 12 bytes a trained parameter each
     on_nan: str = "stop"  # stop at a loss, score or gradient that is not finite, or skip: leave the step out and count
     preflight: bool = True  # check before the first step that a score is a function of its text alone, read at EOS
@@ -210,7 +211,11 @@ def main(cfg: Config) -> None:
             "eval/rm/reference_mean_before_shift": model.score_shift,
             "eval/rm/reference_std": reference_scores.std().item(),
         }
-        run.show = ["eval/rm/validation/accuracy", "eval/rm/validation/accuracy_longer_wins", "eval/rm/reference_std"]
+        run.console.show = [
+            "eval/rm/validation/accuracy",
+            "eval/rm/validation/accuracy_longer_wins",
+            "eval/rm/reference_std",
+        ]
         run.log(total_steps, metrics)
         scored = list(zip(valid, chosen_scores.tolist(), rejected_scores.tolist(), strict=True))[:256]
         rows = [

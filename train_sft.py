@@ -55,6 +55,7 @@ class Config:
     seed: int = 1  # order of the data
     device: str = "auto"  # auto, cpu, cuda or cuda:<number>
     dtype: str = "auto"  # of weights and activations: bfloat16 on CUDA, float32 on CPU; masters and losses are float32
+    deterministic: bool = False  # the same bits from run to run on a GPU too, attention's backward pass being slower
     track: bool = False  # mirror the metrics to Weights & Biases
     # -- inputs
     model: str | None = None  # folder or hub id of the base model [llama-1b: meta-llama/Llama-3.2-1B]
@@ -72,7 +73,7 @@ class Config:
     # -- evaluation and saving
     eval_posts: int = 512  # held-out posts for loss and ROUGE after training
     eval_temperature: float = 0.01  # of the generated summaries (N+ section 5.1)
-    save_every: int = 200  # optimizer steps between checkpoints that --resume can use; 0 for none
+    save_every: int = 400  # optimizer steps between checkpoints that --resume can use; 0 for none
     keep: int = 1  # newest checkpoints that stay, beside the one being written: 12 bytes a trained parameter each
     on_nan: str = "stop"  # stop at a loss, score or gradient that is not finite, or skip: leave the step out and count
     preflight: bool = True  # check before the first step that the loss counts each label once, and EOS

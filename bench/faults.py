@@ -11,137 +11,68 @@ processes of the real scripts, again and again with one:
     signals      SIGTERM, SIGINT, or SIGINT twice at a random moment: exit status 143 or 130, then resumed
     damage       the newest of two checkpoints is cut or one of its bits is flipped, after a SIGKILL
     full         no file may grow past a random size (RLIMIT_FSIZE): exit status 2 and one sentence, then resumed
+    read_only    runs/, or something in it from a random moment on, is read-only: the same
+    clock        both clocks jump back and forth by hours: no time left below 0, nothing else
     two          two processes start on one run folder at once: one is refused
 
 A trial survives when the run that is left ends with the same weights (every byte of final/ and final_critic/), the same
 samples, traces and metrics (but for clocks, and pre-flight checks, which a resumed run repeats) as the one without a
-fault. Meanwhile a reader tails metrics.jsonl: every line that has its end must be whole. One JSON line last.
+fault. Meanwhile a reader tails metrics.jsonl: every line that has its end must be whole.
+
+What is fetched and what is paid for is killed too, at random moments and before file operations, until it is through
+(fault_fetches.py): the download of the data, and the questions to a judge. One JSON line last.
 """
 
 import argparse
-import fcntl
+import contextlib
 import json
 import os
 import random
-import resource
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a pool of threads does not survive a fork
 
-import torch
+from stages import write_small_models, write_small_world
 
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf.checkpoint import save_policy, save_scalar
+from bench.fault_fetches import Download, Questions
+from bench.fault_process import Process, read_only, send, watch
 from nanorlhf.config import cli
-from nanorlhf.encoding import encode_posts
 from nanorlhf.jsonl import read_jsonl
-from nanorlhf.llama import LlamaConfig, initialise
-from nanorlhf.models import Policy, reward_model_from
 from nanorlhf.resume import checkpoints
-from nanorlhf.tiny.data import write_world
-from nanorlhf.tldr import load_posts
-from nanorlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo}
 FLAGS = {
-    "sft": "--model models/base --batch_size 8 --eval_posts 4 --max_updates 6",
-    "rm": "--sft_model models/base --batch_size 4 --eval_pairs 8 --shift_posts 8 --max_updates 6",
-    "ppo": "--sft_model models/base --reward_model models/rm --batch_size 8 --total_episodes 48 --response_length 16 "
-    "--num_ppo_epochs 2 --sample_every 2",
+    "sft": "--batch_size 8 --eval_posts 4 --max_updates 6",
+    "rm": "--batch_size 4 --eval_pairs 8 --shift_posts 8 --max_updates 6",
+    "ppo": "--batch_size 8 --total_episodes 48 --response_length 16 --num_ppo_epochs 2 --sample_every 2",
 }
+FETCHES = {"download": Download, "judge": Questions}
 COMMON = "--preset tiny --device cpu --data data --save_every 1 --keep 2"
-WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 
 
-def prepare(folder: Path) -> None:
-    """Small random models, and a small tiny world."""
-    tokenizer = load_tokenizer(ROOT / "nanorlhf" / "tiny")
-    data = write_world(folder / "data", posts={"train": 64, "valid": 16}, comparisons={"train": 32, "valid1": 16})
-    config = LlamaConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
-        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    policy = Policy(config)
-    initialise(policy, seed=0)
-    with torch.no_grad():  # what all tokens have in common makes EOS the likeliest: half of the responses stop
-        policy.model.embed_tokens.weight.add_(0.05)
-        policy.model.embed_tokens.weight[tokenizer.eos_id] = 0.16
-    save_policy(policy, folder / "models" / "base", tokenizer)
-    reward_model = reward_model_from(policy, seed=0)
-    pairs = zip(*encode_posts(load_posts(data, "train"), tokenizer, 104), strict=True)
-    reward_model.score_shift = reward_model.scores([query + reference for query, reference in pairs]).mean().item()
-    save_scalar(reward_model, folder / "models" / "rm", tokenizer)
+def script(stage: str, models: dict[str, str], more: str) -> Callable[[], None]:
+    """What a process does that is started as `python train_<stage>.py ...`."""
+    argv = f"{COMMON} {FLAGS[stage]} {models[f'train_{stage}']} --run_name {stage} {more}".split()
 
-
-class Process:
-    """A forked process that runs a stage's script in the current folder.
-
-    kill_before: it kills itself before its n-th file operation; max_file: no file may grow past so many bytes; counter:
-    a file that gets the number of its operations.
-    """
-
-    def __init__(self, stage: str, more: str = "", *, kill_before: int = 0, max_file: int = 0, counter: str = ""):
-        reader, writer = os.pipe()  # not a file: max_file would hit it
-        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 2**20)
-        argv = f"{COMMON} {FLAGS[stage]} --run_name {stage} {more}".split()
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.dup2(writer, 1)
-            os.dup2(writer, 2)
-            run(stage, argv, kill_before, max_file, counter)
-        os.close(writer)
-        self._reader, self.said = reader, ""
-
-    def wait(self) -> int:
-        """Its exit status as a shell says it: 137 for a SIGKILL. Then `said` is what it printed."""
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        with open(self._reader, encoding="utf-8", errors="replace") as output:
-            self.said = output.read()
-        return code if code >= 0 else 128 - code
-
-
-def run(stage: str, argv: list[str], kill_before: int, max_file: int, counter: str) -> NoReturn:
-    """The life of the forked process."""
-    status, operations = 70, 0
-
-    def hook(event, args):
-        nonlocal operations
-        if event in EVENTS or (event == "open" and isinstance(args[2], int) and args[2] & WRITES):
-            operations += 1
-            if operations == kill_before:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    try:
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    def work():
         sys.argv = [f"train_{stage}.py", *argv]
-        sys.addaudithook(hook)
-        if max_file:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file, max_file))
-        script = SCRIPTS[stage]
-        cli(script.main, script.Config, script.PRESETS, script.__doc__, argv)
-        if counter:
-            Path(counter).write_text(str(operations))
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(status)
+        module = SCRIPTS[stage]
+        cli(module.main, module.Config, module.PRESETS, module.__doc__, argv)
+
+    return work
 
 
 def tail(path: Path) -> None:
@@ -177,11 +108,12 @@ def where(stage: str) -> str:
 class Harness:
     """One stage's trials. `counts` adds up what happened; `failures` describes what did not survive."""
 
-    def __init__(self, stage: str, seed: int):
+    def __init__(self, stage: str, models: dict[str, str], seed: int):
+        self.models = models
         self.stage, self.random = stage, random.Random(f"{stage} {seed}")
         self.counts, self.killed_while, self.failures = Counter(), Counter(), []
         began = time.monotonic()
-        process = Process(stage, counter="operations")
+        process = self.start("", counter="operations")
         assert process.wait() == 0, process.said
         self.seconds = time.monotonic() - began
         self.operations = int(Path("operations").read_text())
@@ -193,20 +125,20 @@ class Harness:
     def moment(self) -> float:
         return self.random.uniform(0, self.seconds)
 
+    def start(self, more: str = "--resume auto", **options) -> Process:
+        return Process(script(self.stage, self.models, more), **options)
+
+    def look(self) -> None:
+        tail(Path("runs", self.stage, "metrics.jsonl"))
+
     def after(self, process: Process, seconds: float, *signals: int) -> int:
         """Send signals to a process after that time, tailing its metrics meanwhile. Returns its exit status."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            tail(Path("runs", self.stage, "metrics.jsonl"))
-            time.sleep(min(0.005, max(0.0, end - time.monotonic())))
-        for number in signals:
-            os.kill(process.pid, number)
-            time.sleep(0.01)
-        return process.wait()
+        watch(seconds, self.look)
+        return send(process, *signals)
 
     def finish(self, kind: str, what: str) -> str:
         """The run goes on to its end, and is compared. Returns what it printed."""
-        process = Process(self.stage, "--resume auto")
+        process = self.start()
         status = process.wait()
         ok = status == 0 and result(self.stage) == self.expected
         self.counts[f"{kind}_trials"] += 1
@@ -222,7 +154,7 @@ class Harness:
             moments = []
             while done < kills:
                 moments.append(self.moment())
-                status = self.after(Process(self.stage, "--resume auto"), moments[-1], signal.SIGKILL)
+                status = self.after(self.start(), moments[-1], signal.SIGKILL)
                 if status != 137:
                     break  # through, or broken: finish() says which
                 done += 1
@@ -236,7 +168,7 @@ class Harness:
             numbers = sorted(self.random.sample(numbers, number))
         for n in numbers:
             self.fresh()
-            assert Process(self.stage, "--resume auto", kill_before=n).wait() == 137
+            assert self.start(kill_before=n).wait() == 137
             self.counts["operations_kills"] += 1
             self.killed_while[where(self.stage)] += 1
             self.finish("operations", f"before operation {n}")
@@ -245,10 +177,10 @@ class Harness:
         for trial in range(number):
             self.fresh()
             sent = [[signal.SIGTERM], [signal.SIGINT], [signal.SIGINT, signal.SIGINT]][trial % 3]
-            process, moment = Process(self.stage, "--resume auto"), self.moment()
+            process, moment = self.start(), self.moment()
             status, said = self.after(process, moment, *sent), process.said
             if status == 128 + sent[0] and Path("runs", self.stage, "config.json").exists():
-                command = f"python train_{self.stage}.py --resume"
+                command = f"python train_{self.stage}.py --resume --device cpu"
                 if said.splitlines()[-1] not in (command, "interrupted: continue with --resume"):
                     self.failures.append(f"{self.stage} signals: its last line is {said.splitlines()[-1]}")
             elif status not in (0, 128 + sent[0]):
@@ -260,7 +192,7 @@ class Harness:
     def damage(self, number: int) -> None:
         for _ in range(number):
             self.fresh()
-            process = Process(self.stage)
+            process = self.start("")
             while len(checkpoints(Path("runs", self.stage))) < 2:
                 time.sleep(0.001)
             self.after(process, self.moment() / 4, signal.SIGKILL)
@@ -281,17 +213,43 @@ class Harness:
         for _ in range(number):
             self.fresh()
             limit = int(2 ** self.random.uniform(4, largest.bit_length()))
-            process = Process(self.stage, "--resume auto", max_file=limit)
+            process = self.start(max_file=limit)
             status, said = process.wait(), process.said
             if status not in (0, 2) or "Traceback" in said:
                 self.failures.append(f"{self.stage} full at {limit} bytes: exit status {status}: {said[-600:]}")
             self.counts["full_stopped"] += status == 2
             self.finish("full", f"at {limit} bytes")
 
+    def read_only(self, number: int) -> None:
+        for in_the_middle in (False, True) * number:
+            self.fresh()
+            path = Path("runs")
+            path.mkdir()
+            if in_the_middle:
+                process = self.start(unprivileged=True)
+                watch(self.moment(), self.look)
+                path = self.random.choice([path, *sorted(path.rglob("*"))])
+            with read_only(path) if path.exists() else contextlib.nullcontext():  # what is .partial may be gone
+                process = process if in_the_middle else self.start(unprivileged=True)
+                status, said = process.wait(), process.said
+            if status not in (2, 0 if in_the_middle else 2) or "Traceback" in said:
+                self.failures.append(f"{self.stage} read-only {path}: exit status {status}: {said[-600:]}")
+            self.counts["read_only_stopped"] += status == 2
+            self.finish("read_only", str(path))
+
+    def clock(self, number: int) -> None:
+        for trial in range(number):
+            self.fresh()
+            process = self.start(jumps=trial)
+            status, said = process.wait(), process.said
+            if status or re.search(r"-\d+:\d\d|ETA -", said):
+                self.failures.append(f"{self.stage} clock {trial}: exit status {status}: {said[-600:]}")
+            self.finish("clock", f"of seed {trial}")
+
     def two(self, number: int) -> None:
         for _ in range(number):
             self.fresh()
-            statuses = sorted(process.wait() for process in [Process(self.stage), Process(self.stage)])
+            statuses = sorted(process.wait() for process in [self.start(""), self.start("")])
             if statuses != [0, 2]:
                 self.failures.append(f"{self.stage} two at once: exit statuses {statuses}")
             self.counts["two_trials"] += 1
@@ -303,31 +261,33 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="random SIGKILLs a stage")
     parser.add_argument("--operations", type=int, default=0, help="file operations to be killed before; 0: all")
     parser.add_argument("--others", type=int, default=30, help="trials of each other kind a stage")
-    parser.add_argument("--stages", nargs="+", default=list(SCRIPTS), choices=list(SCRIPTS))
+    parser.add_argument("--stages", nargs="+", default=[*SCRIPTS, *FETCHES], choices=[*SCRIPTS, *FETCHES])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     began, counts, killed_while, failures = time.monotonic(), Counter(), Counter(), []
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        prepare(Path(folder))
-        for stage in args.stages:
-            harness = Harness(stage, args.seed)
-            print(f"{stage}: {harness.seconds:.2f} s and {harness.operations} file operations undisturbed", flush=True)
-            for trials, number in (
-                (harness.full, args.others),
-                (harness.random_kills, args.kills),
-                (harness.kills_before_operations, args.operations),
-                (harness.signals, args.others),
-                (harness.damage, args.others),
-                (harness.two, min(args.others, 5)),
-            ):
-                before = time.monotonic()
-                trials(number)
-                print(f"{stage}: {trials.__name__} took {time.monotonic() - before:.0f} s", flush=True)
-            print(f"{stage}: {dict(harness.counts)}", flush=True)
-            counts += harness.counts
-            killed_while += harness.killed_while
-            failures += harness.failures
+        models = write_small_models(Path(folder, "models"), write_small_world(Path(folder, "data")))
+        for name in args.stages:
+            began_here = time.monotonic()
+            if name in FETCHES:
+                trials = FETCHES[name](args.seed)
+                trials.kills(args.kills)
+            else:
+                trials = Harness(name, models, args.seed)
+                print(f"{name}: {trials.seconds:.2f} s, {trials.operations} file operations undisturbed", flush=True)
+                trials.full(args.others)
+                trials.random_kills(args.kills)
+                trials.kills_before_operations(args.operations)
+                trials.signals(args.others)
+                trials.damage(args.others)
+                trials.read_only(args.others)
+                trials.clock(args.others)
+                trials.two(min(args.others, 5))
+                killed_while += trials.killed_while
+            print(f"{name}: {dict(trials.counts)} in {time.monotonic() - began_here:.0f} s", flush=True)
+            counts += trials.counts
+            failures += trials.failures
         os.chdir(ROOT)
     for failure in failures[:10]:
         print(f"FAILED {failure}")

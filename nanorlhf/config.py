@@ -57,6 +57,7 @@ SPELLINGS = {
     "overwrite": "overwrite_output_dir",
     "resume": "resume_from_checkpoint",
     "track": "report_to use_wandb wandb",
+    "deterministic": "full_determinism torch_deterministic use_deterministic_algorithms",
     "model": "model_name_or_path base_model",
     "sft_model": "sft_model_path ref_model",
     "reward_model": "reward_model_path",
@@ -94,9 +95,10 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam"),
     ("a finite number", math.isfinite, "missing_eos_score"),
 )
-# What may differ from the first start when a run is resumed: nothing that changes its numbers.
-KEPT_UNLESS_GIVEN = ("save_every", "sample_every", "preflight", "keep", "on_nan", "stop_kl")  # without the flag
-FREE_ON_RESUME = ("resume", "overwrite", "track", "device", *KEPT_UNLESS_GIVEN)
+# What may differ from the first start when a run is resumed: nothing that changes its numbers. First: without the flag
+# it stays as it was.
+KEPT_UNLESS_GIVEN = ("track", "save_every", "sample_every", "preflight", "keep", "on_nan", "stop_kl")
+FREE_ON_RESUME = ("resume", "overwrite", "device", *KEPT_UNLESS_GIVEN)
 
 
 def check(ok: bool, name: str, got: Any, expected: str, fix: str = "") -> None:

@@ -1,5 +1,6 @@
 """Where a run computes: device, dtype, seed. The first lines of every run print what was chosen."""
 
+import os
 import random
 import resource
 import sys
@@ -53,6 +54,31 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # fixed workspaces: with others cuBLAS may add up in another order
+FIXED = (":4096:8", ":16:8")
+
+
+def make_deterministic(device: torch.device, kernels: str | None) -> None:
+    """From here on the same work gives the same bits on a GPU too, for the rest of the process. Call it before the GPU
+    is given any work.
+
+    Without it the backward pass of flash attention adds up with atomics, in another order each time; torch also takes
+    the fixed one of its two ways to scatter and to index, and wants cuBLAS's workspaces fixed. Our kernels have no
+    atomics. A CPU repeats itself in any case, as long as it has as many threads: nothing changes there. (Nor is memory
+    filled with NaN before it is written, as torch would: nothing here reads it.)
+
+    kernels: what kernels.chosen() says. Raises UserError for cuBLAS workspaces that are not fixed, and for the
+    reference kernels on a GPU, whose cumulative sums have no fixed order.
+    """
+    if device.type == "cuda":
+        found = os.environ.setdefault(CUBLAS, FIXED[0])
+        check(found in FIXED, CUBLAS, found, f"{' or '.join(FIXED)}, which --deterministic needs", "unset it")
+        triton = kernels is None or kernels.startswith("Triton")
+        check(triton, "--deterministic on a GPU with kernels", kernels, "Triton's", "unset NANORLHF_KERNELS")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def peak_gib(device: torch.device) -> float:

@@ -67,7 +67,7 @@ def read_responses(tokenizer: Tokenizer, responses: Tensor, logprobs: Tensor | N
     last = last_token(responses, tokenizer.eos_id)  # (B,)
     sums = [float("nan")] * len(responses)
     if logprobs is not None:
-        sums = logprobs.cumsum(dim=1).gather(1, last[:, None])[:, 0].tolist()
+        sums = logprobs.cpu().cumsum(dim=1).gather(1, last.cpu()[:, None])[:, 0].tolist()  # in a fixed order
     rows = [row[: end + 1] for row, end in zip(responses.tolist(), last.tolist(), strict=True)]
     return [
         Summary(tokenizer.decode(row).strip(), len(row), row[-1] == tokenizer.eos_id, total)

@@ -90,7 +90,8 @@ def clear(folder: Path) -> None:
 
 
 def record_of(cfg: Any, before: dict, started: Any, **about: Any) -> dict:
-    """What config.json holds: what one needs to know to repeat the run. about: stage, device, dtype, kernels."""
+    """What config.json holds: what one needs to know to repeat the run. about: stage, device, dtype, kernels,
+    total_steps."""
     record = {
         "stage": about.pop("stage"),
         "id": before.get("id") or f"{cfg.run_name}-{started:%Y%m%d-%H%M%S}",
@@ -117,8 +118,11 @@ def changes(before: dict, now: dict) -> list[str]:
 
 def resume_command(record: dict) -> str:
     """What to type to go on with a run, from its config.json."""
-    name, stage = record["config"]["run_name"], record["stage"]
-    return f"python {record['argv'][0]} --resume" + (f" --run_name {name}" if name != stage else "")
+    name, device = record["config"]["run_name"], record["config"].get("device", "auto")
+    words = ["python", record["argv"][0], "--resume"]
+    words += ["--run_name", name] if name != record["stage"] else []
+    words += ["--device", device] if device != "auto" else []  # the one flag that a resumed run does not keep
+    return " ".join(words)
 
 
 def git() -> dict | None:

@@ -50,4 +50,4 @@ class Signals:
         if at_once:
             raise Stopped(number, f"stopped by {signal_name(number)} at once{self._way_on()}")
         line = f"{signal_name(number)}: finishing this step and saving; once more stops at once\n"
-        os.write(2, line.encode())  # not print: the signal may have come in the middle of one
+        os.write(2, (os.isatty(2) * "\n" + line).encode())  # not print, which it may have come in the middle of

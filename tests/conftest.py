@@ -101,6 +101,22 @@ def make_sequences():
     return make
 
 
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A small tiny world on disk."""
+    from stages import write_small_world  # here: few tests need the scripts
+
+    return write_small_world(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory, world):
+    """Flags that name a small random base model, SFT model and reward model, for each script."""
+    from stages import write_small_models
+
+    return write_small_models(tmp_path_factory.mktemp("models"), world)
+
+
 @pytest.fixture
 def tokenizer():
     """What saving a model needs of a tokenizer."""

@@ -33,6 +33,7 @@ class Config:
     run_name: str = "ppo"  # folder under runs/
     resume: bool = False  # continue from the last complete checkpoint
     device: str = "auto"  # auto | cpu | cuda
+    track: bool = False  # mirror the metrics
     save_every: int = 100  # updates between checkpoints
     model: str | None = None  # folder of the model [default: runs/sft/final]
     # -- optimisation (Table 7)
@@ -325,6 +326,11 @@ def test_what_changes_no_number_may_change_on_resume(began):
     assert flags("--resume --device cpu").device == "cpu"
     assert flags("--resume").save_every == 7  # not that of the preset which this machine would choose
     assert flags("--resume --save_every 3").save_every == 3
+
+
+def test_a_run_that_was_tracked_is_tracked_on_unless_told_otherwise(began):
+    began(track=True)
+    assert flags("--resume").track is True and flags("--resume --no_track").track is False
 
 
 def test_settings_come_from_the_run_of_that_name_and_only_with_resume(began):

@@ -1,18 +1,15 @@
 """Downloads from a server on this machine that cuts, lies and refuses; what was published is made small."""
 
-import base64
-import hashlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from file_server import LINES, Server, small_set
 
 from nanorlhf import download as module
 from nanorlhf.download import BATCHES, download, fetch
@@ -20,59 +17,7 @@ from nanorlhf.errors import UserError
 from nanorlhf.tldr import load_comparisons, load_posts
 
 ROOT = Path(__file__).parents[1]
-ROW = {"id": "t3_1", "subreddit": "cats", "title": "My cat", "post": "It hates me. " * 30, "summary": "cat hates me"}
-LINES = b"".join(json.dumps(ROW | {"id": f"t3_{n}"}).encode() + b"\n" for n in range(500))
 PUBLISHED = len(LINES.splitlines())
-
-
-class Server(ThreadingHTTPServer):
-    """`files`: path -> content. `faults`: what becomes of the next requests, in turn: a status; ("cut", bytes);
-    ("size", bytes): a wrong Content-Length; ("stall", bytes): no more until `go_on`; ("bytes", content): something
-    else; None: nothing."""
-
-    def __init__(self, files, ranges=True, md5=True):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.ranges, self.md5 = files, ranges, md5
-        self.faults, self.seen, self.go_on = [], [], threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        server, asked = self.server, self.headers.get("Range")
-        server.seen.append((self.path, asked))
-        fault = server.faults.pop(0) if server.faults else None
-        content = server.files.get(self.path)
-        if isinstance(fault, int) or content is None:
-            self.send_response(fault or 404)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        kind, value = fault or (None, None)
-        content = value if kind == "bytes" else content
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and server.ranges else 0
-        if start and start >= len(content):
-            self.send_response(416)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        body = content[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(value if kind == "size" else len(body)))
-        if server.md5:
-            whole = base64.b64encode(hashlib.md5(server.files[self.path]).digest()).decode()
-            self.send_header("x-ms-blob-content-md5" if start else "Content-MD5", whole)
-        self.end_headers()
-        self.wfile.write(body[:value] if kind in ("cut", "size", "stall") else body)
-        if kind == "stall":
-            self.wfile.flush()
-            server.go_on.wait(120)
-        self.close_connection = kind in ("cut", "size", "stall")
 
 
 @pytest.fixture
@@ -209,16 +154,7 @@ def test_an_address_where_nobody_answers_is_one_sentence(tmp_path):
 @pytest.fixture
 def published(monkeypatch):
     """path -> content of a small published set, with its row counts."""
-    monkeypatch.setattr(module, "POSTS", {"train": 3, "valid": 2, "test": 1})
-    monkeypatch.setattr(module, "COMPARISONS", {"train": 2 * len(BATCHES), "valid": len(BATCHES)})
-    lines = LINES.splitlines(keepends=True)
-    files = {f"/datasets/tldr_3_filtered/{s}.jsonl": b"".join(lines[:n]) for s, n in module.POSTS.items()}
-    for batch in BATCHES:
-        summaries = [{"text": " a", "policy": "ref"}, {"text": " b", "policy": "sup4"}]
-        row = {"info": ROW, "summaries": summaries, "choice": 0, "worker": "w", "batch": batch, "extra": {}}
-        rows = [row | {"split": split} for split in ("train", "train", "valid1")]
-        files[f"/dataset/comparisons/{batch}.json"] = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-    return files
+    return small_set(monkeypatch.setattr)
 
 
 def test_the_published_files_land_where_the_readers_look(serve, published, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Killed, stopped, damaged and out of disk: some of each. `python -m bench.faults` is the full harness."""
+"""Killed, stopped, damaged, refused and out of disk: some of each. `python -m bench.faults` is the full harness."""
 
 import json
 import subprocess
@@ -8,14 +8,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="the harness forks, and resizes a pipe as only Linux does"
+)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the harness forks, and resizes a pipe as only Linux does")
-def test_whatever_ends_a_run_it_resumes_to_the_same_bits():
-    command = [sys.executable, "-m", "bench.faults", "--kills", "3", "--operations", "3", "--others", "1"]
+def faults(flags: str) -> dict:
+    """What the harness counted; it ends with status 1 when something did not survive."""
+    command = [sys.executable, "-m", "bench.faults", *flags.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["failures"] == 0 and found["random_kills"] == 9 and found["operations_kills"] == 9
-    for kind in ("random", "operations", "signals", "damage", "full", "two"):
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_whatever_ends_ppo_it_resumes_to_the_same_bits_and_nothing_is_fetched_or_paid_for_twice():
+    found = faults("--kills 2 --operations 2 --others 1 --stages ppo download judge")
+    assert found["failures"] == 0 and found["random_kills"] == found["operations_kills"] == 2
+    kinds = ("random", "operations", "signals", "damage", "full", "read_only", "clock", "two", "download", "judge")
+    for kind in kinds:
         assert found[f"{kind}_survived"] == found[f"{kind}_trials"] > 0, kind
+
+
+def test_sft_and_the_reward_model_survive_kills_too():
+    found = faults("--kills 2 --operations 1 --others 0 --stages sft rm")
+    assert found["failures"] == 0 and found["random_kills"] == 4 and found["operations_kills"] == 2
+    assert found["random_survived"] == found["random_trials"] > 0

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+import nanorlhf.console
 import nanorlhf.jsonl
 import nanorlhf.run
 import nanorlhf.run_folder
-from nanorlhf.device import pick_device, pick_dtype
 from nanorlhf.errors import UserError
 from nanorlhf.jsonl import append
 from nanorlhf.run import Run, read_metrics
@@ -58,6 +58,7 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(nanorlhf.run, "time", clock)
+    monkeypatch.setattr(nanorlhf.console, "time", clock)
     return clock
 
 
@@ -327,63 +328,7 @@ def test_read_metrics_of_a_missing_folder_is_a_sentence(tmp_path):
         read_metrics(tmp_path)
 
 
-# -- trackers
-
-
-def test_tensorboard_gets_every_metric_and_resume_hides_the_steps_after_the_checkpoint(start):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = start()
-    for step in (1, 2, 3):
-        run.log(step, {"loss": float(step)})
-    run.close()
-    run = start(RESUME)
-    run.truncate_metrics(1)
-    run.log(2, {"loss": 20.0})
-    run.close()
-    events = EventAccumulator(str(run.folder / "tb")).Reload().Scalars("loss")
-    assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 20.0)]
-
-
-def test_track_without_wandb_is_one_sentence_and_makes_no_folder(start, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        start(replace(CONFIG, track=True))
-    assert not list(tmp_path.iterdir())
-
-
-def test_track_sends_each_log_to_wandb_and_resumes_the_same_run(start, monkeypatch):
-    calls = []
-
-    class Tracked:
-        def log(self, values, step):
-            calls.append((step, values))
-
-        def finish(self, exit_code):
-            calls.append(("finish", exit_code))
-
-    def init(**about):
-        calls.append(about)
-        return Tracked()
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    run = start(replace(CONFIG, track=True))
-    run.log(1, {"loss": 0.5})
-    run.close()
-    run = start(replace(RESUME, track=True))
-    assert len(calls) == 3  # a start that fails is no run
-    run.begin()
-    run.close(failed=True)
-    assert calls[1:3] == [(1, {"loss": 0.5}), ("finish", 0)]
-    assert calls[0]["id"] == calls[3]["id"] and calls[3]["resume"] == "allow" and calls[4] == ("finish", 1)
-
-
-def test_without_track_wandb_is_not_imported(start, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    start().log(1, {"loss": 1.0})
-
-
-# -- console
+# -- what it prints, beside what console.py does
 
 
 def test_the_first_lines_say_preset_device_dtype_kernels_and_folder(start, capsys):
@@ -394,22 +339,6 @@ def test_the_first_lines_say_preset_device_dtype_kernels_and_folder(start, capsy
     assert preset == "preset  tiny: no CUDA device with 70 GB or more"
     assert device == f"device  cpu ({torch.get_num_threads()} threads), float32, kernels torch, seed 1"
     assert folder == f"folder  {run.folder}"
-
-
-def test_a_log_line_shows_the_chosen_metrics_and_the_time_left(start, clock, capsys):
-    run = start(total_steps=24, unit="update", show=["objective/scores", "episode", "absent"])
-    capsys.readouterr()
-    clock.now += 100  # loading
-    run.log(1, {"objective/scores": 0.123456, "episode": 116722, "loss": 1.0})
-    clock.now += 5.9
-    run.log(2, {"objective/scores": 0.2, "episode": 2})
-    clock.now += 5.9
-    run.log(3, {"objective/scores": 0.3, "episode": 3})
-    assert capsys.readouterr().out.splitlines() == [
-        "update 1/24 | objective/scores 0.1235 | episode 116722 | 100 s/update | ETA 38:20",
-        "update 2/24 | objective/scores 0.2 | episode 2 | 5.9 s/update | ETA 2:10",
-        "update 3/24 | objective/scores 0.3 | episode 3 | 5.9 s/update | ETA 2:04",
-    ]
 
 
 def test_the_time_left_after_a_resume_counts_only_the_steps_of_this_process(start, clock, capsys):
@@ -423,16 +352,6 @@ def test_the_time_left_after_a_resume_counts_only_the_steps_of_this_process(star
     assert capsys.readouterr().out.splitlines()[-1] == "step 110/200 | loss 1 | 0.3 s/step | ETA 0:27"
 
 
-def test_a_log_before_the_first_step_or_without_a_total_has_no_time_left(start, clock, capsys):
-    run = start()
-    run.log(0, {"loss": 1.0})
-    clock.now += 3700
-    run.log(1, {"loss": 1.0})
-    assert capsys.readouterr().out.splitlines()[-2:] == ["step 0 | loss 1", "step 1 | loss 1 | 3.7e+03 s/step"]
-    run.close()
-    assert capsys.readouterr().out == f"done in 1:01:40: {run.folder}\n"
-
-
 def test_samples_are_kept_whole_and_shown_short(start, capsys):
     run = start(unit="update")
     query = "[r/a] [/b] \x1b[31m\n" + "word " * 200
@@ -443,45 +362,6 @@ def test_samples_are_kept_whole_and_shown_short(start, capsys):
     assert "summary 2" in out and "summary 3" not in out
     kept = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
     assert kept == [{"step": 3} | row for row in rows]
-
-
-def test_progress_off_a_terminal_is_a_line_every_ten_seconds_and_silent_for_short_work(start, clock, capsys):
-    run = start()
-    capsys.readouterr()
-
-    def work(count):
-        for i in run.progress(range(count), what="scoring"):
-            clock.now += 1
-            assert i < count
-
-    work(2)
-    assert capsys.readouterr().out == ""
-    work(20)
-    assert capsys.readouterr().out.splitlines() == [
-        "scoring 2/20 | ETA 0:18",
-        "scoring 12/20 | ETA 0:08",
-        "scoring 20 done in 0:20",
-    ]
-    assert list(run.progress(iter("abc"))) == ["a", "b", "c"]
-
-
-def test_on_a_terminal_the_lines_stand_above_a_bar(start, capsys):
-    run = start(total_steps=3, unit="update")
-    run.interactive = True
-    for update in (1, 2, 3):
-        run.log(update, {"loss": 1.0})
-        list(run.progress(range(3)))
-    run.close()
-    out, err = capsys.readouterr()
-    assert "update 2/3 | loss 1 |" in out and "update 3/3 |" in err
-
-
-def test_a_character_that_the_console_cannot_show_does_not_end_the_run(start, tmp_path, monkeypatch):
-    run = start()
-    with open(tmp_path / "out", "w", encoding="latin-1") as console:
-        monkeypatch.setattr(sys, "stdout", console)
-        run.say("a smile \N{GRINNING FACE}")
-    assert (tmp_path / "out").read_text(encoding="latin-1") == "a smile ?\n"
 
 
 def test_leaving_with_an_error_does_not_say_done(tmp_path, capsys):
@@ -508,30 +388,3 @@ with Run("ppo", Config(), total_steps=2, unit="update", root={str(tmp_path)!r}) 
     assert [line.split()[0] for line in lines] == ["preset", "device", "folder", "update", "update"]
     assert lines[-1].startswith("update 2/2 | loss 0.5 |") and "\r" not in done.stdout and done.stderr == ""
     assert len(read_metrics(tmp_path / "ppo")) == 2
-
-
-# -- device and dtype
-
-
-def test_auto_takes_cuda_in_bfloat16_where_there_is_one_and_else_the_cpu_in_float32(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device("auto") == torch.device("cpu") and pick_dtype("auto", torch.device("cpu")) == torch.float32
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert pick_device("auto") == torch.device("cuda") and pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
-    with pytest.raises(UserError, match="device cuda:1 is not among the 1 CUDA devices here"):
-        pick_device("cuda:1")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # a T4 has no bf16
-    assert pick_dtype("auto", torch.device("cuda")) == torch.float32
-    assert pick_dtype("bfloat16", torch.device("cuda")) == torch.bfloat16  # who asks for it gets it
-
-
-def test_a_device_or_dtype_that_is_none_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="among the 0 CUDA devices"):
-        pick_device("cuda")
-    with pytest.raises(UserError, match="device gpu is not auto, cpu, cuda"):
-        pick_device("gpu")
-    with pytest.raises(UserError, match="dtype float16 is not auto, float32 or bfloat16"):
-        pick_dtype("float16", torch.device("cpu"))

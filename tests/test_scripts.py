@@ -9,92 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stages import ROOT, SCRIPTS, SMALL, Killed, assert_same_weights, files, run, start
 
 import eval as eval_script
 import train_ppo
-import train_rm
-import train_sft
 from nanorlhf import hacks
-from nanorlhf.checkpoint import load_policy, load_scalar, save_policy, save_scalar
-from nanorlhf.config import parse, unread_fields
-from nanorlhf.encoding import encode_posts
+from nanorlhf.checkpoint import load_policy, load_scalar
+from nanorlhf.config import unread_fields
 from nanorlhf.errors import UserError
 from nanorlhf.jsonl import read_jsonl
-from nanorlhf.llama import LlamaConfig, initialise
-from nanorlhf.models import Policy, reward_model_from
-from nanorlhf.optim import AdamW
 from nanorlhf.resume import latest_checkpoint
 from nanorlhf.run import Run, read_metrics
-from nanorlhf.tiny.data import write_world
-from nanorlhf.tldr import load_posts
 from nanorlhf.tokenizer import load_tokenizer
-
-ROOT = Path(__file__).parents[1]
-SCRIPTS = {"train_sft": train_sft, "train_rm": train_rm, "train_ppo": train_ppo}
-SMALL = {  # flags that make each stage take a second or two
-    "train_sft": "--batch_size 8 --eval_posts 8 --max_updates 4",
-    "train_rm": "--batch_size 4 --eval_pairs 16 --shift_posts 16 --max_updates 4",
-    "train_ppo": "--batch_size 8 --total_episodes 32 --response_length 24",
-}
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A small tiny world on disk."""
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    return write_world(folder, posts={"train": 64, "valid": 32, "test": 8}, comparisons={"train": 32, "valid1": 32})
 
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory, world):
-    """Flags that name a small random base model, SFT model and reward model, for each script."""
-    folder = tmp_path_factory.mktemp("models")
-    tokenizer = load_tokenizer(ROOT / "nanorlhf" / "tiny")
-    config = LlamaConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
-        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    for seed, stage in enumerate(("base", "sft")):
-        policy = Policy(config)
-        initialise(policy, seed=seed)
-        with torch.no_grad():  # what all tokens have in common makes EOS the likeliest: half of the responses stop
-            policy.model.embed_tokens.weight.add_(0.05)
-            policy.model.embed_tokens.weight[tokenizer.eos_id] = 0.16
-        save_policy(policy, folder / stage, tokenizer)
-    reward_model = reward_model_from(policy, seed=0)
-    references = zip(*encode_posts(load_posts(world, "train"), tokenizer, 104), strict=True)
-    reward_model.score_shift = reward_model.scores([query + reference for query, reference in references]).mean().item()
-    save_scalar(reward_model, folder / "rm", tokenizer)
-    sft, rm = f"--sft_model {folder / 'sft'}", f"--reward_model {folder / 'rm'}"
-    return {"train_sft": f"--model {folder / 'base'}", "train_rm": sft, "train_ppo": f"{sft} {rm}"}
-
-
-def start(name: str, flags: str) -> Path:
-    """Run a script's main in this process with these flags and no others; returns its run folder."""
-    script = SCRIPTS[name]
-    cfg = parse(script.Config, script.PRESETS, script.__doc__, flags.split())
-    script.main(cfg)
-    return Path("runs") / cfg.run_name
-
-
-def run(name: str, world: Path, more: str = "", preset: str = "tiny") -> Path:
-    """`start` on the small world, for a few steps."""
-    return start(name, f"--preset {preset} --device cpu --data {world} {SMALL[name]} {more}")
-
-
-def files(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def assert_same_weights(folder: Path, other: Path):
-    a, b = (load_file(path / "final" / "model.safetensors") for path in (folder, other))
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_each_stage_runs_alone_from_the_embedded_checkpoints_and_says_so(world, capsys):
@@ -185,10 +116,6 @@ def test_microbatch_tokens_change_no_metric_beyond_rounding(name, metrics, world
     for small, large in zip(*(found[:2] for found in rows), strict=True):
         for metric in metrics:
             assert small[metric] == pytest.approx(large[metric], rel=1e-3, abs=1e-6), metric
-
-
-class Killed(Exception):
-    """Stands in for a kill: nothing in the scripts catches it."""
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -365,29 +292,6 @@ def test_a_ppo_that_fails_its_preflight_has_not_touched_the_run_it_was_to_overwr
     assert files(folder) == before
 
 
-def test_ppo_stops_at_a_gradient_that_is_not_finite_and_its_checkpoint_can_be_resumed(world, models, monkeypatch):
-    flags = f"{models['train_ppo']} --max_updates 3 --save_every 1"
-    straight = run("train_ppo", world, f"{flags} --run_name straight")
-    learn, calls = train_ppo.learn, []
-
-    def explode(policy, *rest):
-        calls.append(1)
-        stats = learn(policy, *rest)
-        if len(calls) == 6:  # in the second update
-            policy.model.norm.weight.grad[0] = torch.nan
-        return stats
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_ppo, "learn", explode)
-        named = r"update 2: gradient of Policy.model.norm.weight \(nan\), .* samples tiny-.* is runs/ppo/check\S*step_1"
-        with pytest.raises(UserError, match=named):
-            run("train_ppo", world, flags)
-    told = json.loads(Path("runs/ppo/not_finite.json").read_text())
-    assert told["step"] == 2 and len(told["ids"]) == 8
-    assert [row["step"] for row in read_metrics("runs/ppo")] == [1] and not Path("runs/ppo/final").exists()
-    assert_same_weights(straight, start("train_ppo", "--resume --device cpu"))
-
-
 def test_only_the_newest_checkpoints_of_a_run_are_kept(world, models):
     folder = run("train_sft", world, f"{models['train_sft']} --max_updates 5 --save_every 1")
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_4"]
@@ -449,80 +353,3 @@ def test_ppo_says_an_alarm_aloud_and_knows_after_a_resume_how_the_run_began(worl
     grown[0] = 2.0
     start("train_ppo", "--resume --device cpu")
     assert "warning hack/length is 20, above 15: they have grown" in capsys.readouterr().out
-
-
-# -- numbers that go wrong
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_with_on_nan_skip_a_step_with_a_bad_gradient_is_left_out_counted_and_remembered(
-    name, world, models, monkeypatch, capsys
-):
-    step, calls = AdamW.step, []
-
-    def spoil(self, *args):
-        calls.append(1)
-        if len(calls) == 2:
-            self.masters[0].grad.flatten()[0] = torch.nan
-        return step(self, *args)
-
-    monkeypatch.setattr(AdamW, "step", spoil)
-    more = "--num_ppo_epochs 1" if name == "train_ppo" else ""
-    folder = run(name, world, f"{models[name]} --on_nan skip --save_every 1 {more}")
-    out = capsys.readouterr().out
-    assert out.count("was skipped, 1 steps so far: gradient of") == 1
-    assert json.loads((latest_checkpoint(folder) / "state.json").read_text())["skipped"] == 1
-    tensors = load_file(folder / "final" / "model.safetensors")
-    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
-    assert [row.get("not_finite") for row in read_metrics(folder)][1] == {"grad_norm": "nan"}
-
-
-def test_a_score_that_is_not_finite_is_named_with_its_sample_and_the_run_can_go_on_without_it(
-    world, models, monkeypatch, capsys
-):
-    flags = f"{models['train_ppo']} --save_every 1 --no_preflight"
-    score, calls = train_ppo.ScalarModel.last_scores, []
-
-    def spoil(self, packed):
-        calls.append(1)
-        return score(self, packed).index_fill(0, torch.tensor([2]), torch.nan if len(calls) == 2 else 0.0)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_ppo.ScalarModel, "last_scores", spoil)
-        with pytest.raises(UserError, match=r"update 2: scores \(nan\), expected finite numbers; samples tiny-\S+; "):
-            run("train_ppo", world, flags)
-    assert len(json.loads(Path("runs/ppo/not_finite.json").read_text())["ids"]) == 1
-    assert [row["step"] for row in read_metrics("runs/ppo")] == [1]
-    calls.clear()
-    calls.append(1)
-    with monkeypatch.context() as patch:
-        patch.setattr(train_ppo.ScalarModel, "last_scores", spoil)
-        start("train_ppo", "--resume --device cpu --on_nan skip")
-    assert "warning update 2: scores (nan); samples tiny-" in capsys.readouterr().out
-    assert len(read_metrics("runs/ppo")) == 4
-    tensors = load_file("runs/ppo/final/model.safetensors")
-    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
-
-
-def test_weights_that_are_not_finite_are_never_saved(world, models, monkeypatch):
-    log = Run.log
-
-    def spoil(self, step, metrics):
-        if step == 3:
-            spoilt[0].masters[0].data.flatten()[0] = torch.inf
-        log(self, step, metrics)
-
-    spoilt = []
-    began = Run.resume
-    monkeypatch.setattr(Run, "resume", lambda self, optimizer: (spoilt.append(optimizer), began(self, optimizer))[1])
-    monkeypatch.setattr(Run, "log", spoil)
-    with pytest.raises(UserError, match=r"step 3: weight Policy\S+ \(inf\), .* last good checkpoint is \S+step_2"):
-        run("train_sft", world, f"{models['train_sft']} --save_every 1 --on_nan skip")
-    assert latest_checkpoint("runs/sft").name == "step_2" and not Path("runs/sft/final").exists()
-
-
-def test_a_kl_above_stop_kl_ends_the_run_before_it_is_saved(world, models):
-    with pytest.raises(UserError, match=r"objective/kl \S+ is not at most --stop_kl 1e-09: .* --resume"):
-        run("train_ppo", world, f"{models['train_ppo']} --save_every 1 --stop_kl 1e-9 --lr 1e-2")
-    step = read_metrics("runs/ppo")[-1]["step"]
-    assert step > 1 and latest_checkpoint("runs/ppo").name == f"step_{step - 1}"

@@ -74,20 +74,20 @@ def train(capsys, *, at: dict, more: str = "") -> tuple[int, str, list[int]]:
 @pytest.mark.parametrize("step", [2, 3, 5])
 def test_the_step_is_finished_and_saved_and_the_last_line_says_how_to_go_on(capsys, number, status, step):
     found = train(capsys, at={step: [number]})
-    assert found == (status, "python train_sft.py --resume", list(range(1, step + 1)))
+    assert found == (status, "python train_sft.py --resume --device cpu", list(range(1, step + 1)))
     assert [path.name for path in checkpoints("runs/sft")] == [f"step_{step}"]
     assert train(capsys, at={}, more="--resume") == (0, "", [1, 2, 3, 4, 5, 5])
 
 
 def test_a_second_signal_ends_the_run_at_once_and_the_checkpoint_before_stays(capsys):
     found = train(capsys, at={5: [signal.SIGINT, signal.SIGINT]})
-    assert found == (130, "python train_sft.py --resume", [1, 2, 3, 4])
+    assert found == (130, "python train_sft.py --resume --device cpu", [1, 2, 3, 4])
     assert [path.name for path in checkpoints("runs/sft")] == ["step_3"]
     assert train(capsys, at={}, more="--resume") == (0, "", [1, 2, 3, 4, 5, 5])
 
 
 def test_after_the_last_step_a_signal_ends_the_run_at_once(capsys):
-    assert train(capsys, at={6: [signal.SIGTERM]})[:2] == (143, "python train_sft.py --resume")
+    assert train(capsys, at={6: [signal.SIGTERM]})[:2] == (143, "python train_sft.py --resume --device cpu")
 
 
 def test_a_run_that_was_saved_after_its_last_step_logs_its_evaluation_once_however_often_it_is_stopped(capsys):

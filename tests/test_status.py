@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_run import CONFIG
 
+import nanorlhf.run
 from nanorlhf.errors import UserError
 from nanorlhf.resume import save_checkpoint
 from nanorlhf.run import Run
@@ -32,7 +33,27 @@ def test_a_living_run_shows_its_process_its_last_metrics_and_whether_its_checkpo
         assert "not finite: objective/kl" in said
         assert "step_6: 0.0 MB, whole" in said and "step_7: 0.0 MB, damaged (state.json is not" in said
     said = status(run.folder).splitlines()
-    assert "alive   no process writes here" in said and said[-1] == "resume  python train_ppo.py --resume"
+    assert "alive   no process writes here" in said and said[-1] == "resume  python train_ppo.py --resume --device cpu"
+
+
+def test_a_living_run_says_how_much_is_left_at_its_usual_pace_and_a_finished_one_that_it_is_through(
+    tmp_path, monkeypatch
+):
+    now = [1000.0]
+    monkeypatch.setattr(nanorlhf.run.time, "time", lambda: now[0])
+    with Run("sft", CONFIG, total_steps=300, root=tmp_path) as run:
+        for step in range(1, 11):
+            now[0] += 4000 if step == 6 else 2  # dead for an hour
+            run.log(step, {"loss": 1.0})
+        now[0] += 65
+        said = status(run.folder)
+        assert "last    step 10 of 300, " in said and "(1:05 ago)" in said
+        assert "left    about 9:40, at 2 s a step" in said
+        (run.folder / "final").mkdir()
+        (run.folder / "final" / "config.json").write_text("{}")
+    assert "resume  " in status(run.folder)  # saved, and not evaluated yet
+    (run.folder / "final" / "README.md").write_text("a card")
+    assert status(run.folder).splitlines()[-1] == "done    it is through: nothing to resume"
 
 
 def test_a_folder_that_is_no_run_is_one_sentence_and_exit_status_2(tmp_path):
