@@ -83,6 +83,7 @@ class Config:
     num_ppo_epochs: int = 4  # K, passes over a batch
     num_minibatches: int = 1  # optimizer steps an epoch; divides batch_size
     microbatch_tokens: int = 16384  # tokens a forward and backward pass: bounds memory, changes no gradient
+    activation_checkpointing: bool = False  # a third more time, a tenth of the activations: `python -m bench.plan`
     # -- optimisation
     lr: float = 1.5e-6  # peak learning rate of policy and critic [paper: 3e-6 at batch 512]
     lr_schedule: str = "linear"  # linear, cosine (both to 0) or constant; stepped once an update
@@ -235,6 +236,8 @@ def main(cfg: Config) -> None:
         reward_model = load_scalar(rm_folder, run.device, run.dtype).requires_grad_(False)
         critic = critic_from(reward_model).requires_grad_(True)
         models, frozen = (policy, reference, critic, reward_model), preflight.fingerprint([reference, reward_model])
+        for trained in (policy, critic):
+            trained.model.activation_checkpointing = cfg.activation_checkpointing
         optimizer = AdamW([policy, critic], lr=cfg.lr)
         origins = f"{sft_folder} ({sft_from}); critic and reward model {rm_folder} ({rm_from})"
         run.say(f"models  policy and reference {origins}")

@@ -78,6 +78,7 @@ class Config:
     max_updates: int | None = None  # optimizer steps, if fewer
     max_grad_norm: float | None = None  # clip the gradient's norm [paper: no clipping]
     microbatch_tokens: int = 16384  # tokens a forward and backward pass: bounds memory, changes no gradient
+    activation_checkpointing: bool = False  # a third more time, a tenth of the activations: `python -m bench.plan`
     # -- evaluation and saving
     shift_posts: int = 116_722  # SFT posts whose references are given mean score 0 (N+ detail 15: all)
     eval_pairs: int = 100_000  # held-out comparisons for the accuracy, at most
@@ -166,6 +167,7 @@ def main(cfg: Config) -> None:
         policy = load_policy(folder, run.device, run.dtype)
         model = reward_model_from(policy, cfg.seed)
         del policy
+        model.model.activation_checkpointing = cfg.activation_checkpointing
         optimizer = AdamW([model], lr=cfg.lr)
         run.say(f"model   {folder} ({sft_from}): {parameter_count(model):,} parameters")
         run.say(f"plan    {total_steps} steps of {cfg.batch_size} pairs")

@@ -70,6 +70,7 @@ class Config:
     max_updates: int | None = None  # optimizer steps, if fewer
     max_grad_norm: float | None = None  # clip the gradient's norm [paper: no clipping]
     microbatch_tokens: int = 16384  # tokens a forward and backward pass: bounds memory, changes no gradient
+    activation_checkpointing: bool = False  # a third more time, a tenth of the activations: `python -m bench.plan`
     # -- evaluation and saving
     eval_posts: int = 512  # held-out posts for loss and ROUGE after training
     eval_temperature: float = 0.01  # of the generated summaries (N+ section 5.1)
@@ -125,6 +126,7 @@ def main(cfg: Config) -> None:
 
         # 2. model and optimizer
         policy = load_policy(folder, run.device, run.dtype)
+        policy.model.activation_checkpointing = cfg.activation_checkpointing
         optimizer = AdamW([policy], lr=cfg.lr)
         run.say(f"model   {folder} ({model_from}): {parameter_count(policy):,} parameters")
         run.say(f"plan    {total_steps} steps of {cfg.batch_size} posts")

@@ -6,8 +6,8 @@
 No GPU is needed: the real passes of train_sft.py, train_rm.py and train_ppo.py run at the shape of Llama-3.2-1B on the
 meta device, which has shapes and lifetimes but no data, and bench/memory.py counts the storages. Rollout is arithmetic:
 the KV cache and one pass over the queries. When the preset's --microbatch_tokens does not fit, halves of it are tried,
-then the same with --checkpointing, which keeps the input of each block and computes the rest again. Of an 80 GB card,
-0.6 GiB are CUDA's own and 3% are left for fragmentation. One JSON line last.
+then the same with --activation_checkpointing, which keeps the inputs of each block and computes the rest again. Of an
+80 GB card, 0.6 GiB are CUDA's own and 3% are left for fragmentation. One JSON line last.
 """
 
 import argparse
@@ -17,14 +17,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import train_ppo
 import train_rm
 import train_sft
 from bench.memory import Meter, saved_bytes
 from bench.shapes import Shape, four_models, random_model, shape_for
+from nanorlhf.decoder import PREFILL_TOKENS, ROUND_SLOTS
 from nanorlhf.models import Policy, ScalarModel
 from nanorlhf.optim import AdamW
 from nanorlhf.packing import pack, split_by_tokens
@@ -82,22 +81,6 @@ def budget(gpu_gb: float) -> float:
 # --- the passes, on meta or on a GPU -------------------------------------------------------------------------------
 
 
-class _Recomputed(nn.Module):
-    """A block of which only the input is kept."""
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.block = block
-
-    def forward(self, *inputs):
-        return checkpoint(self.block, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-def _recompute(*models: Policy | ScalarModel) -> None:
-    for model in models:
-        model.model.layers = nn.ModuleList(_Recomputed(block) for block in model.model.layers)
-
-
 class _States:
     """Weights, masters, moments, gradients: measured one after the other while they are made."""
 
@@ -115,8 +98,8 @@ class _States:
         """The optimizer of these models, its masters noted."""
         optimizer = AdamW(list(models), lr=1e-6)
         self.note("fp32 masters")
-        if self.recompute:
-            _recompute(*models)
+        for model in models:
+            model.model.activation_checkpointing = self.recompute
         return optimizer
 
     def first_step(self, optimizer: AdamW) -> None:
@@ -178,10 +161,12 @@ def _largest(lengths: list[int], microbatch_tokens: int) -> list[int]:
 def _rollout(memory, policy: Policy, queries: list[list[int]], cfg: train_ppo.Config) -> int:
     if not isinstance(memory, Meter):
         return _peak(memory, lambda: generate(policy, queries, cfg.response_length, cfg.temperature))
-    slots = max(len(query) for query in queries) + cfg.response_length
+    multiple = ROUND_SLOTS["cuda"]
+    slots = -(-(max(len(query) for query in queries) + cfg.response_length) // multiple) * multiple
     cache = kv_cache_bytes(policy.config, len(queries), slots, policy.head_weight.element_size())
+    largest = [queries[i] for i in _largest([len(query) for query in queries], PREFILL_TOKENS)]
     with torch.no_grad():
-        return cache + _peak(memory, lambda: policy.hidden(pack(queries, policy.head_weight.device)))
+        return cache + _peak(memory, lambda: policy.hidden(pack(largest, policy.head_weight.device)))
 
 
 def sft(shape: Shape, memory, device: str, cfg: train_sft.Config, recompute: bool, dtype=torch.bfloat16) -> Plan:
@@ -247,7 +232,7 @@ def propose(stage: str, shape: Shape, gpu_gb: float, microbatch_tokens: int | No
             plan = predict(stage, shape, tokens, recompute)
             if plan.fits(gpu_gb):
                 flags = [f"--microbatch_tokens {tokens}"] if tokens != own else []
-                return Proposal(plan, True, " ".join(flags + ["--checkpointing"] * recompute))
+                return Proposal(plan, True, " ".join(flags + ["--activation_checkpointing"] * recompute))
             if sum(plan.states.values()) > budget(gpu_gb):  # nothing that a flag changes
                 return Proposal(plan, False, "")
             tokens //= 2
@@ -268,8 +253,7 @@ def table(plan: Plan) -> str:
 def saved_per_token(shape: Shape, recompute: bool = False, dtype=torch.bfloat16) -> float:
     """Bytes a token that a trunk keeps for its backward pass."""
     policy = random_model(Policy, shape.config, "meta", dtype)
-    if recompute:
-        _recompute(policy)
+    policy.model.activation_checkpointing = recompute
     packed = pack([[0] * 512] * 8, "meta")
     return saved_bytes(lambda: policy.hidden(packed), list(policy.parameters())) / packed.tokens.shape[0]
 
@@ -287,8 +271,8 @@ def main() -> None:
     per_token = {name: saved_per_token(shape, flag) for name, flag in (("kept", False), ("checkpointing", True))}
     free = budget(args.gpu_gb) / GIB
     print(f"{shape.name} in bf16 on {args.gpu_gb:g} GB: {free:.1f} GiB for torch. All figures are predictions.")
-    print(f"a trunk keeps {per_token['kept'] / 1e6:.2f} MB a token for its backward pass, with --checkpointing "
-          f"{per_token['checkpointing'] / 1e6:.2f}")  # fmt: skip
+    kept, less = (per_token[name] / 1e6 for name in ("kept", "checkpointing"))
+    print(f"a trunk keeps {kept:.2f} MB a token for its backward pass, {less:.2f} with --activation_checkpointing")
     results = []
     for stage in STAGES:
         plan, fits, flags = propose(stage, shape, args.gpu_gb, args.microbatch_tokens)

@@ -20,9 +20,11 @@ feed-forward, V vocabulary, L layers.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import add_rms_norm, linear, rms_norm, rope, swiglu
 from nanorlhf.attention import Attend
@@ -147,6 +149,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+        self.activation_checkpointing = False  # keep the inputs of the blocks only, and go through each again backwards
         self._frequencies: dict[torch.device, Tensor] = {}  # no buffer: a cast to bf16 would spoil it
 
     def frequencies(self, device: torch.device) -> Tensor:
@@ -164,8 +167,10 @@ class Llama(nn.Module):
         angles = positions[:, None].float() * self.frequencies(positions.device)  # (N, Dh/2)
         cos, sin = angles.cos(), angles.sin()  # (N, Dh/2), fp32: bf16 cannot hold position 300
         x, update = self.embed_tokens(tokens), None  # (N, D)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            x, update = layer(x, update, cos, sin, attend)
+            block = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False) if recompute else layer
+            x, update = block(x, update, cos, sin, attend)
         return self.norm(x, update)[0]
 
 

@@ -185,3 +185,21 @@ def test_initialise_draws_the_same_weights_for_the_same_seed(make_config):
             assert (a == 1).all(), name
         else:
             assert math.isclose(a.std().item(), 0.02, rel_tol=0.05), name
+
+
+def test_activation_checkpointing_changes_no_bit_and_keeps_less(make_policy, make_sequences):
+    policy = make_policy(num_hidden_layers=3)
+    packed = pack(make_sequences([9, 17, 4]))
+    found = []
+    for policy.model.activation_checkpointing in (False, True):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.nbytes) or x, lambda x: x):
+            hidden = policy.hidden(packed)
+        hidden.square().sum().backward()
+        found.append((hidden, {name: p.grad for name, p in policy.named_parameters()}, sum(kept)))
+        policy.zero_grad(set_to_none=True)
+    (plain, gradients, whole), (recomputed, again, less) = found
+    assert torch.equal(plain, recomputed) and 0 < less < whole / 2
+    assert gradients.keys() == again.keys()
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, again[name]), name
