@@ -107,7 +107,11 @@ def launches() -> list[dict]:
     def record(kernel, grid, args, constants, options):
         name = kernel.__name__
         measured = compile_launch(kernel, args, constants, options)
-        tile = [constants[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK", "SLOTS") if key in constants]
+        tile = [
+            constants[key]
+            for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK", "SLOTS", "Q_SLOTS", "HALF")
+            if key in constants
+        ]
         dtype = next((str(a.dtype)[6:] for a in args if isinstance(a, torch.Tensor)), "")
         dtype = "bfloat16" if name in MATRIX else dtype
         rows.append({"op": op, "kernel": name, "tile": "x".join(map(str, tile)), "dtype": dtype} | options | measured)

@@ -1,11 +1,12 @@
-"""The vocabulary kernels against what one would use instead: time, rate, share of the machine's ceiling, memory.
+"""The kernels against what one would use instead: time, rate, share of the machine's ceiling, memory.
 
     python -m bench.kernels                 at the shape of Llama-3.2-1B on a GPU; small, references only, without one
     python -m bench.kernels --rows 6784     one PPO batch: 128 responses of 53 tokens [default: that and 8,192]
+    python -m bench.kernels --tokens 12896  the body's kernels: that many packed tokens [default: 32 sequences]
     python -m bench.kernels --tiles         other tiles and chunks than the ones that ship, to tune a new card
 
 Each operation is timed beside its PyTorch reference, torch.compile of that reference, torch's own fused cross-entropy
-where this torch has one, and Liger's where it is installed, in turn in one process. The ceilings, a copy and a matmul
+and norm, and Liger's kernels where it is installed, in turn in one process. The ceilings, a copy and a matmul
 in bf16, are measured in the same run. Times are medians over at least a fifth of a second, with a cold L2; memory is
 the peak above the operands. One JSON line last. Needs torch and triton, nothing else.
 """
@@ -26,8 +27,10 @@ import kernels
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 D, V = (2048, 128_256) if GPU else (64, 4001)
-FILES = {name: importlib.import_module(f"kernels.{name}") for name in kernels.__all__ if name.islower()
-         and name not in ("chosen", "linear", "linear_fp32")}  # fmt: skip
+F, H, HKV, DH = (8192, 32, 8, 64) if GPU else (176, 4, 2, 16)
+OTHERS = {"add_rms_norm": "rms_norm"}  # the file of an operation that has not its name
+FILES = {name: importlib.import_module(f"kernels.{OTHERS.get(name, name)}") for name in kernels.__all__
+         if name.islower() and name not in ("chosen", "linear", "linear_fp32")}  # fmt: skip
 REFERENCE = {name: getattr(file, f"{name}_reference") for name, file in FILES.items()}
 
 
@@ -55,14 +58,23 @@ def measure(function: Callable[[], object]) -> tuple[float, float]:
 def with_gradient(function: Callable, leaves: list[Tensor]) -> Callable[[], None]:
     """Forward and backward pass; the gradients are dropped, as after an optimizer step."""
 
+    ones = []  # made once: they are not what is measured
+
     def step() -> None:
         result = function()
-        result = result if isinstance(result, tuple) else (result,)
-        sum(x.sum() for x in result if x.requires_grad).backward()
+        result = [x for x in (result if isinstance(result, tuple) else (result,)) if x.requires_grad]
+        ones[:] = ones or [torch.ones_like(x) for x in result]
+        torch.autograd.backward(result, ones)
         for leaf in leaves:
             leaf.grad = None
 
     return step
+
+
+def both(name: str, *args, **keywords) -> tuple[Callable, Callable]:
+    """An operation and its reference, with these arguments."""
+    ours, reference = getattr(kernels, name), REFERENCE[name]
+    return (lambda f=ours: f(*args, **keywords)), (lambda f=reference: f(*args, **keywords))
 
 
 def operations(rows: int) -> dict[str, tuple[Callable, Callable, list[Tensor], str, float]]:
@@ -80,10 +92,6 @@ def operations(rows: int) -> dict[str, tuple[Callable, Callable, list[Tensor], s
     size, gemm = rows * V * logits.element_size() / 1e9, 2 * rows * D * V / 1e12
     h, w, z = (x.clone().requires_grad_() for x in (hidden, weight, logits))
     ppo = (*per_row,)
-
-    def both(name, *args, **keywords):
-        ours, reference = getattr(kernels, name), REFERENCE[name]
-        return (lambda f=ours: f(*args, **keywords)), (lambda f=reference: f(*args, **keywords))
 
     loss = (lambda: kernels.linear_ppo_loss(h, w, labels, *ppo, temperature=0.7, cliprange=0.2).loss,
             lambda f=REFERENCE["linear_ppo_loss"]: f(h, w, labels, *ppo, 0.7, 0.2).loss)  # fmt: skip
@@ -104,10 +112,75 @@ def operations(rows: int) -> dict[str, tuple[Callable, Callable, list[Tensor], s
     }  # fmt: skip
 
 
+def body(tokens: int) -> dict[str, tuple[Callable, Callable, list[Tensor], str, float]]:
+    """As `operations`: the kernels of the model's body. The work is what has to be read and written once."""
+    torch.manual_seed(0)
+    options = dict(dtype=torch.bfloat16 if GPU else torch.float32, device=DEVICE)
+    x, residual = (torch.randn(tokens, D, **options) for _ in range(2))
+    weight, merged = torch.ones(D, **options), torch.randn(tokens, H + 2 * HKV, DH, **options)
+    cos, sin = (torch.rand(tokens, DH // 2, device=DEVICE) for _ in range(2))
+    gate_up = torch.randn(tokens, 2 * F, **options)
+    column = tokens * x.element_size() / 1e9  # GB
+    leaf_x, leaf_r, leaf_w, leaf_m, leaf_g = (
+        t.clone().requires_grad_() for t in (x, residual, weight, merged, gate_up)
+    )
+    batch, slots, eps = min(128, tokens), 576 if GPU else 40, 1e-5
+    q = torch.randn(batch, H, DH, **options)
+    keys, values = (torch.randn(batch, slots, HKV, DH, **options) for _ in range(2))
+    positions = torch.randint(slots // 3, slots, (batch,), device=DEVICE)
+    cache = 2 * (positions + 1).sum().item() * HKV * DH * x.element_size() / 1e9
+    heads = (H + 2 * HKV) * DH
+    return {
+        "rms_norm": (*both("rms_norm", x, weight, eps), [], "GB", 2 * D * column),
+        "rms_norm fwd+bwd": (*both("rms_norm", leaf_x, leaf_w, eps), [leaf_x, leaf_w], "GB", 5 * D * column),
+        "add_rms_norm": (*both("add_rms_norm", x, residual, weight, eps), [], "GB", 4 * D * column),
+        "add_rms_norm fwd+bwd": (
+            *both("add_rms_norm", leaf_x, leaf_r, leaf_w, eps), [leaf_x, leaf_r, leaf_w], "GB", 8 * D * column,
+        ),
+        "rope": (*both("rope", merged, cos, sin, HKV), [], "GB", 2 * heads * column),
+        "rope fwd+bwd": (*both("rope", leaf_m, cos, sin, HKV), [leaf_m], "GB", 4 * heads * column),
+        "swiglu": (*both("swiglu", gate_up), [], "GB", 3 * F * column),
+        "swiglu fwd+bwd": (*both("swiglu", leaf_g), [leaf_g], "GB", 8 * F * column),
+        f"decode_attention, {batch} sequences": (
+            *both("decode_attention", q, keys, values, positions), [], "GB", cache,
+        ),
+    }  # fmt: skip
+
+
+def body_rivals(name: str, tokens: int) -> dict[str, Callable]:
+    """torch's fused norm and Liger's kernels, where it is installed; each with its own shapes and views."""
+    operation, found = name.split()[0], {}
+    options = dict(dtype=torch.bfloat16, device=DEVICE, requires_grad=name.endswith("bwd"))
+    x, residual, weight = torch.randn(tokens, D, **options), torch.randn(tokens, D, **options), torch.ones(D, **options)
+    if operation == "rms_norm":
+        found["torch F.rms_norm"] = lambda: torch.nn.functional.rms_norm(x, (D,), weight, 1e-5), [x, weight]
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from liger_kernel.ops.rope import LigerRopeFunction
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+        gate, up = (torch.randn(tokens, F, **options) for _ in range(2))
+        q, k = (torch.randn(1, heads, tokens, DH, **options) for heads in (H, HKV))
+        cos, sin = (torch.rand(1, tokens, DH, dtype=q.dtype, device=DEVICE) for _ in range(2))
+        norm = (1e-5, 0.0, "llama", False)
+        found |= {
+            "rms_norm": {"Liger": (lambda: LigerRMSNormFunction.apply(x, weight, *norm), [x, weight])},
+            "add_rms_norm": {"Liger": (
+                lambda: LigerFusedAddRMSNormFunction.apply(x, residual, weight, *norm), [x, residual, weight],
+            )},
+            "rope": {"Liger (q and k apart)": (lambda: LigerRopeFunction.apply(q, k, cos, sin), [q, k])},
+            "swiglu": {"Liger (gate and up apart)": (lambda: LigerSiLUMulFunction.apply(gate, up), [gate, up])},
+        }.get(operation, {})  # fmt: skip
+    return {who: with_gradient(f, leaves) if options["requires_grad"] else f for who, (f, leaves) in found.items()}
+
+
 def rivals(name: str, rows: int) -> dict[str, Callable]:
-    """Ready-made cross-entropies that stand in for ours, where they are installed."""
-    if not name.startswith("linear_cross_entropy") or not GPU:
+    """What is ready-made and stands in for ours, where it is installed."""
+    if not GPU:
         return {}
+    if not name.startswith("linear_cross_entropy"):
+        return body_rivals(name, rows) if name.split()[0] in ("rms_norm", "add_rms_norm", "rope", "swiglu") else {}
     options = dict(dtype=torch.bfloat16, device=DEVICE)
     h = (torch.randn(rows, D, **options) * 4 / D**0.5).requires_grad_()
     w, labels = torch.randn(V, D, **options).requires_grad_(), torch.randint(V, (rows,), device=DEVICE)
@@ -144,9 +217,9 @@ def changed(file, name: str, value):
     setattr(file, name, before)
 
 
-def tiles(rows: int, ceiling: dict[str, float]) -> list[dict]:
+def tiles(rows: int, tokens: int, ceiling: dict[str, float]) -> list[dict]:
     """Other configurations than those that ship."""
-    ops, results = operations(rows), []
+    ops, results = operations(rows) | body(tokens), []
 
     def show(op: str, name: str, function: Callable) -> None:
         ours, _, leaves, unit, work = ops[op]
@@ -176,12 +249,24 @@ def tiles(rows: int, ceiling: dict[str, float]) -> list[dict]:
     for elements in (2**26, 2**27, 2**28, 2**29, 2**30):
         with changed(kernels.runtime, "CHUNK_ELEMENTS", elements):
             show("linear_ppo_loss fwd+bwd", f"chunks of {elements // V} rows", ops["linear_ppo_loss fwd+bwd"][0])
+    decode = next(op for op in ops if op.startswith("decode_attention"))
+    for name, constant, values, op in (
+        ("rms_norm", "PROGRAMS", (132, 264, 528, 1056), "add_rms_norm fwd+bwd"),
+        ("rope", "TOKENS", (1, 2, 4), "rope fwd+bwd"),
+        ("swiglu", "BLOCK", (1024, 2048, 4096), "swiglu fwd+bwd"),
+        ("decode_attention", "BLOCK", (32, 64, 128), decode),
+        ("decode_attention", "PROGRAMS", (264, 2048, 4096), decode),
+    ):
+        for value in values:
+            with changed(FILES[name], constant, value):
+                show(op, f"{constant} {value}", ops[op][0])
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[6784, 8192] if GPU else [256], help="rows M")
+    parser.add_argument("--tokens", type=int, default=12_896 if GPU else 256, help="packed tokens N of the body")
     parser.add_argument("--tiles", action="store_true", help="other tiles and chunks than those that ship")
     flags = parser.parse_args()
     device = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
@@ -191,12 +276,13 @@ def main() -> None:
     ceiling = ceilings()
     print(f"ceilings: copy {ceiling['GB']:.0f} GB/s, matmul {ceiling['TFLOP']:.3g} TFLOP/s\n")
     results = []
-    for rows in flags.rows:
+    tables = [(rows, "rows", operations) for rows in flags.rows] + [(flags.tokens, "tokens", body)]
+    for rows, what, build in tables:
         if flags.tiles and GPU:
-            results += tiles(rows, ceiling)
+            results += tiles(rows, flags.tokens, ceiling) if what == "rows" else []
             continue
-        print(f"| {rows} rows | who | ms | rate | of ceiling | GB |\n|---|---|---|---|---|---|")
-        for name, (ours, reference, leaves, unit, work) in operations(rows).items():
+        print(f"| {rows} {what} | who | ms | rate | of ceiling | GB |\n|---|---|---|---|---|---|")
+        for name, (ours, reference, leaves, unit, work) in build(rows).items():
             contenders = {"ours": ours, "PyTorch": reference} if GPU else {"PyTorch": ours}
             if GPU and not name.startswith("sample"):  # a search over a cumulative sum is nothing to fuse
                 contenders["torch.compile"] = torch.compile(reference)
@@ -211,7 +297,7 @@ def main() -> None:
                 share, unit_name = rate / ceiling[unit], f"{unit}/s"
                 memory = f"{gigabytes:.2f}" if GPU else ""
                 print(f"| {name} | {who} | {seconds * 1e3:.3f} | {rate:.3g} {unit_name} | {share:.0%} | {memory} |")
-                row = {"rows": rows, "op": name, "who": who, "ms": seconds * 1e3, unit_name: rate, "of_ceiling": share}
+                row = {what: rows, "op": name, "who": who, "ms": seconds * 1e3, unit_name: rate, "of_ceiling": share}
                 results.append(row | ({"gb": gigabytes} if GPU else {}))
             torch._dynamo.reset()
         print()

@@ -97,10 +97,9 @@ def _decode(
         top = higher
 
     at = (b * tl.num_programs(1) + kv_head) * GROUP + rows  # row of (B, H)
-    if SPLITS > 1:  # a part may be empty: then it weighs nothing
-        empty = total == 0
-        total = tl.where(empty, 1.0, total)
-        tl.store(lses + at * SPLITS + split, tl.where(empty, MASKED, top + tl.log2(total)), mask=rows < GROUP)
+    if SPLITS > 1:  # a part may be empty: its maximum is still EMPTY, and so it will weigh nothing
+        total = tl.where(total == 0, 1.0, total)
+        tl.store(lses + at * SPLITS + split, top + tl.log2(total), mask=rows < GROUP)
     out = (out / total[:, None]).to(outs.dtype.element_ty)
     tl.store(outs + (at * SPLITS + split)[:, None] * DH + d[None, :], out, mask=live)
 

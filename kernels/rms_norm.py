@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.checks import check_matrix, check_rows
 from kernels.runtime import INTERPRETED, compute_type, jit, launch, tl, triton, use_triton, wide
 
-ROWS = 16 if INTERPRETED else 1  # at a time: on a GPU a row of 2048 keeps four warps busy
+ROWS = 64 if INTERPRETED else 1  # at a time: on a GPU a row of 2048 keeps four warps busy
 # P: four programs on each of Hopper's 132 multiprocessors, and 24 rows a program at 12,896 tokens. One a
 # multiprocessor would leave the memory waiting for its reductions; one a row would write a weight gradient for each.
 PROGRAMS = 2 if INTERPRETED else 528

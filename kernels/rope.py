@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.checks import check_heads, check_matrix
 from kernels.runtime import INTERPRETED, jit, launch, tl, triton, use_triton, wide
 
-TOKENS = 16 if INTERPRETED else 1  # a program; 32 heads of 64 on 2 warps are 128-bit loads
+TOKENS = 64 if INTERPRETED else 1  # a program; 32 heads of 64 on 2 warps are 128-bit loads
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from kernels.checks import check_matrix
 from kernels.runtime import INTERPRETED, LOG2E, compute_type, jit, launch, tl, triton, use_triton
 
 # 2048 columns of out a program, on 4 warps: 16 a thread, in 128-bit loads.
-ROWS, BLOCK = 16 if INTERPRETED else 1, 2048
+ROWS, BLOCK = 64 if INTERPRETED else 1, 2048
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:

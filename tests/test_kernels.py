@@ -247,6 +247,10 @@ def operands():
         kernels.linear_cross_entropy: dict(hidden=h, weight=w, labels=y, weights=row),
         kernels.linear_kl: dict(hidden=h, weight=w, ref_hidden=h, ref_weight=w, labels=y, temperature=1.0),
         kernels.sample_head: dict(hidden=h, weight=w, u=u, step=step, temperature=1.0),
+        kernels.rms_norm: dict(x=z, weight=torch.randn(11), eps=1e-5),
+        kernels.add_rms_norm: dict(x=z, residual=z, weight=torch.randn(11), eps=1e-5),
+        kernels.rope: dict(qkv=torch.randn(4, 6, 8), cos=torch.randn(4, 4), sin=torch.randn(4, 4), kv_heads=1),
+        kernels.swiglu: dict(gate_up=torch.randn(4, 6)),
         kernels.decode_attention: dict(
             q=torch.randn(4, 6, 8), keys=torch.randn(4, 11, 2, 8), values=torch.randn(4, 11, 2, 8), positions=y
         ),
@@ -265,6 +269,11 @@ BAD = {  # what is wrong with an argument -> (a version of it that is, words of 
     "int32": (lambda x: x.int(), r"got .*torch.int32.*expected (torch.int64|one int64)"),
     "zero": (lambda x: 0.0, r"temperature: got 0.0, expected a number greater than 0"),
     "nan": (lambda x: float("nan"), r"temperature: got nan, expected a number greater than 0"),
+    "odd": (lambda x: x[..., 1:].contiguous(), r"got .* expected an even number"),
+    "none": (lambda x: 0, r"kv_heads: got 0, expected from 1 to 2 of 6 merged heads"),
+    "too many": (lambda x: 3, r"kv_heads: got 3, expected from 1 to 2 of 6 merged heads"),
+    "eps": (lambda x: 0.0, r"eps: got 0.0, expected a number greater than 0"),
+    "bf16": (lambda x: x.bfloat16(), r"got .*torch.bfloat16.*expected .*torch.float32"),
     "below zero": (lambda x: -0.1, r"cliprange: got -0.1, expected 0 or more"),
 }
 MATRICES_BY_NAME = ("logits", "reference_logits", "hidden", "weight", "ref_hidden", "ref_weight")
@@ -276,23 +285,31 @@ FAULTS = {
     **dict.fromkeys(("weights", "advantages", "old_logprobs"), ("shape", "integers")),
     "u": ("integers", "strides"),
     "step": ("int32",),
+    **dict.fromkeys(("x", "residual"), ("integers", "strides")),
+    "eps": ("eps",),
+    "qkv": ("integers", "head strides", "odd"),
+    **dict.fromkeys(("cos", "sin"), ("integers", "strides", "fewer", "bf16")),
+    "kv_heads": ("none", "too many"),
+    "gate_up": ("integers", "strides", "odd"),
     "q": ("integers", "head strides"),
     "keys": ("integers", "head strides", "fewer"),
     "values": ("integers", "head strides", "fewer", "one more"),
     "positions": ("shape", "too large", "negative", "int32"),
 }
+NORM_WEIGHT = ("shape", "integers", "bf16")  # where `weight` is a row, not a matrix
 
 
 @pytest.mark.parametrize("operation", operands(), ids=lambda operation: operation.__name__)
 def test_every_operation_names_the_argument_that_is_wrong(operation):
     operation(**operands()[operation])
+    norm = "norm" in operation.__name__
     for name, value in operands()[operation].items():
-        for fault in FAULTS[name]:
+        for fault in NORM_WEIGHT if norm and name == "weight" else FAULTS[name]:
             spoil, words = BAD[fault]
             with pytest.raises(ValueError, match=words) as refusal:
                 operation(**operands()[operation] | {name: spoil(value)})
             assert str(refusal.value).startswith(f"{name}: ") or fault == "integers", (name, refusal.value)
-    matrices = [name for name in operands()[operation] if name in MATRICES_BY_NAME]
+    matrices = [name for name in operands()[operation] if name in MATRICES_BY_NAME and not norm]
     for name in matrices[1:]:
         with pytest.raises(ValueError, match=rf"{name}: got (torch.bfloat16 on cpu, expected torch.float32|shape)"):
             operation(**operands()[operation] | {name: operands()[operation][name].bfloat16()})

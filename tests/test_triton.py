@@ -37,13 +37,18 @@ def test_every_kernel_compiles_for_hopper_without_spills():
     launches = json.loads(done.stdout.splitlines()[-1])["launches"]
     assert {row["op"] for row in launches} == {
         "logprob_entropy", "kl", "linear_logprob", "linear_ppo_loss", "linear_cross_entropy", "linear_kl",
-        "sample_head", "decode_attention",
+        "sample_head", "rms_norm", "add_rms_norm", "rope", "swiglu", "decode_attention",
     }  # fmt: skip
     assert all(row["spills"] == row["stack"] == 0 and row["shared"] <= 232_448 for row in launches)
     assert all(row["wgmma"] > 0 for row in launches if row["kernel"] in ("_tile_stats", "_tile_kl"))
-    rows = ("_logprob_entropy_fwd", "_logprob_entropy_bwd", "_kl_fwd", "_kl_bwd", "_loss_rows")
+    rows = (
+        "_logprob_entropy_fwd", "_logprob_entropy_bwd", "_kl_fwd", "_kl_bwd", "_loss_rows", "_rms_norm_fwd",
+        "_rms_norm_bwd", "_rope_fwd", "_rope_bwd", "_swiglu_fwd", "_swiglu_bwd", "_decode",
+    )  # fmt: skip
     assert all(row["wide_loads"] > 0 for row in launches if row["kernel"] in rows)
-    assert {row["kernel"] for row in launches} >= {*rows, "_tile_stats", "_tile_kl", "_merge", "_pick"}
+    assert {row["kernel"] for row in launches} >= {
+        *rows, "_tile_stats", "_tile_kl", "_merge", "_pick", "_merge_splits",
+    }  # fmt: skip
 
 
 def test_triton_asked_for_where_it_cannot_run_is_refused():

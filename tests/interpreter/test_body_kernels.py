@@ -12,9 +12,9 @@ norm_file, rope_file, swiglu_file = (
 )
 
 # (N, D): one number, one row, whole blocks, primes, more rows than the programs take at once.
-MATRICES = [(1, 1), (1, 97), (2, 64), (37, 53), (70, 11), (4, 512)]
+MATRICES = [(1, 1), (1, 97), (2, 64), (67, 53), (150, 11), (4, 512)]
 # (N, H, Hkv, Dh): Dh of 64, 128, 32, and 6 and 20 that are no powers of 2; H / Hkv of 1, 3, 4, 8.
-HEADS = [(1, 1, 1, 2), (3, 4, 4, 64), (5, 8, 2, 128), (7, 8, 1, 32), (3, 6, 2, 20), (37, 3, 1, 6)]
+HEADS = [(1, 1, 1, 2), (3, 4, 4, 64), (5, 8, 2, 128), (7, 8, 1, 32), (3, 6, 2, 20), (67, 3, 1, 6)]
 
 
 def normal(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
@@ -111,6 +111,17 @@ def gate_up(N: int, F: int) -> torch.Tensor:
 def test_swiglu_and_its_gradient_are_those_of_float64(within_budget, shape):
     ours = within_budget(swiglu, swiglu_file.swiglu_reference, dict(gate_up=gate_up(*shape)), ("gate_up",))
     assert all(x.isfinite().all() for x in ours.values())
+
+
+def test_swiglu_rounded_once_is_nearer_than_torch_rounded_twice():
+    """A GPU rounds fp32 to the nearest bf16, which the interpreter does not: so the rounding is done here."""
+    x = gate_up(64, 53).bfloat16()
+    exact = swiglu_file.swiglu_reference(x.double())
+    spacing = 2.0 ** (exact.abs().log2().floor() - 7)
+    once = (swiglu(x.float()).bfloat16().double() - exact).abs() / spacing
+    twice = (swiglu_file.swiglu_reference(x).double() - exact).abs() / spacing
+    normal_numbers = exact.abs() > 1e-30
+    assert once[normal_numbers].max() < 0.501 and twice[normal_numbers].max() > 0.9
 
 
 def in_bf16(inputs: dict, names: tuple[str, ...]) -> dict:
