@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import runtime
 from kernels.checks import check_heads, check_positions
 from kernels.runtime import EMPTY, INTERPRETED, MASKED, compute_type, jit, launch, tl, triton, use_triton, wide
 
@@ -185,7 +186,6 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor)
         raise ValueError(f"keys: got {keys.shape[2]} heads, expected a divisor of the {H} heads of q")
     check_positions(positions, B, keys.shape[1], like=q)
     if use_triton(q):
-        operation = _forward
-    else:
-        operation = _products if q.device.type == "cpu" and q.dtype == torch.float32 else decode_attention_reference
-    return operation(q, keys, values, positions)
+        return _forward(q, keys, values, positions)
+    on_cpu = q.device.type == "cpu" and q.dtype == torch.float32 and runtime.MODE != "torch"
+    return (_products if on_cpu else decode_attention_reference)(q, keys, values, positions)
