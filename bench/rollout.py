@@ -16,6 +16,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
 
 import argparse
+import copy
 import functools
 import gc
 import json
@@ -216,9 +217,12 @@ def main() -> None:
     apart = logits_apart(policy, theirs, queries[0])
     print(f"largest difference of a logit between the two models: {apart:.1e}")
     memory = {name: warm_up(contender, device) for name, contender in contenders.items()}
-    error = log_prob_error(policy, queries, R)
-    print(f"log-probs, sampler - training forward, {policy.head_weight.dtype}: mean {error['mean']:.1e}, "
-          f"max {error['max']:.1e}, std of the ratio {error['ratio_std']:.1e}")  # fmt: skip
+    errors = {}
+    for model in [policy] if on_gpu else [policy, copy.deepcopy(policy).bfloat16()]:
+        dtype = str(model.head_weight.dtype).removeprefix("torch.")
+        error = errors[dtype] = log_prob_error(model, queries, R)
+        print(f"log-probs, sampler - training forward, {dtype}: mean {error['mean']:.1e}, max {error['max']:.1e}, "
+              f"std of the ratio {error['ratio_std']:.1e}")  # fmt: skip
 
     results = {}
     for threads in [1] if on_gpu else args.threads:
@@ -236,7 +240,7 @@ def main() -> None:
             print(f"{name:28}{times}{share:>11}{gib:>6}{row['over_ours']:8.2f}")
     about = {"device": device_name(device), "torch": torch.__version__, "transformers": transformers.__version__}
     about |= {"batch": BATCH, "response_length": R, "packed_tokens": packed, "padded_tokens": padded}
-    about |= {"rounds": args.rounds, "logits_apart": apart, "logprob_error": error}
+    about |= {"rounds": args.rounds, "logits_apart": apart, "logprob_error": errors}
     print(json.dumps({"bench": "rollout", **about, "threads": results}))
 
 

@@ -19,8 +19,7 @@ QUERY_LENGTHS = [9, 1, 30, 4]
 R = 12
 
 
-def kept(policy: Policy) -> list[Decoder]:
-    """Newest first."""
+def kept(policy: Policy) -> list[Decoder]:  # newest first
     return list(reversed(decoder._kept.get(policy, {}).values()))
 
 
@@ -101,6 +100,16 @@ def test_equal_sizes_share_a_decoder_and_no_more_than_a_few_are_kept(make_policy
         assert len(kept(policy)) == KEPT
     policy.to(torch.bfloat16)
     assert decoder_for(policy, 4, 30, R, 0.7) is not first
+
+
+def test_the_cache_of_llama_3_2_1b_takes_32_768_bytes_a_slot(make_config):
+    sizes = dict(num_hidden_layers=16, num_key_value_heads=8, num_attention_heads=32, head_dim=64)
+    with torch.device("meta"):
+        policy = Policy(make_config(**sizes)).bfloat16()
+    cache = decoder_for(policy, batch=128, longest=512, response_length=53, temperature=0.7).cache
+    size = cache.keys.nbytes + cache.values.nbytes
+    assert size == 32_768 * 128 * cache.keys.shape[3]
+    assert cache.keys.shape[3] == 568  # 512 + 53, and on a GPU 576
 
 
 def test_the_decoders_of_a_policy_go_with_it(make_policy, make_sequences):
