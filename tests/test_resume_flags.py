@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from test_config import Config, flags, refusal
 
 from nanorlhf.config import FREE_ON_RESUME
