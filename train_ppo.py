@@ -335,8 +335,10 @@ def main(cfg: Config) -> None:
             for alarm in alarms(metrics):
                 run.say(alarm)
             kl_now, most = metrics["objective/kl"], cfg.stop_kl
-            fix = "its last checkpoint is from before: --resume with a higher one, or begin with more --kl_coef"
-            check(most is None or kl_now <= most, "objective/kl", kl_now, f"at most --stop_kl {most}", fix)
+            fix = (
+                "go on with --resume, from the checkpoint before, and a higher one, or begin again with more --kl_coef"
+            )
+            check(most is None or kl_now <= most, "objective/kl", f"{kl_now:.4g}", f"at most --stop_kl {most}", fix)
             if look:
                 tensors = dict(logprobs=logprobs, ref_logprobs=ref_logprobs, kl=kl, values=values, rewards=rewards)
                 tensors |= dict(advantages=advantages, action_mask=action_mask, value_mask=value_mask)

@@ -90,7 +90,9 @@ def load_newest(run_folder: Path, say: Callable[[str], None]) -> tuple[Path | No
     found = checkpoints(run_folder)
     for folder in reversed(found):
         if wrong := damage(folder):
-            say(f"warning {folder} is damaged ({wrong}): the one before it is used")
+            say(
+                f"warning {folder} is damaged ({wrong})" + (": the one before it is used" if folder != found[0] else "")
+            )
             continue
         return folder, *_read(folder)
     if found:
