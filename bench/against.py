@@ -9,8 +9,9 @@ Same embedded weights, posts, batch and number of epochs. The transformers side 
 left-padded batch with an attention mask, `generate`, F.log_softmax over the logits of all positions, torch's AdamW,
 microbatches of --rows sequences. Both take turns in one process, and figures are medians; log-probs of the same
 responses are compared first, so that both compute the same. A PPO update here is scoring by four models and 4 epochs of
-learning; rollout is timed alone, and TRL's update, which cannot be taken apart, is compared with the sum. Absolute
-seconds belong to the machine and its load; ratios come from one run. One JSON line last.
+learning; rollout is timed alone, and TRL's update, which cannot be taken apart, is compared with the sum. Seconds
+belong to the machine and its load; ratios come from one run, and those of CPU time stand also beside other jobs. One
+JSON line last.
 """
 
 import os
@@ -21,7 +22,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import argparse
 import json
 import subprocess
+import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -204,23 +207,33 @@ def experience(sequences: list[list[int]], responses: Tensor, scored: train_ppo.
 
 
 def in_turn(sides: dict[str, object], work: str, batch: Batch, repeats: int) -> dict[str, float]:
-    """Median seconds of `work` of each side, the sides taking turns; the first turn warms up."""
-    times = {name: [] for name in sides}
-    for _ in range(repeats + 1):
+    """Median seconds of `work` of each side, and of CPU time, the sides taking turns; the first turn warms up."""
+    times: dict[str, list[float]] = defaultdict(list)
+    for turn in range(repeats + 1):
         for name, side in sides.items():
-            began = time.perf_counter()
+            began, busy = time.perf_counter(), time.process_time()
             getattr(side, work)(batch)
-            times[name].append(time.perf_counter() - began)
-    return {name: median(seconds[1:]) for name, seconds in times.items()}
+            if turn:
+                times[name].append(time.perf_counter() - began)
+                times[f"{name}_cpu"].append(time.process_time() - busy)
+    return {name: median(seconds) for name, seconds in times.items()}
 
 
-def trl(python: str, threads: int, batch_size: int) -> dict:
-    """Seconds of one update of TRL's PPOTrainer, in the environment that has it."""
-    program = Path(__file__).with_name("trl_ppo.py")
-    command = [python, program, "--threads", str(threads), "--batch_size", str(batch_size)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+def trl(args: argparse.Namespace, threads: int, batch: Batch, cfg: train_ppo.Config) -> dict:
+    """Seconds of one update of TRL's PPOTrainer on the same queries, in the environment that has it."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(batch.queries, file)
+        file.flush()
+        fields = ("num_ppo_epochs", "response_length", "temperature", "kl_coef", "lam", "lr")
+        settings = json.dumps({name: getattr(cfg, name) for name in fields})
+        program = Path(__file__).with_name("trl_ppo.py")
+        # -P: or bench/kernels.py would stand for the package that transformers looks for
+        command = [args.trl_python, "-P", program, "--threads", str(threads), "--batch_size", str(len(batch.queries))]
+        command += ["--rows", str(args.rows), "--settings", settings, "--queries", file.name]
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        return {"error": f"{program.name} ended with status {done.returncode}"}
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"error": f"{program.name} ended with status {done.returncode}: {last[:200]}"}
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -250,26 +263,27 @@ def main() -> None:
     print(f"{len(queries)} posts of the tiny world, R {cfg.response_length}: {tokens['packed']:,} tokens packed, "
           f"{tokens['padded']:,} padded ({tokens['padded'] / tokens['packed']:.2f}x); log-probs apart by at most "
           f"{max(apart.values()):.1e}")  # fmt: skip
-    print("\n| threads | | nanorlhf, s | transformers, s | ratio |\n|---|---|---|---|---|")
+    print("\n| threads | | nanorlhf, s | transformers, s | ratio | of CPU time |\n|---|---|---|---|---|---|")
     results = []
     for threads in args.threads:
         torch.set_num_threads(threads)
         row = {"threads": threads}
         for work in ("rollout", "sft", "update"):
             seconds = in_turn({"nanorlhf": ours, "transformers": theirs}, work, batch, args.repeats)
-            ratio = seconds["transformers"] / seconds["nanorlhf"]
-            row[work] = seconds | {"ratio": ratio}
-            print(f"| {threads} | {work} | {seconds['nanorlhf']:.3f} | {seconds['transformers']:.3f} | {ratio:.2f} |",
-                  flush=True)  # fmt: skip
+            ratio, busy = (seconds[f"transformers{kind}"] / seconds[f"nanorlhf{kind}"] for kind in ("", "_cpu"))
+            row[work] = seconds | {"ratio": ratio, "ratio_cpu": busy}
+            print(f"| {threads} | {work} | {seconds['nanorlhf']:.3f} | {seconds['transformers']:.3f} | {ratio:.2f} | "
+                  f"{busy:.2f} |", flush=True)  # fmt: skip
         if args.trl_python:
-            found = trl(args.trl_python, threads, args.batch_size)
+            found = trl(args, threads, batch, cfg)
             if "seconds" in found:
                 whole = row["rollout"]["nanorlhf"] + row["update"]["nanorlhf"]
-                found |= {"nanorlhf": whole, "ratio": found["seconds"] / whole}
+                busy = row["rollout"]["nanorlhf_cpu"] + row["update"]["nanorlhf_cpu"]
+                found |= {"nanorlhf": whole, "ratio": found["seconds"] / whole, "ratio_cpu": found["cpu"] / busy}
                 print(f"| {threads} | rollout + update, TRL {found['trl']} | {whole:.3f} | {found['seconds']:.3f} | "
-                      f"{found['ratio']:.2f} |", flush=True)  # fmt: skip
+                      f"{found['ratio']:.2f} | {found['ratio_cpu']:.2f} |", flush=True)  # fmt: skip
             else:
-                print(f"| {threads} | TRL | | {found['error']} | |", flush=True)
+                print(f"| {threads} | TRL | | {found['error']} | | |", flush=True)
             row["trl"] = found
         results.append(row)
     print(json.dumps({"bench": "against", "torch": torch.__version__, "batch_size": args.batch_size, "tokens": tokens,
