@@ -3,8 +3,10 @@
     python -m bench.scaling                      on a CPU, the tiny model; writes docs/scaling.png
     python -m bench.scaling --out other.png
 
-Each line is fitted as seconds = c * tokens^exponent (least squares on the logarithms); 1 is linear. Sizes take turns
-and each point is the fastest of --repeats, because other jobs only ever slow a run down. One JSON line last.
+Each line is fitted as seconds = c * tokens^exponent (least squares on the logarithms); 1 is linear. Attention grows
+with the square of a length, so beside each stands the exponent of the FLOPs (nanorlhf/flops.py). Sizes take turns, the
+clock is CPU time of one thread, and each point is the fastest of --repeats: other jobs only ever slow a run down. One
+JSON line last.
 """
 
 import os
@@ -22,6 +24,7 @@ import torch
 import train_ppo
 from bench.shapes import four_models, shape_for
 from nanorlhf.figures import GREY, KL, PROXY, dress
+from nanorlhf.flops import head_flops, trunk_flops
 from nanorlhf.packing import split_by_tokens
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate
@@ -62,12 +65,20 @@ def measure(models, work: str, sizes: list[tuple[int, int]], cfg: train_ppo.Conf
     best = [float("inf")] * len(sizes)
     for turn in range(repeats + 1):  # the first prepares the matrix kernels of these shapes
         for place, queries in enumerate(batches):
-            began = time.perf_counter()
+            began = time.process_time()
             WORK[work](models, queries, cfg)
             if turn:
-                best[place] = min(best[place], time.perf_counter() - began)
+                best[place] = min(best[place], time.process_time() - began)
     R = cfg.response_length
-    return [{"queries": b, "length": t, "tokens": b * (t + R), "s": s} for (b, t), s in zip(sizes, best, strict=True)]
+    return [
+        {"queries": b, "length": t, "tokens": b * (t + R), "s": s, "flops": flops_of(models[0].config, work, b, t, R)}
+        for (b, t), s in zip(sizes, best, strict=True)
+    ]
+
+
+def flops_of(config, work: str, queries: int, length: int, R: int) -> float:
+    trunk, head = trunk_flops(config, [length + R] * queries), head_flops(config, queries * R)
+    return trunk + head if work == "rollout" else 3 * (2 * trunk + head)
 
 
 def draw(lines: dict[str, list[dict]], exponents: dict[str, float], out: Path) -> None:
@@ -86,7 +97,7 @@ def draw(lines: dict[str, list[dict]], exponents: dict[str, float], out: Path) -
             axes.plot(x, [y[0] * tokens / x[0] for tokens in x], linestyle=":", color=GREY)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        axes.set_ylabel("seconds", fontsize=9, color=GREY)
+        axes.set_ylabel("seconds of one CPU thread", fontsize=9, color=GREY)
         ticks = [p["tokens"] for p in points]
         axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
@@ -107,16 +118,19 @@ def main() -> None:
     cfg = train_ppo.Config(**train_ppo.PRESETS["tiny"])
     models = four_models(shape.config, "cpu", torch.float32)
     sizes = {"batch": [(b, FIXED_LENGTH) for b in BATCHES], "length": [(FIXED_BATCH, t) for t in LENGTHS]}
-    lines, exponents = {}, {}
+    torch.set_num_threads(1)
+    lines, exponents, by_flops = {}, {}, {}
     for growth, all_sizes in sizes.items():
         for work in WORK:
             name = f"{work} {growth}"
             lines[name] = measure(models, work, all_sizes[: args.points], cfg, args.repeats)
-            exponents[name] = exponent([p["tokens"] for p in lines[name]], [p["s"] for p in lines[name]])
-            print(f"{name:15} exponent {exponents[name]:.2f}: " +
+            tokens = [p["tokens"] for p in lines[name]]
+            exponents[name] = exponent(tokens, [p["s"] for p in lines[name]])
+            by_flops[name] = exponent(tokens, [p["flops"] for p in lines[name]])
+            print(f"{name:15} exponent {exponents[name]:.2f}, of FLOPs {by_flops[name]:.2f}: " +
                   ", ".join(f"{p['tokens']:,} tokens {p['s']:.3f} s" for p in lines[name]), flush=True)  # fmt: skip
     draw(lines, exponents, args.out)
-    print(json.dumps({"bench": "scaling", "threads": torch.get_num_threads(), "exponents": exponents, "lines": lines}))
+    print(json.dumps({"bench": "scaling", "exponents": exponents, "by_flops": by_flops, "lines": lines}))
 
 
 if __name__ == "__main__":
