@@ -1,0 +1,80 @@
+"""The tables of docs/speed.md, from the files that bench.all writes. One function a benchmark."""
+
+import json
+from pathlib import Path
+
+
+def heading(found: dict) -> str:
+    if found["device"] == "cpu":
+        threads = found["threads"]
+        where = f"{found['processor']}, {found['cores']} cores, {threads} thread{'s' * (threads != 1)}"
+        return f"### CPU: {where}, torch {found['torch']}"
+    return f"### {found['device']}, driver {found['driver']}, torch {found['torch']}"
+
+
+def row_of(cells: list) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def share(x: float | None) -> str:
+    return "" if x is None else f"{x:.0%}"
+
+
+def update_table(result: dict) -> list[str]:
+    """Phases of an update and of a step."""
+    lines = [f"{result['shape']}, 128 queries of {result['mean_query']:.0f} tokens on average.", ""]
+    lines += [
+        row_of(["stage", "phase", "s", "tokens/s", "of a matmul", "of a copy", "MFU", "peak GiB"]),
+        "|---" * 8 + "|",
+    ]
+    for row in result["results"]:
+        speed = f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else ""
+        peak = f"{row['peak_gib']:.1f}" if "peak_gib" in row else ""
+        shares = [share(row.get(key)) for key in ("of_matmul", "of_copy", "mfu")]
+        lines.append(row_of([row["stage"], row["phase"], f"{row['s']:.3f}", speed, *shares, peak]))
+    if "hours" in result:
+        lines += ["", "By these step times: " + ", ".join(f"{k} {h:.2f} h" for k, h in result["hours"].items()) + "."]
+    return lines
+
+
+def against_table(result: dict) -> list[str]:
+    """Ours beside transformers and TRL."""
+    tokens = result["tokens"]
+    lines = [f"{result['batch_size']} posts, {tokens['packed']:,} tokens packed, {tokens['padded']:,} padded.", ""]
+    lines += [row_of(["threads", "", "nanorlhf, s", "theirs, s", "ratio", "of CPU time"]), "|---" * 6 + "|"]
+    for row in result["results"]:
+        for work in ("rollout", "sft", "update"):
+            r = row[work]
+            times = [f"{r[key]:.3f}" for key in ("nanorlhf", "transformers")]
+            lines.append(
+                row_of([row["threads"], f"{work}, transformers", *times, f"{r['ratio']:.2f}", f"{r['ratio_cpu']:.2f}"])
+            )
+        trl = row.get("trl", {})
+        if "ratio" in trl:
+            cells = [f"rollout + update, TRL {trl['trl']}", f"{trl['nanorlhf']:.3f}", f"{trl['seconds']:.3f}"]
+            lines.append(row_of([row["threads"], *cells, f"{trl['ratio']:.2f}", f"{trl['ratio_cpu']:.2f}"]))
+    return lines
+
+
+def scaling_line(result: dict) -> list[str]:
+    """Fitted exponents."""
+    pairs = (f"{name} {result['exponents'][name]:.2f} ({result['by_flops'][name]:.2f})" for name in result["exponents"])
+    return ["Exponents of seconds over tokens (by counting FLOPs): " + ", ".join(pairs) + "."]
+
+
+TABLES = {"update": update_table, "against": against_table, "scaling": scaling_line}
+
+
+def tables(folder: Path) -> str:
+    """The tables of all files of results in a folder, in Markdown."""
+    parts = []
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text())
+        parts.append(heading(found))
+        for name, bench in found["benches"].items():
+            if "result" not in bench:
+                parts.append(f"`{name}`: {bench.get('error') or bench['skipped']}.")
+            elif name in TABLES:
+                head = f"`python -m bench.{name}`, commit {bench['commit']}: "
+                parts.append(head + "\n".join(TABLES[name](bench["result"])))
+    return "\n\n".join(parts) + "\n"
