@@ -1,4 +1,4 @@
-"""One fused operation a file, each beside the plain PyTorch that specifies it.
+"""One fused operation a file (the two norms share one), each beside the plain PyTorch that specifies it.
 
 Imports torch, and triton where it exists. From logits, M rows of a vocabulary of V:
 

@@ -6,7 +6,8 @@ qkv (N, H + 2 Hkv, Dh), an angle for each token and i < Dh/2. cos and sin are fp
 300 nor an angle of it. v is not turned, only taken along, so that one launch reads qkv once and writes q, k and v, and
 the backward pass, which turns by the opposite angle, reads their three gradients once and writes that of qkv as the one
 matrix that the matmul before it wants. (With views of qkv instead, autograd would put the gradients together in two
-more passes.) Hugging Face's rotate_half takes a negation, two concatenations and six passes over q and over k.
+more passes.) Hugging Face's rotate_half makes five operations of it for q and five for k: negate, concatenate, two
+products and a sum.
 """
 
 import torch

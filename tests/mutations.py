@@ -53,7 +53,8 @@ MUTATIONS = [
       "test_tldr.py::test_every_epoch_has_its_own_order"),
 
     # --- the model (details 7 and 11, section 1F)
-    M("rope_backwards", "T19", LLAMA, "a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin",
+    M("rope_backwards", "T19", "kernels/rope.py",
+      "torch.cat((a * cos - b * sin, b * cos + a * sin)", "torch.cat((a * cos + b * sin, b * cos - a * sin)",
       UPDATE),
     M("rope_not_scaled", "Llama 3.2", LLAMA,
       'keep * frequencies + (1 - keep) * frequencies / scaling["factor"]', "frequencies",
@@ -77,7 +78,7 @@ MUTATIONS = [
       "test_decoder.py::test_the_decoding_loop_reads_no_number_on_the_host"),
     M("positions_run_on", "T19", PACKING, "[torch.arange(length) for length in (*lengths, filling)]",
       "[torch.arange(sum(lengths) + filling)]", "test_packing.py::test_a_packed_batch_by_hand"),
-    M("head_before_the_norm", "T21", LLAMA, "return self.norm(x)", "return x", UPDATE),
+    M("head_before_the_norm", "T21", LLAMA, "return self.norm(x, update)[0]", "return x + update", UPDATE),
 
     # --- rollout (detail 23.1)
     M("rollout_without_temperature", "T15, alignment-lab models.py", DECODER,

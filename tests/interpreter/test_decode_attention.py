@@ -79,13 +79,13 @@ def test_logits_far_from_0_lose_nothing_to_overflow(splits, shift):
 def test_views_of_larger_tensors_are_read_where_they_lie(splits):
     inputs = cache(3, 37, 8, 2, 32)
     expected = decode_attention(**inputs)
-    both = torch.randn(2, 37, 3, 2, 2, 32)  # (k or v, S, B, ...): another order of dimensions
-    both[0, :, :, :, 1], both[1, :, :, :, 1] = (inputs[name].transpose(0, 1) for name in ("keys", "values"))
-    wide = torch.randn(3, 12, 32)
-    wide[:, 2:10] = inputs["q"]
-    keys, values = both[:, :, :, :, 1].transpose(1, 2)
-    assert not keys.is_contiguous()
-    ours = decode_attention(wide[:, 2:10], keys, values, inputs["positions"])
+    keys = torch.randn(37, 3, 2, 2, 32)[:, :, 1].transpose(0, 1)  # another order of dimensions,
+    values = torch.randn(3, 40, 5, 36)[:, 2:39, 1:3, 3:35]  # and another one than the keys have
+    q = torch.randn(3, 12, 32)[:, 2:10]
+    for view, name in ((q, "q"), (keys, "keys"), (values, "values")):
+        view.copy_(inputs[name])
+        assert not view.is_contiguous()
+    ours = decode_attention(q, keys, values, inputs["positions"])
     assert torch.equal(ours, expected)
 
 
