@@ -192,7 +192,7 @@ def logits_apart(policy: Policy, theirs, query: list[int]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.rollout", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9, help="default 9")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="on a CPU")
     parser.add_argument("--no_static", action="store_true", help="leave transformers' static cache out")
     args = parser.parse_args()
