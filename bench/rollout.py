@@ -2,13 +2,12 @@
 
     python -m bench.rollout                     a GPU: Llama-3.2-1B's shape, random weights in bf16, lengths as on TL;DR
                                                 a CPU: the embedded tiny checkpoint on its posts, at 1 and 2 threads
-    python -m bench.rollout --rounds 5 --threads 1
+    python -m bench.rollout --static            beside transformers' static cache too, which a GPU compiles for
 
-transformers' is called as its users do: queries padded on the left, full sampling, no stop at EOS; with its default
-cache, and with its static one (which it compiles on a GPU; `--no_static` leaves it out). Ours returns log-probs
-as well. All take turns in one process; a ratio is the median over rounds of theirs / ours. Prints prefill, milliseconds
-a decoding step, tokens/s, the share of the card's memory bandwidth, tokens with and without padding, peak memory above
-the weights, how far the sampler's log-probs are from the training forward's, and one JSON line last.
+transformers' is called as its users do: queries padded on the left, full sampling, no stop at EOS. Ours returns
+log-probs as well. All take turns in one process; a ratio is the median over rounds of theirs / ours. Prints prefill,
+milliseconds a decoding step, tokens/s, the share of the card's memory bandwidth, tokens with and without padding, peak
+memory above the weights, how far the sampler's log-probs are from the training forward's, and one JSON line last.
 """
 
 import os
@@ -192,9 +191,9 @@ def logits_apart(policy: Policy, theirs, query: list[int]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.rollout", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="on a CPU")
-    parser.add_argument("--no_static", action="store_true", help="leave transformers' static cache out")
+    parser.add_argument("--static", action="store_true", help="transformers' static cache too; a GPU takes minutes")
     args = parser.parse_args()
     device = pick_device(args.device)
     on_gpu = device.type == "cuda"
@@ -210,7 +209,7 @@ def main() -> None:
     ours = functools.partial(our_generate, policy, queries, R)
     contenders = {"ours": ours()} | ({"ours, without the graph": ours(use_graph=False)} if on_gpu else {})
     contenders |= {"transformers": their_generate(theirs, queries, R, None)}
-    contenders |= {} if args.no_static else {STATIC: their_generate(theirs, queries, R, "static")}
+    contenders |= {STATIC: their_generate(theirs, queries, R, "static")} if args.static else {}
     print(f"{device_name(device)}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"{BATCH} queries, {min(lengths)} to {max(lengths)} tokens, {R} new ones; prefill: {packed:,} tokens packed, "
           f"{padded:,} padded ({padded / packed:.2f}x)")  # fmt: skip
