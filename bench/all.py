@@ -30,6 +30,7 @@ from nanorlhf.run_folder import git
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- tables: python -m bench.all --tables -->\n", "<!-- end of tables -->\n"
+CARDS = (24, 48, 80, 141)  # GB, whose plans a CPU makes
 TAIL = 1500  # characters that are kept of a failed one's output
 
 
@@ -54,9 +55,9 @@ def benches(gpu_gb: float | None, folder: str) -> list[Bench]:
         Bench("kernels", ["-m", "bench.kernels"], 60),
         Bench("rollout", ["-m", "bench.rollout"], 60),
         Bench("update", ["-m", "bench.update"], 180),
-        Bench("plan", ["-m", "bench.plan", "--gpu_gb", "80"], 60),
+        *(Bench(f"plan_{gb}", ["-m", "bench.plan", "--gpu_gb", str(gb)], 120) for gb in CARDS),
         Bench("against", ["-m", "bench.against", "--threads", str(torch.get_num_threads()), *small], 240),
-        Bench("scaling", ["-m", "bench.scaling", "--points", "3", "--out", str(Path(folder) / "scaling.png")], 120),
+        Bench("scaling", ["-m", "bench.scaling", "--repeats", "2", "--out", str(Path(folder) / "scaling.png")], 240),
     ]
 
 
