@@ -241,17 +241,19 @@ def propose(stage: str, shape: Shape, gpu_gb: float, microbatch_tokens: int | No
         shape.preset
     ]
     own = preset["microbatch_tokens"]
+    first = microbatch_tokens or own
+    least = predict(stage, shape, min(SMALLEST, first), recompute=True)
+    if not least.fits(gpu_gb):
+        return Proposal(least, False, "")
     for recompute in (False, True):
-        tokens = microbatch_tokens or own
-        while tokens >= min(SMALLEST, microbatch_tokens or own):
+        tokens = first
+        while tokens >= min(SMALLEST, first):
             plan = predict(stage, shape, tokens, recompute)
             if plan.fits(gpu_gb):
                 flags = [f"--microbatch_tokens {tokens}"] if tokens != own else []
                 return Proposal(plan, True, " ".join(flags + ["--checkpointing"] * recompute))
-            if sum(plan.states.values()) > budget(gpu_gb):  # nothing that a flag changes
-                return Proposal(plan, False, "")
             tokens //= 2
-    return Proposal(plan, False, "")
+    return Proposal(least, True, f"--microbatch_tokens {least.microbatch_tokens} --checkpointing")
 
 
 def table(plan: Plan) -> str:

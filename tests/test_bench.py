@@ -130,7 +130,7 @@ def test_a_visit_goes_on_after_a_failure_and_ends_with_status_one(tmp_path, monk
         all.Bench("broken", ["-c", "raise SystemExit('no')"], 20),
         all.Bench("fine", ["-c", "print('4 passed')"], 20),
     ]
-    monkeypatch.setattr(all, "benches", lambda gpu_gb, folder: planned)
+    monkeypatch.setattr(all, "benches", lambda *_: planned)
     with pytest.raises(SystemExit) as ended:
         all.main()
     assert ended.value.code == 1
@@ -143,7 +143,7 @@ def test_a_visit_goes_on_after_a_failure_and_ends_with_status_one(tmp_path, monk
 
 
 def test_the_limits_of_a_visit_to_a_gpu_add_up_to_less_than_nine_minutes():
-    assert sum(bench.limit for bench in all.benches(gpu_gb=80, folder="")) < 9 * 60
+    assert sum(bench.limit for bench in all.benches(gpu_gb=80)) < 9 * 60
 
 
 def test_the_page_has_the_tables_of_the_committed_results():
