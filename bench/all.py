@@ -1,7 +1,8 @@
 """One visit to a machine: every benchmark with a time limit of its own, one file of results, the tables made from it.
 
     python -m bench.all                  on a GPU under 9 minutes: GPU tests, kernels, rollout, update, plan;
-                                         on a CPU the same with tiny shapes, and the comparisons: a few minutes
+                                         on a CPU the same with tiny shapes, plans for four
+                                         cards, and the comparisons: about 5 minutes when nothing else runs
     python -m bench.all --only update    some of it; the others stay in the file as they are
     python -m bench.all --tables         only writes the tables between the markers in docs/speed.md again
 
@@ -30,6 +31,7 @@ from nanorlhf.run_folder import git
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- tables: python -m bench.all --tables -->\n", "<!-- end of tables -->\n"
+CARDS = (24, 48, 80, 141)  # GB, whose plans a CPU makes
 TAIL = 1500  # characters that are kept of a failed one's output
 
 
@@ -39,8 +41,8 @@ class Bench(NamedTuple):
     limit: int  # seconds
 
 
-def benches(gpu_gb: float | None, folder: str) -> list[Bench]:
-    """What a visit runs, in this order. gpu_gb: of the card; None on a CPU. folder: for figures nobody keeps."""
+def benches(gpu_gb: float | None, trl_python: str | None = None) -> list[Bench]:
+    """What a visit runs, in this order. gpu_gb: of the card; None on a CPU. trl_python: see bench.against."""
     if gpu_gb:
         return [
             Bench("tests", ["-m", "pytest", "-m", "gpu", "-q"], 180),
@@ -49,14 +51,14 @@ def benches(gpu_gb: float | None, folder: str) -> list[Bench]:
             Bench("update", ["-m", "bench.update"], 130),
             Bench("plan", ["-m", "bench.plan", "--gpu_gb", f"{gpu_gb:.0f}"], 40),
         ]
-    small = ["--batch_size", "64", "--repeats", "2"]
+    small = ["--batch_size", "64", "--repeats", "2", *(["--trl_python", trl_python] if trl_python else [])]
     return [
         Bench("kernels", ["-m", "bench.kernels"], 60),
         Bench("rollout", ["-m", "bench.rollout"], 60),
         Bench("update", ["-m", "bench.update"], 180),
-        Bench("plan", ["-m", "bench.plan", "--gpu_gb", "80"], 60),
-        Bench("against", ["-m", "bench.against", "--threads", str(torch.get_num_threads()), *small], 240),
-        Bench("scaling", ["-m", "bench.scaling", "--points", "3", "--out", str(Path(folder) / "scaling.png")], 120),
+        *(Bench(f"plan_{gb}", ["-m", "bench.plan", "--gpu_gb", str(gb)], 120) for gb in CARDS),
+        Bench("against", ["-m", "bench.against", "--threads", str(torch.get_num_threads()), *small], 360),
+        Bench("scaling", ["-m", "bench.scaling", "--repeats", "2"], 240),
     ]
 
 
@@ -95,14 +97,15 @@ def machine() -> dict:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
         return {"device": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda} | about
-    model = (
-        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        if os.path.exists("/proc/cpuinfo")
-        else None
-    )
-    name = model.group(1) if model else platform.processor() or platform.machine()
-    return {"device": "cpu", "processor": name, "cores": len(os.sched_getaffinity(0)),
-            "threads": torch.get_num_threads()} | about  # fmt: skip
+    linux = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", linux.read_text()) if linux.exists() else None
+    processor = named.group(1) if named else platform.processor() or platform.machine()
+    return {
+        "device": "cpu",
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    } | about
 
 
 def file_of(device: str) -> Path:
@@ -126,6 +129,7 @@ def write_tables() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.all", description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the benchmarks")
+    parser.add_argument("--trl_python", help="python of an environment with TRL, for bench.against on a CPU")
     parser.add_argument("--tables", action="store_true", help="run nothing, write the tables")
     args = parser.parse_args()
     if args.tables:
@@ -133,24 +137,23 @@ def main() -> None:
         return
     gpu = torch.cuda.is_available()
     gpu_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if gpu else None
-    with tempfile.TemporaryDirectory() as folder:
-        planned = benches(gpu_gb, folder)
-        names = [bench.name for bench in planned]
-        if unknown := set(args.only or ()) - set(names):
-            parser.error(f"got --only {' '.join(sorted(unknown))}, expected of {', '.join(names)}")
-        found, state = machine(), git() or {"commit": "unknown", "dirty": False}
-        commit = state["commit"][:7] + (" with changes" if state["dirty"] else "")
-        path = file_of(found["device"])
-        before = json.loads(path.read_text())["benches"] if path.exists() and args.only else {}
-        found["benches"] = {name: before[name] for name in names if name in before}
-        for bench in planned:
-            if args.only and bench.name not in args.only:
-                continue
-            print(f"{bench.name:8} at most {bench.limit} s: python {' '.join(bench.arguments)}", flush=True)
-            found["benches"][bench.name] = one = run(bench) | {"commit": commit}
-            print(f"{'':8} {one.get('error') or one.get('skipped') or 'done'}, {one.get('s', 0)} s", flush=True)
-            RESULTS.mkdir(exist_ok=True)
-            write(path, json.dumps(found, indent=1) + "\n")  # after each
+    planned = benches(gpu_gb, args.trl_python)
+    names = [bench.name for bench in planned]
+    if unknown := set(args.only or ()) - set(names):
+        parser.error(f"got --only {' '.join(sorted(unknown))}, expected of {', '.join(names)}")
+    found, state = machine(), git() or {"commit": "unknown", "dirty": False}
+    commit = state["commit"][:7] + (" with changes" if state["dirty"] else "")
+    path = file_of(found["device"])
+    before = json.loads(path.read_text())["benches"] if path.exists() and args.only else {}
+    found["benches"] = {name: before[name] for name in names if name in before}
+    for bench in planned:
+        if args.only and bench.name not in args.only:
+            continue
+        print(f"{bench.name:8} at most {bench.limit} s: python {' '.join(bench.arguments)}", flush=True)
+        found["benches"][bench.name] = one = run(bench) | {"commit": commit}
+        print(f"{'':8} {one.get('error') or one.get('skipped') or 'done'}, {one.get('s', 0)} s", flush=True)
+        RESULTS.mkdir(exist_ok=True)
+        write(path, json.dumps(found, indent=1) + "\n")  # after each
     write_tables()
     failed = [name for name, bench in found["benches"].items() if "error" in bench]
     print(

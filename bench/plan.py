@@ -4,15 +4,16 @@
     python -m bench.plan --gpu_gb 80 --microbatch_tokens 8192
 
 No GPU is needed: the real passes of train_sft.py, train_rm.py and train_ppo.py run at the shape of Llama-3.2-1B on the
-meta device, which has shapes and lifetimes but no data, and bench/memory.py counts the storages. Rollout is arithmetic:
-the KV cache and one pass over the queries. When the preset's --microbatch_tokens does not fit, halves of it are tried,
-then the same with --activation_checkpointing, which keeps the inputs of each block and computes the rest again. Of an
-80 GB card, 0.6 GiB are CUDA's own and 3% are left for fragmentation. One JSON line last.
+meta device, which has shapes and lifetimes but no data, and bench/memory.py counts the storages. When the preset's
+--microbatch_tokens does not fit, halves of it are tried, then the same with --activation_checkpointing, which keeps the
+inputs of each block and computes the rest again. Of an 80 GB card, 0.6 GiB are CUDA's own and 3% are left for
+fragmentation. One JSON line last.
 """
 
 import argparse
 import json
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,6 @@ import train_rm
 import train_sft
 from bench.memory import Meter, saved_bytes
 from bench.shapes import Shape, four_models, random_model, shape_for
-from nanorlhf.decoder import PREFILL_TOKENS, ROUND_SLOTS
 from nanorlhf.models import Policy, ScalarModel
 from nanorlhf.optim import AdamW
 from nanorlhf.packing import pack, split_by_tokens
@@ -121,10 +121,6 @@ def _peak(memory, work) -> int:
     return memory.peak + (MATMUL_WORKSPACE if isinstance(memory, Meter) else 0)
 
 
-def kv_cache_bytes(config, batch: int, slots: int, element_size: int) -> int:
-    return 2 * config.num_hidden_layers * batch * slots * config.num_key_value_heads * config.head_dim * element_size
-
-
 def ppo(shape: Shape, memory, device: str, cfg: train_ppo.Config, recompute: bool, dtype=torch.bfloat16) -> Plan:
     """Two updates' worth of passes of train_ppo.py."""
     B, R = cfg.batch_size, cfg.response_length
@@ -146,7 +142,8 @@ def ppo(shape: Shape, memory, device: str, cfg: train_ppo.Config, recompute: boo
 
         learn()
         states.first_step(optimizer)
-        phases = {"rollout": _rollout(memory, policy, queries, cfg)}
+        rollout = partial(generate, policy, queries, R, cfg.temperature)
+        phases = {"rollout": _peak(memory, rollout)}  # its cache stays
         phases["score"] = _peak(memory, lambda: train_ppo.score(*models, one, one, responses[: len(one)], cfg))
         learn()  # the next one finds gradients
         phases["learn"] = _peak(memory, learn)
@@ -156,17 +153,6 @@ def ppo(shape: Shape, memory, device: str, cfg: train_ppo.Config, recompute: boo
 def _largest(lengths: list[int], microbatch_tokens: int) -> list[int]:
     """The microbatch with the most tokens."""
     return max(split_by_tokens(lengths, microbatch_tokens), key=lambda group: sum(lengths[i] for i in group))
-
-
-def _rollout(memory, policy: Policy, queries: list[list[int]], cfg: train_ppo.Config) -> int:
-    if not isinstance(memory, Meter):
-        return _peak(memory, lambda: generate(policy, queries, cfg.response_length, cfg.temperature))
-    multiple = ROUND_SLOTS["cuda"]
-    slots = -(-(max(len(query) for query in queries) + cfg.response_length) // multiple) * multiple
-    cache = kv_cache_bytes(policy.config, len(queries), slots, policy.head_weight.element_size())
-    largest = [queries[i] for i in _largest([len(query) for query in queries], PREFILL_TOKENS)]
-    with torch.no_grad():
-        return cache + _peak(memory, lambda: policy.hidden(pack(largest, policy.head_weight.device)))
 
 
 def sft(shape: Shape, memory, device: str, cfg: train_sft.Config, recompute: bool, dtype=torch.bfloat16) -> Plan:
@@ -226,17 +212,19 @@ def propose(stage: str, shape: Shape, gpu_gb: float, microbatch_tokens: int | No
         shape.preset
     ]
     own = preset["microbatch_tokens"]
+    first = microbatch_tokens or own
+    least = predict(stage, shape, min(SMALLEST, first), recompute=True)
+    if not least.fits(gpu_gb):
+        return Proposal(least, False, "")
     for recompute in (False, True):
-        tokens = microbatch_tokens or own
-        while tokens >= min(SMALLEST, microbatch_tokens or own):
+        tokens = first
+        while tokens >= min(SMALLEST, first):
             plan = predict(stage, shape, tokens, recompute)
             if plan.fits(gpu_gb):
                 flags = [f"--microbatch_tokens {tokens}"] if tokens != own else []
                 return Proposal(plan, True, " ".join(flags + ["--activation_checkpointing"] * recompute))
-            if sum(plan.states.values()) > budget(gpu_gb):  # nothing that a flag changes
-                return Proposal(plan, False, "")
             tokens //= 2
-    return Proposal(plan, False, "")
+    return Proposal(least, True, f"--microbatch_tokens {least.microbatch_tokens} --activation_checkpointing")
 
 
 def table(plan: Plan) -> str:

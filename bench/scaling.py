@@ -94,7 +94,8 @@ def draw(lines: dict[str, list[dict]], exponents: dict[str, float], out: Path) -
             x, y = [p["tokens"] for p in points], [p["s"] for p in points]
             label = f"{work}: exponent {exponents[f'{work} {growth}']:.2f}"
             axes.plot(x, y, marker="o", markersize=4, color=colour, label=label)
-            axes.plot(x, [y[0] * tokens / x[0] for tokens in x], linestyle=":", color=GREY)
+            linear = "linear" if work == "rollout" else None  # named once
+            axes.plot(x, [y[0] * tokens / x[0] for tokens in x], linestyle=":", color=GREY, label=linear)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_ylabel("seconds of one CPU thread", fontsize=9, color=GREY)

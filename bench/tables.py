@@ -62,7 +62,22 @@ def scaling_line(result: dict) -> list[str]:
     return ["Exponents of seconds over tokens (by counting FLOPs): " + ", ".join(pairs) + "."]
 
 
-TABLES = {"update": update_table, "against": against_table, "scaling": scaling_line}
+def plan_table(result: dict) -> list[str]:
+    """What fits on one card: a prediction."""
+    per_token = result["saved_bytes_per_token"]
+    kept, less = (f"{per_token[name] / 1e6:.2f}" for name in ("kept", "checkpointing"))
+    card = f"**predicted** for {result['gpu_gb']:g} GB, {result['budget_gib']:.1f} GiB of them for torch"
+    lines = [f"{card}; a trunk keeps {kept} MB a token, with checkpointing {less}.", ""]
+    lines += [row_of(["stage", "states, GiB", "peak, GiB", "at", "flags"]), "|---" * 5 + "|"]
+    for row in result["results"]:
+        where = f"{row['microbatch_tokens']:,} tokens" + (", checkpointing" if row["checkpointing"] else "")
+        flags = (f"`{row['flags']}`" if row["flags"] else "the preset's") if row["fits"] else "does not fit"
+        states = sum(row["states_gib"].values())
+        lines.append(row_of([row["stage"], f"{states:.1f}", f"{row['peak_gib']:.1f}", where, flags]))
+    return lines
+
+
+TABLES = {"plan": plan_table, "update": update_table, "against": against_table, "scaling": scaling_line}
 
 
 def tables(folder: Path) -> str:
@@ -74,7 +89,7 @@ def tables(folder: Path) -> str:
         for name, bench in found["benches"].items():
             if "result" not in bench:
                 parts.append(f"`{name}`: {bench.get('error') or bench['skipped']}.")
-            elif name in TABLES:
-                head = f"`python -m bench.{name}`, commit {bench['commit']}: "
-                parts.append(head + "\n".join(TABLES[name](bench["result"])))
+            elif (kind := name.split("_")[0]) in TABLES:  # plan_80
+                head = f"`python -m bench.{kind}`, commit {bench['commit']}: "
+                parts.append(head + "\n".join(TABLES[kind](bench["result"])))
     return "\n\n".join(parts) + "\n"

@@ -10,7 +10,6 @@ from bench import plan
 from bench.memory import Meter, saved_bytes
 from bench.shapes import four_models, llama_config, random_model, shape_for
 from kernels import runtime
-from nanorlhf.decoder import KVCache
 from nanorlhf.models import Policy
 from nanorlhf.optim import AdamW
 from nanorlhf.packing import pack
@@ -43,12 +42,6 @@ def test_weights_masters_gradients_and_moments_are_those_of_a_real_optimizer():
 def test_the_models_of_the_plan_have_the_size_of_llama_32_1b():
     policy = random_model(Policy, llama_config(), "meta", torch.bfloat16)
     assert sum(p.numel() for p in policy.parameters()) == 1_235_814_400
-
-
-def test_the_cache_is_as_large_as_the_real_one(make_policy):
-    policy = make_policy()
-    cache = KVCache(policy, batch=3, slots=20)
-    assert plan.kv_cache_bytes(policy.config, 3, 20, 4) == cache.keys.nbytes + cache.values.nbytes
 
 
 def test_what_a_token_keeps_for_the_backward_pass_by_hand():

@@ -1,0 +1,151 @@
+"""The benchmarks' own arithmetic: what they count, whom they compare, and a visit that survives a failure."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import train_ppo
+import train_sft
+from bench import against, all, scaling, tables, update
+from bench.shapes import shape_for
+from nanorlhf.encoding import encode_posts
+from nanorlhf.inputs import EMBEDDED
+from nanorlhf.tiny.data import ensure_world
+from nanorlhf.tldr import load_posts
+from nanorlhf.tokenizer import load_tokenizer
+
+
+def test_drawn_lengths_are_those_the_cost_model_assumes():
+    real = shape_for("meta")
+    lengths = real.lengths(10_000)
+    assert min(lengths) >= 64 and max(lengths) == 512
+    assert np.mean(lengths) == pytest.approx(350, abs=3)
+    assert real.lengths(10_000) == lengths
+    pairs = real.pairs(5)
+    for (chosen, rejected), query in zip(pairs, real.queries(5), strict=True):
+        assert chosen[: len(query)] == rejected[: len(query)] == query
+        assert chosen != rejected
+
+
+def test_the_time_of_a_phase_is_the_median_without_the_warm_up():
+    clock = update.Clock(torch.device("cpu"))
+    clock.laps = [{"learn": 9.0}, {"learn": 1.0}, {"learn": 3.0}, {"learn": 2.0}]
+    assert clock.seconds() == {"learn": 2.0}
+
+
+def test_an_epoch_is_its_whole_steps_times_their_seconds():
+    hours = update.epochs({"sft": 3.6, "rm": 1.8, "ppo": 7.2}, shape_for("meta"))
+    expected = {"sft": 911 * 3.6 / 3600, "rm": 1450 * 1.8 / 3600, "ppo": 911 * 7.2 / 3600}
+    assert {name: hours[name] for name in expected} == pytest.approx(expected)
+    assert hours["pipeline"] == pytest.approx(sum(expected.values()))
+
+
+def test_an_optimizer_step_moves_what_adam_reads_and_writes():
+    """p, g, m, v read and p, m, v written in fp32; the bf16 copy: master read, copy written."""
+    assert update.adam_bytes(torch.float32) == 7 * 4
+    assert update.adam_bytes(torch.bfloat16) == 7 * 4 + 4 + 2
+
+
+def test_a_step_of_the_real_script_is_measured_and_told(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench.update", "--stages", "sft", "--repeats", "1", "--device", "cpu"])
+    update.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["phase"] for row in result["results"]] == ["learn", "optimizer", "whole"]
+    learn, step, whole = (row["s"] for row in result["results"])
+    assert 0 < step < learn and whole == learn + step
+
+
+def test_the_exponent_of_a_square_is_two():
+    tokens = [10, 20, 40]
+    assert scaling.exponent(tokens, [3.0 * n**2 for n in tokens]) == pytest.approx(2)
+
+
+def test_the_flops_of_a_pass_are_linear_in_the_batch_and_more_in_the_length():
+    config = shape_for("cpu").config
+    one, more, longer = (scaling.flops_of(config, "learn", *size, 32) for size in ((8, 128), (16, 128), (8, 288)))
+    assert more == 2 * one
+    assert longer > 2 * one - scaling.head_flops(config, 8 * 32) * 3  # twice the tokens, and attention's square
+
+
+@pytest.fixture(scope="module")
+def both_sides():
+    """(ours, transformers', four posts) on the same weights."""
+    cfg = train_ppo.Config(**train_ppo.PRESETS["tiny"] | {"batch_size": 4})
+    sft_cfg = train_sft.Config(**train_sft.PRESETS["tiny"] | {"batch_size": 4})
+    posts = load_posts(ensure_world("data/tiny"), "train")[:4]
+    queries, summaries = (list(x) for x in encode_posts(posts, load_tokenizer(EMBEDDED / "sft"), 104))
+    ours, theirs = against.Ours(cfg, sft_cfg), against.Theirs(cfg, sft_cfg, rows=3)
+    sequences = [q + s for q, s in zip(queries, summaries, strict=True)]
+    batch = against.Batch(queries, sequences, None)
+    return ours, theirs, batch._replace(responses=ours.rollout(batch))
+
+
+def test_transformers_computes_what_we_compute(both_sides):
+    ours, theirs, batch = both_sides
+    mine, other = ours.score(batch), theirs.score(batch)
+    shift = ours.models[3].score_shift  # which transformers' head does not know
+    torch.testing.assert_close(mine.logprobs, other.logprobs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(mine.entropy, other.entropy, atol=1e-4, rtol=0)
+    torch.testing.assert_close(mine.raw_scores, other.raw_scores - shift, atol=1e-3, rtol=0)
+    torch.testing.assert_close(mine.values, other.values - shift, atol=1e-3, rtol=0)
+
+
+def test_an_sft_step_of_both_sides_moves_the_weights_alike(both_sides):
+    ours, theirs, batch = both_sides
+    before = ours.student.model.norm.weight.detach().clone()
+    ours.sft(batch)
+    theirs.sft(batch)
+    moved, other = ours.student.model.norm.weight - before, theirs.student.model.norm.weight - before
+    assert moved.abs().max() > 0
+    torch.testing.assert_close(moved, other, atol=0.02 * ours.sft_cfg.lr, rtol=0)
+
+
+# --- a visit ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "what"),
+    [
+        (["-c", "import sys; sys.exit(3)"], "error", "exit status 3"),
+        (["-c", "import time; time.sleep(30)"], "error", "not done in 1 s"),
+        (["-m", "bench.not_there"], "skipped", "there is no bench.not_there"),
+        (["-m", "bench.shapes"], "error", "its last line is no JSON"),
+    ],
+    ids=["fails", "hangs", "absent", "says nothing"],
+)
+def test_a_benchmark_that_fails_is_recorded(arguments, key, what):
+    assert all.run(all.Bench("x", arguments, limit=1 if "sleep" in arguments[1] else 60))[key] == what
+
+
+def test_a_visit_goes_on_after_a_failure_and_ends_with_status_one(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "speed.md"
+    page.write_text(f"before\n{all.BEGIN}old\n{all.END}after\n")
+    monkeypatch.setattr(all, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(all, "PAGE", page)
+    monkeypatch.setattr(all, "ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["bench.all"])
+    planned = [
+        all.Bench("broken", ["-c", "raise SystemExit('no')"], 20),
+        all.Bench("fine", ["-c", "print('4 passed')"], 20),
+    ]
+    monkeypatch.setattr(all, "benches", lambda *_: planned)
+    with pytest.raises(SystemExit) as ended:
+        all.main()
+    assert ended.value.code == 1
+    found = json.loads(next((tmp_path / "results").glob("*.json")).read_text())["benches"]
+    assert found["broken"]["error"] == "exit status 1" and found["broken"]["tail"].strip() == "no"
+    assert found["fine"]["result"] == {"summary": "4 passed"}
+    assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
+    assert "`broken`: exit status 1." in page.read_text() and "old" not in page.read_text()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["failed"] == ["broken"]
+
+
+def test_the_limits_of_a_visit_to_a_gpu_add_up_to_less_than_nine_minutes():
+    assert sum(bench.limit for bench in all.benches(gpu_gb=80)) < 9 * 60
+
+
+def test_the_page_has_the_tables_of_the_committed_results():
+    written = all.PAGE.read_text()
+    assert tables.tables(all.RESULTS) in written, "run python -m bench.all --tables"
