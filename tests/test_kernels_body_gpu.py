@@ -19,7 +19,7 @@ pytestmark = [
 ]
 N, D, F, H, HKV, DH = 12_896, 2048, 8192, 32, 8, 64  # 32 packed sequences, and a prime number of tokens beside
 TOKENS = [N, 997, 1]
-SPACING = 2**-8  # of bf16, relative: half of it is one rounding to nearest
+ROUNDING = 2**-8  # the most by which rounding to bf16 changes a number, relative to it
 
 
 def reference(name: str):
@@ -71,10 +71,10 @@ def test_values_and_gradients_in_bf16(name, tokens):
         mine = ours[what]
         assert mine.dtype == torch.bfloat16 and mine.shape == truth.shape, what
         error, theirs = (((x.double() - truth).norm() / truth.norm()).item() for x in (mine, plain[what]))
-        # A rounding to bf16 has a relative root mean square of about 0.2 spacings. No worse than PyTorch in bf16.
-        assert error <= 1.05 * theirs + 1e-5 and error < SPACING, f"{what}: {error:.2e}, PyTorch's {theirs:.2e}"
+        # No worse than PyTorch in bf16; and no number is rounded more often than three times.
+        assert error <= 1.05 * theirs + 1e-5 and error < ROUNDING, f"{what}: {error:.2e}, PyTorch's {theirs:.2e}"
         largest = truth.abs().amax(dim=-1, keepdim=True)
-        assert ((mine.double() - truth).abs() <= 2 * SPACING * largest).all(), what
+        assert ((mine.double() - truth).abs() <= 3.1 * ROUNDING * largest).all(), what
     again = run(function, inputs, leaves)
     assert all(torch.equal(ours[what], again[what]) for what in ours)  # the same bits
 
@@ -144,7 +144,7 @@ def test_packed_attention_on_the_gpu_is_that_of_rectangles():
     ours = run(lambda **x: _varlen(**x, packed=packed)[:n], qkv, ("q", "k", "v"))
     theirs = run(lambda **x: _padded(**x, rectangles=_Rectangles(packed))[:n], in_double(qkv), ("q", "k", "v"))
     for what, truth in theirs.items():
-        assert ((ours[what].double() - truth).norm() / truth.norm()).item() < 2 * SPACING, what
+        assert ((ours[what].double() - truth).norm() / truth.norm()).item() < 2 * ROUNDING, what
 
 
 def test_a_model_in_bf16_is_as_close_to_fp32_as_without_the_kernels(make_policy, make_sequences, monkeypatch):
