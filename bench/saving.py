@@ -1,12 +1,12 @@
 """What does a checkpoint cost? An eighth of the state of PPO with Llama-3.2-1B is saved, verified and loaded.
 
-    python -m bench.saving                  in the current folder: 3.7 GB, which are removed again; 4 GB of memory
+    python -m bench.saving                  in the current folder: 3.7 GB, removed again; 4 GB of memory
     python -m bench.saving --folder DIR     on another disk
     python -m bench.saving --parts 1        the full size: 29.7 GB of memory and of disk
 
 The state is what a run saves: fp32 masters and both of Adam's moments of policy and critic, 12 bytes a parameter, in
-the shapes of the real model (its layers and its vocabulary by eight). In the same run, before and after, the same
-bytes are written plainly (write, fsync) and hashed plainly (SHA-256, in memory): a save does both at a time. One JSON
+the shapes of the real model (its layers and its vocabulary by eight). In the same run, in turns, the same bytes
+are written plainly (write, fsync) and hashed plainly (SHA-256, in memory): a save does both at a time. One JSON
 line last; `share_of_a_run_predicted` is the save's time at full size over that of the updates between two saves, at
 UPDATE_S a piece, which is a prediction.
 """
@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("."), help="on the disk that is measured")
     parser.add_argument("--parts", type=int, default=8, help="1/parts of the model")
-    parser.add_argument("--repeats", type=int, default=3, help="saves; the figures are medians")
+    parser.add_argument("--repeats", type=int, default=4, help="saves; the figures are medians")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         folder = Path(folder)
@@ -115,31 +115,39 @@ def main() -> None:
             f"{size / 1e9:.2f} GB of state, {parameter_count(torch.nn.ParameterList(optimizer.masters)):,} parameters"
         )
         written, hashed, saved, growth = [], [], [], []
-        for step in range(1, args.repeats + 1):
+
+        def plain() -> None:
             written.append(seconds(plain_write, folder / "plain", state))
             (folder / "plain").unlink()
-            hashed.append(seconds(plain_hash, state))
+
+        def save() -> None:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             before = peak_mib(reset=True)
-            saved.append(save_checkpoint(folder, step, optimizer.state(), {}, keep=1)[1])
+            saved.append(save_checkpoint(folder, len(saved) + 1, optimizer.state(), {}, keep=1)[1])
             growth.append(peak_mib() - before)
+
+        for turn in range(args.repeats):
+            for work in (plain, save) if turn % 2 else (save, plain):  # a rented disk is fast until its credit is spent
+                work()
+            hashed.append(seconds(plain_hash, state))
             print(f"write {written[-1]:.2f} s, SHA-256 {hashed[-1]:.2f} s, save {saved[-1]:.2f} s", flush=True)
-            if step < args.repeats:
-                shutil.rmtree(folder / "checkpoints")
         (checkpoint,) = checkpoints(folder)
         forget(checkpoint)
+        state.clear()
+        optimizer.adam.state.clear()  # a run that is resumed has no moments yet
         verify = seconds(lambda: damage(checkpoint) and 1 / 0)
         before = peak_mib(reset=True)
         load = seconds(lambda: optimizer.load_state(load_state(checkpoint)[0]))
         loading = peak_mib() - before
-    write, save = statistics.median(written), statistics.median(saved)
+    write_s, save_s = statistics.median(written), statistics.median(saved)
     every = train_ppo.Config().save_every
     print(json.dumps({
-        "gigabytes": round(size / 1e9, 2), "save_s": round(save, 2), "save_gb_s": round(size / save / 1e9, 2),
-        "plain_write_s": round(write, 2), "plain_write_gb_s": round(size / write / 1e9, 2),
-        "sha256_s": round(statistics.median(hashed), 2), "save_over_write": round(save / write, 2),
+        "gigabytes": round(size / 1e9, 2), "save_s": round(save_s, 2), "save_gb_s": round(size / save_s / 1e9, 2),
+        "plain_write_s": round(write_s, 2), "plain_write_gb_s": round(size / write_s / 1e9, 2),
+        "sha256_s": round(statistics.median(hashed), 2), "save_over_write": round(save_s / write_s, 2),
         "save_growth_mib": round(max(growth)), "verify_s": round(verify, 2), "verify_and_load_s": round(load, 2),
-        "load_growth_mib": round(loading), "full_size_save_s": round(save * args.parts, 1), "save_every": every,
-        "share_of_a_run_predicted": round(save * args.parts / (every * UPDATE_S), 4),
+        "load_growth_mib": round(loading), "full_size_save_s": round(save_s * args.parts, 1), "save_every": every,
+        "share_of_a_run_predicted": round(save_s * args.parts / (every * UPDATE_S), 4),
     }))  # fmt: skip
 
 

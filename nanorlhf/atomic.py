@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ DTYPE_NAMES = {
     torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 PIECE_BYTES = 16 * 2**20  # written and hashed at a time
+AHEAD = 16  # pieces that may wait for the hash: what is copied from a GPU at a time is twice that at most, 512 MiB
 
 
 @contextlib.contextmanager
@@ -61,7 +63,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write a safetensors file with plain writes and return its SHA-256, hashed on the way by a second thread.
 
     The usual writer maps the file into memory, where a full disk is a bus error that kills the process, and wants every
-    tensor on the CPU at once. Here a full disk is an OSError with the file's name, and 16 MiB are copied at a time.
+    tensor on the CPU at once. Here a full disk is an OSError with the file's name, and a tensor is copied in pieces.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that each begins aligned
     header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -75,13 +77,19 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
+    digest, hashing = hashlib.sha256(), deque()
     try:
         with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
-            for piece in _pieces([len(text).to_bytes(8, "little") + text], (tensors[name] for name in names)):
-                hashed = hasher.submit(digest.update, piece)
+            pieces = _pieces([len(text).to_bytes(8, "little") + text], (tensors[name] for name in names))
+            for number, piece in enumerate(pieces, start=1):
+                hashing.append(hasher.submit(digest.update, piece))
                 while piece:
                     piece = piece[file.write(piece) :]  # a write may take less than it is given
+                if number % AHEAD == 0:
+                    os.fsync(file.fileno())  # the disk works while the second thread hashes, not after it
+                    while len(hashing) > AHEAD:
+                        hashing.popleft().result()
+            for hashed in hashing:
                 hashed.result()
     except OSError as error:
         error.filename = error.filename or str(path)

@@ -102,7 +102,10 @@ def tracked(folder: Path) -> list[dict]:
         rows = [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
         ends = [record.exit.exit_code for record in every if record.WhichOneof("record_type") == "exit"]
         config = {update.key: json.loads(update.value_json) for update in run.config.update}
-        starts.append({"id": run.run_id, "name": run.display_name, "config": config, "rows": rows, "ends": ends})
+        axes = {record.metric.glob_name: record.metric.step_metric for record in every if record.HasField("metric")}
+        starts.append(
+            {"id": run.run_id, "name": run.display_name, "config": config, "rows": rows, "ends": ends, "axes": axes}
+        )
     return starts
 
 
@@ -118,6 +121,7 @@ def test_wandb_offline_has_every_metric_under_its_name_and_a_resumed_run_goes_on
     assert run["rows"] == written and len(written) == 5 and "train/sft/loss" in written[0]
     assert run["id"] == json.loads((folder / "config.json").read_text())["id"] and run["name"] == "sft"
     assert run["config"]["batch_size"] == 4 and run["ends"] == [0]
+    assert run["axes"] == {"*": "step"}  # curves over our step: W&B's own counter cannot go back to a checkpoint
 
     again = script(tmp_path, "--resume", WANDB_MODE="offline")  # from step 2: 3 and 4 are done once more
     assert again.returncode == 0, again.stderr
