@@ -23,10 +23,8 @@ def test_drawn_lengths_are_those_the_cost_model_assumes():
     assert min(lengths) >= 64 and max(lengths) == 512
     assert np.mean(lengths) == pytest.approx(350, abs=3)
     assert real.lengths(10_000) == lengths
-    pairs = real.pairs(5)
-    for (chosen, rejected), query in zip(pairs, real.queries(5), strict=True):
-        assert chosen[: len(query)] == rejected[: len(query)] == query
-        assert chosen != rejected
+    for pair, query in zip(real.pairs(5), real.queries(5), strict=True):
+        assert pair[0][: len(query)] == query and pair[-1] != pair[-2]
 
 
 def test_the_time_of_a_phase_is_the_median_without_the_warm_up():
