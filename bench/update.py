@@ -8,8 +8,8 @@ What runs is the code of the scripts: generate, train_ppo.score, train_ppo.learn
 train_rm.learn, with their presets' batch sizes. Query lengths are drawn from a normal distribution that is cut off
 (bench/shapes.py prints as mean and range); a random model never stops, so each response gets an EOS where a written
 summary would end. Medians over --repeats after a warm-up. From the time of a step follows that of an epoch: 116,722
-posts of SFT and PPO, 92,858 pairs; saving and evaluation are not in it. Shares, on a GPU only, are of a copy and of a bf16
-matmul measured in the same run; MFU is of the data sheet (nanorlhf/flops.py). One JSON line last.
+posts of SFT and PPO, 92,858 pairs; saving and evaluation are not in it. Shares, on a GPU only, are of a copy and of a
+bf16 matmul measured in the same run; MFU is of the data sheet (nanorlhf/flops.py). One JSON line last.
 """
 
 import os
