@@ -23,15 +23,14 @@ def share(x: float | None) -> str:
 def update_table(result: dict) -> list[str]:
     """Phases of an update and of a step."""
     lines = [f"{result['shape']}, 128 queries of {result['mean_query']:.0f} tokens on average.", ""]
-    lines += [
-        row_of(["stage", "phase", "s", "tokens/s", "of a matmul", "of a copy", "MFU", "peak GiB"]),
-        "|---" * 8 + "|",
-    ]
+    names = {"of_matmul": "of a matmul", "of_copy": "of a copy", "mfu": "MFU", "peak_gib": "peak GiB"}
+    there = [key for key in names if any(key in row for row in result["results"])]  # a CPU has none of them
+    lines.append(row_of(["stage", "phase", "s", "tokens/s", *(names[key] for key in there)]))
+    lines.append("|---" * (4 + len(there)) + "|")
     for row in result["results"]:
         speed = f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else ""
-        peak = f"{row['peak_gib']:.1f}" if "peak_gib" in row else ""
-        shares = [share(row.get(key)) for key in ("of_matmul", "of_copy", "mfu")]
-        lines.append(row_of([row["stage"], row["phase"], f"{row['s']:.3f}", speed, *shares, peak]))
+        more = [f"{row[key]:.1f}" if key == "peak_gib" and key in row else share(row.get(key)) for key in there]
+        lines.append(row_of([row["stage"], row["phase"], f"{row['s']:.3f}", speed, *more]))
     if "hours" in result:
         lines += ["", "By these step times: " + ", ".join(f"{k} {h:.2f} h" for k, h in result["hours"].items()) + "."]
     return lines

@@ -8,8 +8,8 @@ What runs is the code of the scripts: generate, train_ppo.score, train_ppo.learn
 train_rm.learn, with their presets' batch sizes. Query lengths are drawn from a normal distribution that is cut off
 (bench/shapes.py prints as mean and range); a random model never stops, so each response gets an EOS where a written
 summary would end. Medians over --repeats after a warm-up. From the time of a step follows that of an epoch: 116,722
-posts of SFT and PPO, 92,858 pairs; saving and evaluation are not in it. Shares are of a copy and of a bf16 matmul
-measured in the same run; MFU is of the data sheet (nanorlhf/flops.py). One JSON line last.
+posts of SFT and PPO, 92,858 pairs; saving and evaluation are not in it. Shares, on a GPU only, are of a copy and of a
+bf16 matmul measured in the same run; MFU is of the data sheet (nanorlhf/flops.py). One JSON line last.
 """
 
 import os
@@ -172,9 +172,10 @@ def rows(stage: str, clock: Clock, work: dict, ceiling: dict[str, float], device
         did = work[phase]
         row = {"stage": stage, "phase": phase, "s": s}
         row |= {"tokens_per_s": did["tokens"] / s} if "tokens" in did else {}
-        row |= {"of_matmul": did["flops"] / s / 1e12 / ceiling["TFLOP"]} if "flops" in did else {}
-        row |= {"of_copy": did["bytes"] / s / 1e9 / ceiling["GB"]} if "bytes" in did else {}
-        row |= {"mfu": mfu(did["flops"], s, device)} if "flops" in did and device.type == "cuda" else {}
+        if device.type == "cuda":  # a CPU's ceilings move with its load, and its matmul is not the one that we call
+            row |= {"of_matmul": did["flops"] / s / 1e12 / ceiling["TFLOP"]} if "flops" in did else {}
+            row |= {"of_copy": did["bytes"] / s / 1e9 / ceiling["GB"]} if "bytes" in did else {}
+            row |= {"mfu": mfu(did["flops"], s, device)} if "flops" in did else {}
         row |= {"peak_gib": clock.peak[phase]} if phase in clock.peak else {}
         found.append(row)
     whole = sum(seconds.values())
