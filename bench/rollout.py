@@ -28,6 +28,7 @@ import torch
 import transformers
 
 from bench.stand_ins import LLAMA_32_1B
+from nanorlhf import decoder
 from nanorlhf.checkpoint import load_policy
 from nanorlhf.decoder import decoder_for
 from nanorlhf.device import device_name, now, pick_device
@@ -137,6 +138,7 @@ def warm_up(contender: Contender, device: torch.device) -> int | None:
     if device.type != "cuda":
         contender.whole(), contender.first()
         return None
+    decoder._kept.clear()  # each allocates a cache of its own
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)

@@ -24,6 +24,8 @@ def pick_device(name: str) -> torch.device:
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         check(int(index or 0) < count, "device", name, f"among the {count} CUDA devices here", "choose --device auto")
+        if index:
+            torch.cuda.set_device(int(index))  # Triton starts its kernels on the current device
     return torch.device(name)
 
 
@@ -60,7 +62,7 @@ CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # fixed workspaces: with others cuBLAS may a
 FIXED = (":4096:8", ":16:8")
 
 
-def make_deterministic(device: torch.device, kernels: str | None) -> None:
+def make_deterministic(device: torch.device, kernels: str | None, dtype: torch.dtype) -> None:
     """From here on the same work gives the same bits on a GPU too, for the rest of the process. Call it before the GPU
     is given any work.
 
@@ -69,14 +71,17 @@ def make_deterministic(device: torch.device, kernels: str | None) -> None:
     atomics. A CPU repeats itself in any case, as long as it has as many threads: nothing changes there. (Nor is memory
     filled with NaN before it is written, as torch would: nothing here reads it.)
 
-    kernels: what kernels.chosen() says. Raises UserError for cuBLAS workspaces that are not fixed, and for the
-    reference kernels on a GPU, whose cumulative sums have no fixed order.
+    kernels: what kernels.chosen() says. Raises UserError for cuBLAS workspaces that are not fixed, and where sampling
+    on a GPU takes torch's cumulative sum, which has no fixed order: in the reference kernels, in fp32, off Hopper.
     """
     if device.type == "cuda":
         found = os.environ.setdefault(CUBLAS, FIXED[0])
         check(found in FIXED, CUBLAS, found, f"{' or '.join(FIXED)}, which --deterministic needs", "unset it")
         triton = kernels is None or kernels.startswith("Triton")
         check(triton, "--deterministic on a GPU with kernels", kernels, "Triton's", "unset NANORLHF_KERNELS")
+        tiles = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) == (9, 0)
+        got = str(dtype).removeprefix("torch.")
+        check(tiles, "--deterministic on a GPU with dtype", got, "bfloat16 on an H100 or H200", "leave the flag out")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 

@@ -89,7 +89,7 @@ class Run:
         self.dtype = pick_dtype(cfg.dtype, self.device)
         deterministic = getattr(cfg, "deterministic", False)
         if deterministic:
-            make_deterministic(self.device, kernels)
+            make_deterministic(self.device, kernels, self.dtype)
         self._trackers = Trackers(track=getattr(cfg, "track", False))
 
         one_name = cfg.run_name == Path(cfg.run_name).name and cfg.run_name not in ("", "..")

@@ -90,21 +90,33 @@ def test_on_a_cpu_deterministic_changes_no_bit(name, world, models, tmp_path, mo
     assert metrics(tmp_path / "with") == metrics(tmp_path / "without")
 
 
-def test_workspaces_that_are_not_fixed_and_kernels_without_a_fixed_order_are_refused(monkeypatch):
-    gpu = torch.device("cuda")
+@pytest.fixture
+def hopper(monkeypatch):
+    """A GPU that answers what it is."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return torch.device("cuda")
+
+
+def test_workspaces_that_are_not_fixed_and_kernels_without_a_fixed_order_are_refused(monkeypatch, hopper):
+    bf16 = torch.bfloat16
     monkeypatch.setenv(CUBLAS, ":4096:2")
     with pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG :4096:2 is not :4096:8 or :16:8.*unset it"):
-        make_deterministic(gpu, "Triton 3.6")
+        make_deterministic(hopper, "Triton 3.6", bf16)
     monkeypatch.setenv(CUBLAS, ":16:8")
     with pytest.raises(UserError, match="kernels PyTorch reference is not Triton's: unset NANORLHF_KERNELS"):
-        make_deterministic(gpu, "PyTorch reference")
+        make_deterministic(hopper, "PyTorch reference", bf16)
+    with pytest.raises(UserError, match="dtype float32 is not bfloat16 on an H100 or H200"):
+        make_deterministic(hopper, "Triton 3.6", torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(UserError, match="dtype bfloat16 is not bfloat16 on an H100 or H200"):
+        make_deterministic(hopper, "Triton 3.6", bf16)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_torch_is_told_and_cublas_too(monkeypatch, as_before):
+def test_torch_is_told_and_cublas_too(monkeypatch, as_before, hopper):
     monkeypatch.setenv(CUBLAS, "to be put back")
     monkeypatch.delenv(CUBLAS)
-    make_deterministic(torch.device("cuda"), "Triton 3.6")
+    make_deterministic(hopper, "Triton 3.6", torch.bfloat16)
     assert os.environ[CUBLAS] == FIXED[0]
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()  # or flash attention would keep its atomics
