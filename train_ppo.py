@@ -100,7 +100,7 @@ class Config:
     missing_eos_score: float = -1.0  # the score of a response that does not stop (N+ detail 23.3)
     # -- logging and saving
     sample_every: int = 50  # updates between tables of samples; 0 for none
-    save_every: int = 200  # updates between checkpoints that --resume can use; 0 for none
+    save_every: int = 250  # updates between checkpoints that --resume can use; 0 for none
     keep: int = 1  # newest checkpoints that stay, beside the one being written: 12 bytes a trained parameter each
     stop_kl: float | None = None  # nats a response: end the run when the KL of an update is above [hacks.py warns]
     on_nan: str = "stop"  # stop at a loss, score or gradient that is not finite, or skip: leave the step out and count
