@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from kernels.runtime import INTERPRETED
 from nanorlhf.config import check
 
 
@@ -106,10 +107,11 @@ def side_by_side(*tasks: Callable, device: torch.device) -> list:
 
     On a CPU they run at the same time, each on its share of the cores: a model of the tiny world is too small for all
     of them. Two models on 2 cores are 1.3 times faster than one after the other on both, and where other programs use
-    the cores, and the threads of one operation wait for one another, many times. On a GPU, one after the other.
+    the cores, and the threads of one operation wait for one another, many times. On a GPU, and in Triton's interpreter,
+    which runs one kernel at a time, one after the other.
     """
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads < 2:
+    if device.type != "cpu" or threads < 2 or INTERPRETED:
         return [task() for task in tasks]
     share = max(1, threads // len(tasks))
     try:
