@@ -160,7 +160,7 @@ def launches() -> list[dict]:
     swiglu._backward._init_fn(gate_up, swiglu._forward._init_fn(gate_up))
     op = "decode_attention"
     for batch in (B, 8):  # the second one is split
-        q, cache = torch.empty(batch, H, DH, **bf16), torch.empty(batch, S, HKV, DH, **bf16)
+        q, cache = torch.empty(batch, H, DH, **bf16), torch.empty(batch, HKV, S, DH, **bf16).transpose(1, 2)
         decode_attention._forward._init_fn(q, cache, cache, labels[:batch])
     unique = {}
     for found in rows:  # a loop over chunks launches the same kernel again

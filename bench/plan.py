@@ -12,6 +12,7 @@ fragmentation. One JSON line last.
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import NamedTuple
@@ -158,31 +159,29 @@ def _largest(lengths: list[int], microbatch_tokens: int) -> list[int]:
 def sft(shape: Shape, memory, device: str, cfg: train_sft.Config, recompute: bool, dtype=torch.bfloat16) -> Plan:
     sequences = shape.with_summaries(cfg.batch_size)
     sequences = [sequences[i] for i in _largest([len(s) for s in sequences], cfg.microbatch_tokens)]
-    with memory:
-        states = _States(memory, recompute)
-        policy = random_model(Policy, shape.config, device, dtype)
-        states.note("weights")
-        optimizer = states.trained(policy)
-        train_sft.learn(policy, sequences, cfg)
-        states.first_step(optimizer)
-        train_sft.learn(policy, sequences, cfg)  # the next one finds gradients
-        phases = {"learn": _peak(memory, lambda: train_sft.learn(policy, sequences, cfg))}
-    return Plan("sft", cfg.microbatch_tokens, recompute, states.bytes, phases)
+    make = partial(random_model, Policy, shape.config, device, dtype)
+    return _of_one_model("sft", memory, cfg, recompute, make, lambda model: train_sft.learn(model, sequences, cfg))
 
 
 def rm(shape: Shape, memory, device: str, cfg: train_rm.Config, recompute: bool, dtype=torch.bfloat16) -> Plan:
     pairs = shape.pairs(cfg.batch_size)
     pairs = [pairs[i] for i in _largest([sum(map(len, pair)) for pair in pairs], cfg.microbatch_tokens)]
+    make = partial(random_model, ScalarModel, shape.config, device, dtype, bias=False)
+    return _of_one_model("rm", memory, cfg, recompute, make, lambda model: train_rm.learn(model, pairs, cfg))
+
+
+def _of_one_model(stage: str, memory, cfg, recompute: bool, make: Callable, learn: Callable) -> Plan:
+    """A script that trains one model. make() -> the model; learn(model): forward and backward pass of a microbatch."""
     with memory:
         states = _States(memory, recompute)
-        model = random_model(ScalarModel, shape.config, device, dtype, bias=False)
+        model = make()
         states.note("weights")
         optimizer = states.trained(model)
-        train_rm.learn(model, pairs, cfg)
+        learn(model)
         states.first_step(optimizer)
-        train_rm.learn(model, pairs, cfg)  # the next one finds gradients
-        phases = {"learn": _peak(memory, lambda: train_rm.learn(model, pairs, cfg))}
-    return Plan("rm", cfg.microbatch_tokens, recompute, states.bytes, phases)
+        learn(model)  # the next one finds gradients
+        phases = {"learn": _peak(memory, partial(learn, model))}
+    return Plan(stage, cfg.microbatch_tokens, recompute, states.bytes, phases)
 
 
 STAGES = {"sft": (sft, train_sft), "rm": (rm, train_rm), "ppo": (ppo, train_ppo)}
