@@ -94,7 +94,8 @@ def test_the_resolved_config_is_the_scripts_own_class_and_knows_its_preset():
     assert cfg.argv == ["--preset", "tiny"]
 
 
-def test_every_kind_of_field_is_converted():
+def test_every_kind_of_field_is_converted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # --resume looks for a run to go on with
     cfg = flags("--preset tiny --model a/b --max_updates 3 --kl_estimator full --no_whiten_rewards --resume --lr=1e-3")
     assert (cfg.model, cfg.max_updates, cfg.kl_estimator, cfg.whiten_rewards, cfg.resume, cfg.lr) == (
         "a/b", 3, "full", False, True, 1e-3
