@@ -24,6 +24,7 @@ bonus, several GPUs. Next: eval.py.
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a GPU's memory in pieces that can grow
 
 from collections import defaultdict
 from dataclasses import dataclass

@@ -168,6 +168,8 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 10
     grad_hidden, grad_weight = ctx.saved_tensors
     of_hidden = grad_hidden * grad_loss if ctx.of_hidden else None  # 0-dim: stays in the dtype of grad_hidden
     of_weight = None

@@ -316,19 +316,18 @@ def test_as_many_references_are_scored_as_a_batch_has(batch, expected):
 
 def test_rounding_as_it_was_measured_stops_no_run():
     """V(after EOS) and the score come from two passes: their difference has the rms that real weights show in bf16
-    (preflight.py). A bound on the largest of 128 would stop some of 200 healthy runs."""
+    (preflight.py), at scores of any size; the largest of 128 differences is three to five times that."""
     generator, zeros = torch.Generator().manual_seed(0), torch.zeros(128, R)
     mask = torch.arange(R).repeat(128, 1) < 3
-    largest = []
-    for _ in range(200):
-        scores = torch.randn(128, generator=generator)
-        noise = 0.033 * torch.randn(128, generator=generator)
-        values = zeros.index_add(1, torch.tensor([3]), (scores + noise)[:, None])
-        episode = Experience([], zeros.long(), mask, mask, zeros, values, zeros, zeros)
-        checks = preflight.first_update(episode, zeros, scores, scores - scores.mean(), torch.bfloat16)
-        preflight.report(checks, print, "before update 1")
-        largest.append(noise.abs().max())
-    assert max(largest) > preflight.SCORE[torch.bfloat16]
+    for size in (0.4, 1.0, 5.0):
+        for _ in range(50):
+            scores = size * torch.randn(128, generator=generator)
+            noise = max(1.0, size) * 0.047 * torch.randn(128, generator=generator)
+            values = zeros.index_add(1, torch.tensor([3]), (scores + noise)[:, None])
+            episode = Experience([], zeros.long(), mask, mask, zeros, values, zeros, zeros)
+            checks = preflight.first_update(episode, zeros, scores, scores - scores.mean(), torch.bfloat16)
+            found = preflight.report(checks, print, "before update 1")
+            assert found["preflight/v_after_eos_score"] < checks[1].high / 2
 
 
 def test_a_value_read_at_the_wrong_token_is_far_outside_the_bound_in_bf16(make_policy, make_sequences, monkeypatch):
@@ -338,7 +337,7 @@ def test_a_value_read_at_the_wrong_token_is_far_outside_the_bound_in_bf16(make_p
     with pytest.raises(UserError, match=VALUE) as stopped:
         setup.check()
     off = float(str(stopped.value).split(" is ")[1].split()[0])
-    assert off > 5 * preflight.SCORE[torch.bfloat16]
+    assert off > 3 * preflight.SCORE[torch.bfloat16]
 
 
 # --- SFT and the reward model ----------------------------------------------------------------------------------------
