@@ -60,7 +60,7 @@ class KVCache:
         """Ordinary causal attention that leaves k and v in the cache, of sequences `first`, first + 1, ..."""
         n = sum(packed.lengths)  # tokens without the filling
         lengths = torch.tensor(packed.lengths)
-        sequence = torch.repeat_interleave(torch.arange(first, first + len(lengths)), lengths)  # (n,)
+        sequence = torch.arange(first, first + len(lengths)).repeat_interleave(lengths, output_size=n)  # (n,)
         rows = self.first_rows[to_device(sequence, self.first_rows.device)] + packed.positions[:n, None]  # (n, Hkv)
         attend = causal(packed)
 

@@ -49,7 +49,7 @@ class AdamW:
                 self.names.append(f"{index}.{name}")
                 self.labels.append(f"{type(model).__name__}.{name}")  # what an error calls it
                 self.parameters.append(parameter)
-        places = {id(p) if p.is_meta else p.data_ptr() for p in self.parameters}
+        places = {p.untyped_storage()._cdata for p in self.parameters}  # tensors without data have a storage too
         assert len(places) == len(self.parameters), "two models share a parameter"
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
         for parameter, master in zip(self.parameters, self.masters, strict=True):
