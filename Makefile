@@ -51,4 +51,4 @@ setup: .venv/run
 	@touch $@
 
 clean:
-	rm -rf .venv runs data/tiny
+	rm -rf .venv .venv-oldest runs data/tiny
