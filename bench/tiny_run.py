@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from nanorlhf.inputs import EMBEDDED
-from nanorlhf.run import read_metrics
+from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.run.run import read_metrics
 
 ROOT = Path(__file__).parents[1]
 STAGES, DTYPES = ("sft", "rm", "ppo"), ("float32", "bfloat16")
