@@ -24,6 +24,7 @@ out, with a line that says so. Left out: bars to pass (nanorlhf/tiny/demo.py has
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a GPU's memory in pieces that can grow
 
 import json
 import time

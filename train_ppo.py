@@ -24,6 +24,7 @@ bonus, several GPUs. Next: eval.py.
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a GPU's memory in pieces that can grow
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -293,17 +294,19 @@ def main(cfg: Config) -> None:
             episode = Experience(sequences, responses, action_mask, value_mask, logprobs, values, advantages, returns)
             checked = {}
             if cfg.preflight and (update < 2 or update == start):
+                when = f"before update {update + 1}"
+                if update == 0:  # first what costs nothing
+                    checked = preflight.report(preflight.first_responses(responses, tokenizer), run.say, when)
+                    run.say("        the others read the batch once more, and as many of the authors' summaries")
                 checks = preflight.any_update(models, frozen, episode, sampled_logprobs, cfg)
                 if update == 0:
-                    n = preflight.REFERENCES
+                    n = preflight.references(cfg.batch_size)
                     known = [q + r for q, r in zip(queries[:n], references[:n], strict=True)]
                     (known_scores,) = in_microbatches(
                         lambda packed, i: [reward_model.last_scores(packed)], known, cfg.microbatch_tokens, run.device
                     )
-                    checks += preflight.first_update(
-                        episode, ref_logprobs, raw_scores, known_scores, tokenizer, run.dtype
-                    )
-                checked = preflight.report(checks, run.say, f"before update {update + 1}")
+                    checks += preflight.first_update(episode, ref_logprobs, raw_scores, known_scores, run.dtype)
+                checked |= preflight.report(checks, run.say, when)
 
             # 6. learn
             totals = defaultdict(float)

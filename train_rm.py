@@ -22,6 +22,7 @@ model (N+ details 10 to 16). Left out: margins, ensembles. Next: train_ppo.py.
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a GPU's memory in pieces that can grow
 
 from collections import defaultdict
 from dataclasses import dataclass

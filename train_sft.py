@@ -19,6 +19,7 @@ several GPUs, sequence packing across the attention mask. Next: train_rm.py.
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a GPU's memory in pieces that can grow
 
 from dataclasses import dataclass
 from typing import Literal
