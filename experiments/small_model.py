@@ -49,7 +49,7 @@ from nanorlhf.tldr import load_posts
 from nanorlhf.tokenizer import load_tokenizer
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo, "eval": evaluation}
-SHARES = {"lr": 3, "sft": 4, "rm": 2, "ppo": 9, "eval": 4, "out_again": 1}  # of the time that is left, part by part
+SHARES = {"lr": 4, "sft": 3, "rm": 2, "ppo": 8, "eval": 3, "out_again": 1}  # of the time that is left, part by part
 PROBE_STEPS = 3  # the first compiles; the others are timed
 LR_STEPS = 24  # of the comparison of learning rates, at most
 MOST_EPOCHS = 2  # of SFT and the reward model; PPO goes on for as long as there is time
@@ -123,6 +123,7 @@ class Experiment:
         self.model = str(find_model("base", args.model, "model", "smollm2")[0].resolve())
         self.device = pick_device(args.device)
         self.sizes = ON_A_GPU if self.device.type == "cuda" else ON_A_CPU
+        self.measured: dict[str, dict] = {}  # stage -> seconds a step, and around all of them
         self.path = out / "results.json"
         self.state: dict = json.loads(self.path.read_text()) if self.path.is_file() else {"seconds": {}}
         dtype = str(pick_dtype(args.dtype, self.device)).removeprefix("torch.")
@@ -180,8 +181,8 @@ class Experiment:
         found, lrs = {"runs": {}, "preflight": {}}, self.args.ppo_lrs
         flags = self.flags("ppo") | {"sft_model": self.final("sft"), "reward_model": self.final("rm")}
         for dtype in ("float32", "bfloat16"):  # the checks before and in one update; this is where a bound may be wrong
-            checked = flags | {"dtype": dtype, "max_updates": 1, "overwrite": True, "run_name": self.name("preflight")}
-            checked["batch_size"] = min(32, flags["batch_size"])
+            checked = flags | {"dtype": dtype, "max_updates": 1, "overwrite": True, "preflight": True}
+            checked |= {"batch_size": min(32, flags["batch_size"]), "run_name": self.name("preflight")}
             try:
                 (row,) = run("ppo", self.device, **checked).rows
                 found["preflight"][dtype] = {k: v for k, v in row.items() if k.startswith("preflight/")}
@@ -196,7 +197,7 @@ class Experiment:
 
     def eval(self, _: float) -> dict:
         policies = [f"base={self.model}", f"sft={self.final('sft')}"]
-        policies += [f"{name}={self.final(name)}" for name in self.state["ppo"]["runs"]]
+        policies += [f"{name}={self.final(name)}" for name in self.state["ppo"].get("runs", ())]
         flags = self.flags("eval") | {"policy": policies, "reward_model": self.final("rm"), "judge": "rm"}
         done = run("eval", self.device, **flags, run_name=self.name("eval"), overwrite=True)
         shutil.copy(done.folder / "samples.jsonl", self.out / "samples.jsonl")
@@ -227,15 +228,19 @@ class Experiment:
         return str(Path("runs") / self.name(name) / "final")
 
     def steps_for(self, seconds: float, stage: str, flags: dict) -> tuple[int, dict]:
-        """How many steps of a stage fit into so many seconds, at least 1: from a run of three, which is part of them."""
-        own = {"run_name": self.name("probe"), "max_updates": PROBE_STEPS, "overwrite": True}
-        probe = run(stage, self.device, **flags | own)
-        times = [row["time"] for row in probe.rows][:PROBE_STEPS]
-        step = statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
-        around = max(0.0, probe.seconds - (times[-1] - times[0]) - step)  # loading, encoding, the evaluation at the end
-        steps = max(1, int((seconds - probe.seconds - around) / step))
+        """How many steps of a stage fit into so many seconds, at least 1, by a run of three, made once a stage."""
+        began = time.monotonic()
+        if stage not in self.measured:
+            own = {"run_name": self.name(f"{stage}_probe"), "max_updates": PROBE_STEPS, "overwrite": True}
+            probe = run(stage, self.device, **flags | own)
+            times = [row["time"] for row in probe.rows][:PROBE_STEPS]
+            step = statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
+            around = max(0.0, probe.seconds - (times[-1] - times[0]) - step)  # loading, encoding, the evaluation
+            self.measured[stage] = {"s_per_step": step, "s_around": around}
+        step, around = self.measured[stage].values()
+        steps = max(1, int((seconds - (time.monotonic() - began) - around) / step))
         print(f"plan    {stage}: {step:.2f} s a step and {around:.1f} s around them: {steps} steps in {seconds:.0f} s")
-        return steps, {"s_per_step": step, "s_around": around, "s_probe": probe.seconds}
+        return steps, self.measured[stage]
 
     def train(self, name: str, seconds: float, flags: dict) -> dict:
         """A stage trained to its end, or on from where it was stopped; its metrics go to --out."""

@@ -27,7 +27,7 @@ from nanorlhf.tldr import Comparison, Post, cut_query, format_query, response_te
 from nanorlhf.tokenizer import Tokenizer
 
 CACHE = Path("data/tokens")
-CACHED_FROM = 20_000  # rows; fewer are encoded in a second or two
+CACHED_FROM = 4_000  # rows; fewer are encoded in a second or two
 PARALLEL_FROM = 4_000  # rows; starting the workers takes as long as fewer
 PIECE = 500  # rows a worker encodes at a time
 LIBRARIES = " ".join(f"{library.__name__} {library.__version__}" for library in (sentencepiece, tiktoken, tokenizers))
