@@ -50,6 +50,12 @@ def read(path: Path, data: dict, files: dict[str, bytes]) -> dict:
         if type(error) is not Exception:
             raise
         raise UserError(f"{path}: not a complete tokenizer.json ({error}): fetch the file again") from None
+    for token in data["added_tokens"]:
+        if library.token_to_id(token["content"]) != token["id"]:  # the library numbers them itself
+            raise UserError(
+                f"{path}: added token {token['content']!r} has the id {token['id']}, expected the one that the library "
+                f"finds in it, {library.token_to_id(token['content'])}: fetch the file again"
+            )
     library.encode_special_tokens = True  # "<|im_end|>" in a post is text
 
     def encode(text: str) -> list[int]:

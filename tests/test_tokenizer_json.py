@@ -115,7 +115,7 @@ def test_decoding_the_joined_ids_gives_the_joined_text(tokenizer):
 def test_tokens_of_text_that_were_added_are_decoded(folder, tmp_path):
     def with_blanks(data):
         one = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
-        data["added_tokens"].append({"id": 420, "content": "\n\n\n\n"} | one)
+        data["added_tokens"].append({"id": len(data["model"]["vocab"]), "content": "\n\n\n\n"} | one)
 
     tokenizer = load_tokenizer(changed(folder, tmp_path / "added", with_blanks))
     ids = tokenizer.encode("a\n\n\n\nb")
@@ -150,6 +150,8 @@ def test_transformers_opens_a_prompt_of_the_saved_folder_as_we_open_a_query(fold
         (lambda d: d["model"]["vocab"].update({"▁cat": 420}), "a token contains '▁'"),
         (lambda d: d["model"]["vocab"].update({"cats": 3}), "has the id 3, expected a number of its own"),
         (lambda d: d["model"]["vocab"].update({"cats": 9999}), "has the id 9999, expected a number of its own"),
+        (lambda d: d["added_tokens"][1].update(content="<|new|>"), r"token '<\|new\|>' has the id 1, expected a number"),
+        (lambda d: d["added_tokens"].append(d["added_tokens"][0] | {"content": "<|new|>", "id": 700}), r"<\|new\|>.* has the id 700, expected the one that"),
         (lambda d: d["model"]["vocab"].update({"catĠdog": 420}), "'cat dog' holds a space between two words"),
         (lambda d: d["model"]["merges"].append(["qqq", "zzz"]), "not a complete tokenizer.json"),
         (lambda d: d["model"].pop("merges"), "not a complete tokenizer.json"),
