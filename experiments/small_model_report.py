@@ -1,8 +1,9 @@
 """The tables of experiments/small_model.py: results.json and samples.jsonl -> markdown."""
 
+import math
 from pathlib import Path
 
-from nanorlhf import hacks
+from nanorlhf.hacks import TITLE_SHARES
 from nanorlhf.jsonl import read_jsonl
 from nanorlhf.metrics import accuracy_interval, bootstrap_interval, title_copy
 from nanorlhf.tldr import Post
@@ -117,7 +118,7 @@ def evaluation(found: dict, out: Path) -> list[str]:
     path = out / "samples.jsonl"
     if path.is_file():
         texts = read_jsonl(path)
-        lines += titles(texts, [name for name in policies]) + samples(texts[:TEXTS], list(policies))
+        lines += titles(texts, list(policies)) + samples(texts[:TEXTS], list(policies))
     return lines
 
 
@@ -127,21 +128,29 @@ def _interval(pair) -> str:
 
 def titles(rows: list[dict], names: list[str]) -> list[str]:
     posts = [Post(r["id"], r["subreddit"], r["title"], r["post"], "") for r in rows]
-    return ["## Title copying", "", *title_table({name: ([r[name] for r in rows], posts) for name in names})]
+    lines, _ = title_table({name: ([r[name] for r in rows], posts) for name in names})
+    return ["## Title copying", "", *lines]
 
 
-def title_table(texts: dict[str, tuple[list[str], list[Post]]]) -> list[str]:
-    """{name: (texts, their posts)} -> how much of a title is copied, with bootstrap intervals over posts."""
-    lines = []
+def copies_of(texts: list[str], posts: list[Post]) -> list[float]:
+    """`title_copy` of each text whose post has a title."""
+    copies = [title_copy(text, post.title) for text, post in zip(texts, posts, strict=True)]
+    return [copy for copy in copies if not math.isnan(copy)]
+
+
+def title_table(texts: dict[str, tuple[list[str], list[Post]]]) -> tuple[list[str], dict[str, dict]]:
+    """{name: (texts, their posts)} -> how much of a title is copied, with bootstrap intervals over posts, as markdown
+    and as numbers."""
+    lines, numbers = [], {}
     for name, (written, posts) in texts.items():
-        copies = [title_copy(text, post.title) for text, post in zip(written, posts, strict=True)]
-        copies = [copy for copy in copies if copy == copy]  # posts without a title do not count
-        row = [name, len(copies)]
-        for values in (copies, *([float(c >= share / 100 - 1e-9) for c in copies] for share in hacks.TITLE_SHARES[1:])):
-            low, high = bootstrap_interval(values, seed=1)
-            row.append(f"{sum(values) / len(values):.3f} ({low:.3f} to {high:.3f})")
-        lines.append(row)
-    return table(["text", "n", "share of the title, mean", "at least 80% of it", "all of it"], lines)
+        copies = copies_of(written, posts)
+        least = {f"at least {share}%": [float(copy >= share / 100 - 1e-9) for copy in copies] for share in TITLE_SHARES}
+        numbers[name] = {"n": len(copies)}
+        for what, values in ({"mean": copies} | least).items():
+            numbers[name][what] = (sum(values) / len(values), *bootstrap_interval(values, seed=1))
+        shown = (f"{mean:.3f} ({low:.3f} to {high:.3f})" for mean, low, high in list(numbers[name].values())[1:])
+        lines.append([name, len(copies), *shown])
+    return table(["text", "n", "share of the title, mean", *list(least)], lines), numbers
 
 
 def samples(rows: list[dict], names: list[str]) -> list[str]:
