@@ -50,11 +50,11 @@ from nanorlhf.tokenizer import load_tokenizer
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo, "eval": evaluation}
 SHARES = {"lr": 4, "sft": 3, "rm": 2, "ppo": 8, "eval": 3, "out_again": 1}  # of the time that is left, part by part
-PROBE_STEPS = 3  # the first compiles; the others are timed
+PROBE_STEPS = 3  # on a GPU the first compiles
 LR_STEPS = 24  # of the comparison of learning rates, at most
 MOST_EPOCHS = 2  # of SFT and the reward model; PPO goes on for as long as there is time
 GREEDY_POSTS = 6
-# What a step holds: as the preset has it on a GPU; on a CPU an eighth of it, of shorter posts.
+# What a step holds: as the preset has it on a GPU; on a CPU an eighth of it and less, of posts cut to 192 tokens.
 ON_A_GPU = {
     "sft": {"eval_posts": 386, "batch_size": 128},
     "rm": {"batch_size": 32, "shift_posts": 4096},
@@ -62,10 +62,10 @@ ON_A_GPU = {
     "eval": {"num_posts": 386, "diversity_posts": 64},
 }
 ON_A_CPU = {
-    "sft": {"eval_posts": 32, "batch_size": 16, "max_query_length": 256, "microbatch_tokens": 2048},
-    "rm": {"batch_size": 8, "shift_posts": 64, "max_query_length": 256, "microbatch_tokens": 2048},
-    "ppo": {"batch_size": 16, "max_query_length": 256, "microbatch_tokens": 2048, "sample_every": 0},
-    "eval": {"num_posts": 64, "diversity_samples": 0, "max_query_length": 256, "microbatch_tokens": 4096},
+    "sft": {"eval_posts": 32, "batch_size": 16, "max_query_length": 192, "microbatch_tokens": 2048},
+    "rm": {"batch_size": 8, "shift_posts": 64, "max_query_length": 192, "microbatch_tokens": 2048},
+    "ppo": {"batch_size": 8, "max_query_length": 192, "microbatch_tokens": 2048, "sample_every": 0},
+    "eval": {"num_posts": 32, "diversity_samples": 0, "max_query_length": 192, "microbatch_tokens": 4096},
 }
 
 
@@ -123,6 +123,7 @@ class Experiment:
         self.model = str(find_model("base", args.model, "model", "smollm2")[0].resolve())
         self.device = pick_device(args.device)
         self.sizes = ON_A_GPU if self.device.type == "cuda" else ON_A_CPU
+        self.probe_steps = PROBE_STEPS if self.device.type == "cuda" else 2
         self.measured: dict[str, dict] = {}  # stage -> seconds a step, and around all of them
         self.path = out / "results.json"
         self.state: dict = json.loads(self.path.read_text()) if self.path.is_file() else {"seconds": {}}
@@ -182,10 +183,13 @@ class Experiment:
         flags = self.flags("ppo") | {"sft_model": self.final("sft"), "reward_model": self.final("rm")}
         for dtype in ("float32", "bfloat16"):  # the checks before and in one update; this is where a bound may be wrong
             checked = flags | {"dtype": dtype, "max_updates": 1, "overwrite": True, "preflight": True}
-            checked |= {"batch_size": min(32, flags["batch_size"]), "run_name": self.name("preflight")}
+            checked |= {"batch_size": min(32, flags["batch_size"]), "run_name": self.name(f"preflight_{dtype}")}
             try:
                 (row,) = run("ppo", self.device, **checked).rows
                 found["preflight"][dtype] = {k: v for k, v in row.items() if k.startswith("preflight/")}
+                if self.device.type == "cpu" and dtype == self.state["about"]["dtype"]:  # minutes, and nothing compiles
+                    step = sum(row[f"time/{phase}"] for phase in ("rollout", "score", "learn"))
+                    self.measured["ppo"] = {"s_per_step": step, "s_around": 0.0}
             except UserError as error:
                 found["preflight"][dtype] = {"failed": str(error)}
                 flags["preflight"] = False
@@ -231,9 +235,9 @@ class Experiment:
         """How many steps of a stage fit into so many seconds, at least 1, by a run of three, made once a stage."""
         began = time.monotonic()
         if stage not in self.measured:
-            own = {"run_name": self.name(f"{stage}_probe"), "max_updates": PROBE_STEPS, "overwrite": True}
+            own = {"run_name": self.name(f"{stage}_probe"), "max_updates": self.probe_steps, "overwrite": True}
             probe = run(stage, self.device, **flags | own)
-            times = [row["time"] for row in probe.rows][:PROBE_STEPS]
+            times = [row["time"] for row in probe.rows][: self.probe_steps]
             step = statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
             around = max(0.0, probe.seconds - (times[-1] - times[0]) - step)  # loading, encoding, the evaluation
             self.measured[stage] = {"s_per_step": step, "s_around": around}
