@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from nanorlhf.config import one_sentence
-from nanorlhf.errors import UserError
-from nanorlhf.model_config import read_config, read_json
-from nanorlhf.tokenizer import load_tokenizer
-from nanorlhf.weights import TensorFolder
+from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.errors import UserError, one_sentence
+from nanorlhf.storage.model_config import read_config, read_json
+from nanorlhf.storage.weights import TensorFolder
 
 PARTS = {  # of a block: llama.cpp's name, Hugging Face's
     "attn_norm": "input_layernorm",

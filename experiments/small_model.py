@@ -35,18 +35,18 @@ import train_ppo
 import train_rm
 import train_sft
 from experiments.small_model_report import report
-from nanorlhf.checkpoint import load_policy
-from nanorlhf.config import check, one_sentence, parse
-from nanorlhf.device import device_name, peak_gib, pick_device, pick_dtype
-from nanorlhf.encoding import encode_posts
-from nanorlhf.errors import UserError
-from nanorlhf.inputs import find_data, find_model
-from nanorlhf.jsonl import read_jsonl, write_whole
-from nanorlhf.metrics import rouge
+from nanorlhf.data.encoding import encode_posts
+from nanorlhf.data.tldr import load_posts
+from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.errors import UserError, check, one_sentence
+from nanorlhf.evaluation.metrics import rouge
 from nanorlhf.rollout import generate
-from nanorlhf.run_folder import git
-from nanorlhf.tldr import load_posts
-from nanorlhf.tokenizer import load_tokenizer
+from nanorlhf.run.config import parse
+from nanorlhf.run.device import device_name, peak_gib, pick_device, pick_dtype
+from nanorlhf.run.inputs import find_data, find_model
+from nanorlhf.run.run_folder import git
+from nanorlhf.storage.checkpoint import load_policy
+from nanorlhf.storage.jsonl import read_jsonl, write_whole
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo, "eval": evaluation}
 SHARES = {"lr": 4, "sft": 3, "rm": 2, "ppo": 8, "eval": 3, "out_again": 1}  # of the time that is left, part by part

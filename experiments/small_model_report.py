@@ -3,10 +3,10 @@
 import math
 from pathlib import Path
 
-from nanorlhf.hacks import TITLE_SHARES
-from nanorlhf.jsonl import read_jsonl
-from nanorlhf.metrics import accuracy_interval, bootstrap_interval, title_copy
-from nanorlhf.tldr import Post
+from nanorlhf.data.tldr import Post
+from nanorlhf.evaluation.hacks import TITLE_SHARES
+from nanorlhf.evaluation.metrics import accuracy_interval, bootstrap_interval, title_copy
+from nanorlhf.storage.jsonl import read_jsonl
 
 TEXTS = 10  # posts shown with what each policy wrote
 # Published ROUGE-L of SFT on OpenAI's TL;DR: other posts, other models, other decoding. For orientation only.

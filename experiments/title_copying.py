@@ -18,12 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from experiments.small_model_report import copies_of, table, title_table
-from nanorlhf.config import one_sentence
-from nanorlhf.errors import UserError
-from nanorlhf.inputs import find_data
-from nanorlhf.jsonl import read_jsonl
-from nanorlhf.metrics import bootstrap_interval
-from nanorlhf.tldr import Comparison, Post, load_comparisons, load_posts
+from nanorlhf.data.tldr import Comparison, Post, load_comparisons, load_posts
+from nanorlhf.errors import UserError, one_sentence
+from nanorlhf.evaluation.metrics import bootstrap_interval
+from nanorlhf.run.inputs import find_data
+from nanorlhf.storage.jsonl import read_jsonl
 
 
 def texts_of(data: Path) -> dict[str, tuple[list[str], list[Post]]]:

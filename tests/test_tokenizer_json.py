@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from test_tokenizer import CORPUS, QUERY, TEXTS, unicode_text
 
+from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.errors import UserError
-from nanorlhf.tokenizer import load_tokenizer
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<empty_output>"]
 DIGITS = {"type": "Digits", "individual_digits": True}
