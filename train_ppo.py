@@ -89,6 +89,7 @@ class Config:
     lr: float = 1.5e-6  # peak learning rate of the policy, and of the critic [paper: 3e-6 at batch 512]
     critic_lr: float | None = None  # peak learning rate of the critic, on the same schedule [paper: that of the policy]
     lr_schedule: str = "linear"  # linear, cosine (both to 0) or constant; stepped once an update
+    lr_warmup: int = 0  # first updates of the policy, in which its rate rises to the schedule's [not in the paper]
     max_grad_norm: float | None = None  # clip the gradient's norm [paper: no clipping]
     # -- PPO (Table 7)
     kl_coef: float = 0.05  # beta, nats to reward
@@ -218,6 +219,8 @@ def main(cfg: Config) -> None:
     check(total_updates > 0, "batch_size", cfg.batch_size, f"at most total_episodes {cfg.total_episodes}")
     fewer = f"fewer than the {total_updates} updates"
     check(cfg.critic_warmup < total_updates, "critic_warmup", cfg.critic_warmup, fewer, "leave some for the policy")
+    fewer = f"fewer than the {total_updates - cfg.critic_warmup} updates of the policy"
+    check(cfg.lr_warmup < total_updates - cfg.critic_warmup, "lr_warmup", cfg.lr_warmup, fewer)
     critic_peak = cfg.lr if cfg.critic_lr is None else cfg.critic_lr
 
     # 1. posts
@@ -266,6 +269,7 @@ def main(cfg: Config) -> None:
         for update in range(start, total_updates):
             schedule, warming = SCHEDULES[cfg.lr_schedule], update < cfg.critic_warmup
             lr, critic_lr = (schedule(update, total_updates, peak) for peak in (cfg.lr, critic_peak))
+            lr *= min(1.0, max(0, update + 1 - cfg.critic_warmup) / (cfg.lr_warmup + 1))
             began = now(run.device)
 
             # 3. rollout

@@ -88,7 +88,11 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "total_episodes eval_posts eval_pairs shift_posts num_posts num_comparisons steps batch_tokens keep",
     ),
     ("at least 2", lambda x: x >= 2, "response_length"),
-    ("0 or more", lambda x: x >= 0, "seed save_every sample_every diversity_samples diversity_posts critic_warmup"),
+    (
+        "0 or more",
+        lambda x: x >= 0,
+        "seed save_every sample_every diversity_samples diversity_posts critic_warmup lr_warmup",
+    ),
     (
         "0 or more, and finite",
         lambda x: 0 <= x < math.inf,

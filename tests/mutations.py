@@ -277,6 +277,8 @@ MUTATIONS = [
       "test_critic_warmup.py::test_the_critics_rate_moves_the_critic_alone"),
     M("critic_lr_not_scheduled", "--critic_lr", TRAIN, "optimizer.step((lr, critic_lr),",
       "optimizer.step((lr, critic_peak),", UPDATE),
+    M("lr_warmup_ignores_the_critics", "--lr_warmup", TRAIN, "max(0, update + 1 - cfg.critic_warmup)", "(update + 1)",
+      "test_critic_warmup.py::test_the_policys_rate_rises_after_the_critics_warmup_and_the_critics_does_not"),
     M("one_order_for_all_epochs", "section 1E, step 11", TRAIN, "[cfg.seed, update, epoch]", "[cfg.seed, update, 0]",
       UPDATE),
     M("lr_per_epoch", "T46, alignment-lab trajectory.py", TRAIN, "optimizer.step((lr, critic_lr),",

@@ -1,4 +1,4 @@
-"""train_ppo.py --critic_warmup and --critic_lr: who learns when, at which rate, and after a resume."""
+"""train_ppo.py --critic_warmup, --critic_lr and --lr_warmup: who learns when, at which rate, and after a resume."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_in_the_warmup_the_critic_learns_and_the_policy_is_bit_identical_and_has
     assert [row["objective/kl"] for row in rows[:3]] == pytest.approx([0, 0, 0], abs=1e-4)  # of update 3 too: before it
     assert rows[3]["objective/kl"] != pytest.approx(0, abs=1e-4)
     assert ["loss/policy_avg" in row for row in rows] == [False, False, True, True]
-    assert all("loss/value_avg" in row and row["lr"] > 0 for row in rows)
+    assert all("loss/value_avg" in row and row["critic_lr"] > 0 for row in rows)
 
 
 def test_the_policy_is_checked_before_its_first_step_also_after_a_warmup(world, models):
@@ -75,6 +75,14 @@ def test_both_rates_follow_the_schedule(world, models):
     assert [row["critic_lr"] for row in rows] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
 
 
+def test_the_policys_rate_rises_after_the_critics_warmup_and_the_critics_does_not(world, models):
+    """Updates 0 to 3 of a constant rate: the critic alone, then a third, two thirds, the whole."""
+    flags = "--critic_warmup 1 --lr_warmup 2 --lr 3e-4 --lr_schedule constant --no_preflight"
+    rows = read_metrics(run("train_ppo", world, f"{models['train_ppo']} {flags}"))
+    assert [row["lr"] for row in rows] == pytest.approx([0, 1e-4, 2e-4, 3e-4])
+    assert [row["critic_lr"] for row in rows] == [3e-4] * 4
+
+
 def test_a_run_that_was_resumed_inside_the_warmup_ends_bit_identical(world, models, monkeypatch):
     flags = f"{models['train_ppo']} --save_every 1 --critic_warmup 3 --critic_lr 1e-3"
     straight = run("train_ppo", world, f"{flags} --run_name straight")
@@ -97,9 +105,9 @@ def test_a_run_that_was_resumed_inside_the_warmup_ends_bit_identical(world, mode
         start("train_ppo", "--run_name resumed --resume --device cpu --critic_warmup 2")
 
 
-def test_both_are_off_in_the_presets_of_the_paper():
+def test_all_are_off_in_the_presets_of_the_paper():
     import train_ppo
 
     for preset in ("llama-1b", "paper"):
         cfg = train_ppo.Config(**train_ppo.PRESETS[preset])
-        assert cfg.critic_warmup == 0 and cfg.critic_lr is None
+        assert cfg.critic_warmup == cfg.lr_warmup == 0 and cfg.critic_lr is None

@@ -186,6 +186,7 @@ NUMBERS = [f"# {digit}" for digit in range(1, 10)]
         ("train_ppo.py --critic_warmup 4 --max_updates 4", ["critic_warmup 4", "fewer than the 4 updates"]),
         ("train_ppo.py --critic_warmup -1", ["critic_warmup -1", "0 or more"]),
         ("train_ppo.py --critic_lr 0", ["critic_lr 0", "greater than 0"]),
+        ("train_ppo.py --lr_warmup 3 --critic_warmup 1 --max_updates 4", ["lr_warmup 3", "fewer than the 3 updates"]),
         ("train_ppo.py --learning_rate 1", ["--learning_rate", "--lr"]),
         ("train_rm.py --sft_model nowhere", ["sft_model", "nowhere"]),
         ("train_sft.py --data nowhere", ["data", "nowhere"]),
