@@ -115,11 +115,13 @@ KL_ESTIMATORS = ("k1", "full")
 PRESETS = {
     "llama-1b": {},
     "paper": dict(batch_size=512, lr=3e-6, total_episodes=1_000_000),
-    # Sizes of the tiny world, and three departures: a learning rate for a model a thousand times smaller; kl_coef 0.15,
-    # because its reward model is easier to fool (gold win rate over SFT on 512 valid posts, seed 1: 0.67 at 0.1, 0.70
-    # at 0.15); gradient clipping, against single large steps.
-    "tiny": dict(lr=3e-4, kl_coef=0.15, max_grad_norm=1.0, total_episodes=3072, max_query_length=104,
-                 response_length=32, microbatch_tokens=4096, sample_every=8, save_every=8),
+    # Sizes of the tiny world, and departures that docs/robustness.md measures: a learning rate for a model a thousand
+    # times smaller; kl_coef 0.15, because its reward model is easier to fool; gradient clipping; one pass over a batch in
+    # four steps instead of four passes in one each, a critic that learns first and faster, and a policy that begins
+    # slowly: all for a result that is as good, in a quarter of the operations, whatever the seed.
+    "tiny": dict(lr=4e-4, critic_lr=1.5e-3, critic_warmup=1, lr_warmup=1, num_ppo_epochs=1, num_minibatches=4,
+                 kl_coef=0.15, max_grad_norm=1.0, total_episodes=1664, max_query_length=104, response_length=32,
+                 microbatch_tokens=4096, sample_every=5, save_every=5),
 }  # fmt: skip
 
 
@@ -217,10 +219,8 @@ def main(cfg: Config) -> None:
     total_updates = cfg.total_episodes // cfg.batch_size
     total_updates = min(total_updates, cfg.max_updates or total_updates)
     check(total_updates > 0, "batch_size", cfg.batch_size, f"at most total_episodes {cfg.total_episodes}")
-    fewer = f"fewer than the {total_updates} updates"
-    check(cfg.critic_warmup < total_updates, "critic_warmup", cfg.critic_warmup, fewer, "leave some for the policy")
-    fewer = f"fewer than the {total_updates - cfg.critic_warmup} updates of the policy"
-    check(cfg.lr_warmup < total_updates - cfg.critic_warmup, "lr_warmup", cfg.lr_warmup, fewer)
+    most = f"at most the number of updates, {total_updates}"
+    check(cfg.critic_warmup <= total_updates, "critic_warmup", cfg.critic_warmup, most, "leave some for the policy")
     critic_peak = cfg.lr if cfg.critic_lr is None else cfg.critic_lr
 
     # 1. posts

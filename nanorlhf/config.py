@@ -65,7 +65,6 @@ SPELLINGS = {
     "reward_model": "reward_model_path",
     "policy": "policies checkpoint checkpoints",
     "data": "dataset_name dataset query_dataset",
-    "center_coef": "center_rewards_coefficient",
     "kl_coef": "kl_coeff init_kl_coef beta",
     "lam": "gae_lambda lambd",
     "cliprange": "clip_range clip_coef clip_epsilon cliprange_policy",
@@ -96,7 +95,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "0 or more, and finite",
         lambda x: 0 <= x < math.inf,
-        "kl_coef vf_coef center_coef temperature eval_temperature diversity_temperature warmup_steps",
+        "kl_coef vf_coef temperature eval_temperature diversity_temperature warmup_steps",
     ),
     (
         "greater than 0, and finite",

@@ -41,17 +41,6 @@ def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor
     return -F.logsigmoid(chosen_scores - rejected_scores).mean()
 
 
-def centering_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
-    """mean (chosen + rejected)^2, (): 0 when the two scores of every pair have mean 0 (Eisenstein et al. 2023).
-
-    Bradley-Terry sees differences within a post, so it leaves a constant free for each post. PPO sees one response a
-    post: whatever of that constant its critic does not predict is noise in the advantages.
-
-    args: chosen_scores, rejected_scores (B,) fp32
-    """
-    return (chosen_scores + rejected_scores).square().mean()
-
-
 def pair_accuracy(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
     """Share of pairs whose chosen summary scores strictly higher; a tie is an error (N+ detail 10). (B,) each -> ()."""
     return (chosen_scores > rejected_scores).float().mean()

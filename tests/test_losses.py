@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import linear_cross_entropy
-from nanorlhf.losses import bradley_terry_loss, centering_loss, next_token_labels, pair_accuracy, sequence_mean_weights
+from nanorlhf.losses import bradley_terry_loss, next_token_labels, pair_accuracy, sequence_mean_weights
 from nanorlhf.packing import pack, split_by_tokens
 
 
@@ -103,14 +103,6 @@ def test_golden_bradley_terry_loss_and_accuracy():
     chosen, rejected = torch.tensor([1, 0.2, -0.5, 3]), torch.tensor([0.5, 0.7, -0.5, -1])
     assert math.isclose(bradley_terry_loss(chosen, rejected).item(), 0.5398628, abs_tol=1e-6)
     assert pair_accuracy(chosen, rejected).item() == 0.5  # a tie is an error
-
-
-def test_centering_by_hand_sees_what_bradley_terry_does_not():
-    chosen, rejected = torch.tensor([1.0, 0.5]), torch.tensor([-1.0, 1.0])
-    assert centering_loss(chosen, rejected).item() == pytest.approx((0.0**2 + 1.5**2) / 2)
-    moved = chosen + 2, rejected + 2  # a constant for the post
-    assert centering_loss(*moved).item() == pytest.approx((4.0**2 + 5.5**2) / 2)
-    assert bradley_terry_loss(*moved).item() == pytest.approx(bradley_terry_loss(chosen, rejected).item())
 
 
 def test_bradley_terry_swapped_differs_by_the_margin():

@@ -71,7 +71,7 @@ def test_final_folders_load_in_transformers_with_equal_outputs(world):
 
 
 def test_before_the_first_update_ratio_is_one_and_kl_is_zero(world):
-    first = read_metrics(run("train_ppo", world, "--max_updates 1"))[0]
+    first = read_metrics(run("train_ppo", world, "--max_updates 1 --critic_warmup 0"))[0]
     assert first["preflight/ratio"] == pytest.approx(1, abs=1e-5)
     assert first["preflight/kl"] == pytest.approx(0, abs=1e-5)
     assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
@@ -103,7 +103,7 @@ def test_rlhf_reward_is_score_minus_kl_penalty_in_every_update(world):
     "name, metrics",
     [
         ("train_sft", ["train/sft/loss", "grad_norm"]),
-        ("train_rm", ["train/rm/loss", "train/rm/centering", "train/rm/margin", "grad_norm"]),
+        ("train_rm", ["train/rm/loss", "train/rm/margin", "grad_norm"]),
         ("train_ppo", ["loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "objective/scores", "grad_norm"]),
     ],
 )
@@ -116,19 +116,6 @@ def test_microbatch_tokens_change_no_metric_beyond_rounding(name, metrics, world
     for small, large in zip(*(found[:2] for found in rows), strict=True):
         for metric in metrics:
             assert small[metric] == pytest.approx(large[metric], rel=1e-3, abs=1e-6), metric
-
-
-def test_centering_draws_the_scores_of_each_post_to_0_and_is_off_by_default(world, models):
-    flags = f"{models['train_rm']} --max_updates 8 --run_name"
-    plain, off, centred = (
-        run("train_rm", world, f"{flags} {name} {more}")
-        for name, more in (("plain", ""), ("off", "--center_coef 0"), ("centred", "--center_coef 1"))
-    )
-    assert_same_weights(plain, off)
-    first, last = ([read_metrics(folder)[step] for folder in (plain, centred)] for step in (0, 7))
-    assert first[0]["train/rm/centering"] == first[1]["train/rm/centering"] > 0
-    assert first[0]["train/rm/loss"] == first[1]["train/rm/loss"]  # Bradley-Terry's alone
-    assert last[1]["train/rm/centering"] < 0.5 * last[0]["train/rm/centering"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -156,7 +143,7 @@ def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_one(name, world, m
     assert values(straight) == values(resumed)
     if name == "train_ppo":  # what must hold in any update is checked again at the first one after a resume
         checked = [[key for key in row if key.startswith("preflight/")] for row in read_metrics(resumed)]
-        assert [len(keys) for keys in checked] == [13, 8, 8, 0] and "preflight/ratio" in checked[2]
+        assert [len(keys) for keys in checked] == [11, 8, 8, 0] and "preflight/ratio" in checked[2]
 
 
 def test_every_flag_is_read():
@@ -183,10 +170,10 @@ NUMBERS = [f"# {digit}" for digit in range(1, 10)]
     [
         ("train_ppo.py --batch_size 100 --num_minibatches 3", ["batch_size 100", "num_minibatches 3"]),
         ("train_ppo.py --temperature 0", ["temperature 0", "greater than 0"]),
-        ("train_ppo.py --critic_warmup 4 --max_updates 4", ["critic_warmup 4", "fewer than the 4 updates"]),
+        ("train_ppo.py --critic_warmup 5 --max_updates 4", ["critic_warmup 5", "at most the number of updates, 4"]),
         ("train_ppo.py --critic_warmup -1", ["critic_warmup -1", "0 or more"]),
         ("train_ppo.py --critic_lr 0", ["critic_lr 0", "greater than 0"]),
-        ("train_ppo.py --lr_warmup 3 --critic_warmup 1 --max_updates 4", ["lr_warmup 3", "fewer than the 3 updates"]),
+        ("train_ppo.py --lr_warmup -2", ["lr_warmup -2", "0 or more"]),
         ("train_ppo.py --learning_rate 1", ["--learning_rate", "--lr"]),
         ("train_rm.py --sft_model nowhere", ["sft_model", "nowhere"]),
         ("train_sft.py --data nowhere", ["data", "nowhere"]),
