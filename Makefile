@@ -6,7 +6,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 PY = .venv/bin/python
 
-.PHONY: demo demo-hack test setup clean
+.PHONY: demo demo-hack test test-oldest setup clean
 
 demo: .venv/run
 	@echo "== 1/4 SFT: the embedded base model learns to summarise" && $(PY) train_sft.py --preset tiny --run_name demo_sft --overwrite
@@ -14,7 +14,7 @@ demo: .venv/run
 	@echo "== 3/4 PPO" && $(PY) train_ppo.py --preset tiny --run_name demo_ppo --overwrite --sft_model runs/demo_sft/final --reward_model runs/demo_rm/final
 	@echo "== 4/4 evaluation on held-out posts" && $(PY) eval.py --preset tiny --run_name demo_eval --overwrite \
 		--policy base sft=runs/demo_sft/final ppo=runs/demo_ppo/final --reward_model runs/demo_rm/final
-	@$(PY) -m nanorlhf.demo
+	@$(PY) -m nanorlhf.tiny.demo
 
 # What the KL penalty is for: the same PPO without it. Proxy up, truth down. Nothing of `make demo` is needed or touched.
 TINY = nanorlhf/tiny/checkpoints
@@ -23,10 +23,17 @@ demo-hack: .venv/run
 		--sft_model $(TINY)/sft --reward_model $(TINY)/rm --kl_coef 0 --lr 3e-4 --lr_schedule constant --total_episodes 6400
 	@echo "== 2/2 evaluation on held-out posts" && $(PY) eval.py --preset tiny --run_name hack_eval --overwrite \
 		--policy sft=$(TINY)/sft ppo=runs/hack_ppo/final --reward_model $(TINY)/rm
-	@$(PY) -m nanorlhf.demo_hack
+	@$(PY) -m nanorlhf.tiny.demo_hack
 
 test: .venv/test
 	$(PY) -m pytest
+
+# The oldest torch that pyproject.toml allows, and what a GPU would be given, in an environment of its own (4 GB with CUDA).
+OLDEST = 2.11.*
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest && .venv-oldest/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.venv-oldest/bin/python -m pip install --quiet $(PIP_FLAGS) --group test "torch==$(OLDEST)"
+	.venv-oldest/bin/python -m pytest tests/test_fake_gpu.py tests/test_syncs.py tests/test_plan.py tests/test_triton.py
 
 setup: .venv/run
 
@@ -44,4 +51,4 @@ setup: .venv/run
 	@touch $@
 
 clean:
-	rm -rf .venv runs data/tiny
+	rm -rf .venv .venv-oldest runs data/tiny

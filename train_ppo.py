@@ -24,6 +24,7 @@ bonus, several GPUs. Next: eval.py.
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a GPU's memory in pieces that can grow
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -34,29 +35,31 @@ import numpy as np
 import torch
 
 import kernels
-from nanorlhf import monitor, ppo, preflight
-from nanorlhf.card import write_card
-from nanorlhf.checkpoint import check_folder, load_policy, load_scalar, save_policy, save_scalar
-from nanorlhf.config import check, cli
-from nanorlhf.device import now, side_by_side
-from nanorlhf.encoding import encode_posts, length_report
-from nanorlhf.hacks import Alarms
-from nanorlhf.inputs import find_data, find_model
-from nanorlhf.jsonl import append, finite
+from nanorlhf import ppo
+from nanorlhf.data.encoding import encode_posts, length_report
+from nanorlhf.data.tldr import batch_indices, load_posts
+from nanorlhf.data.tokenizer import check_same, load_tokenizer
+from nanorlhf.errors import check
+from nanorlhf.evaluation.hacks import Alarms
 from nanorlhf.models import Policy, ScalarModel, critic_from, parameter_count, response_kl
+from nanorlhf.monitoring import monitor, preflight
 from nanorlhf.optim import SCHEDULES, AdamW
 from nanorlhf.packing import in_microbatches, pack, split_by_tokens, to_device
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate, read_responses
-from nanorlhf.run import Run, read_metrics
-from nanorlhf.tldr import batch_indices, load_posts
-from nanorlhf.tokenizer import check_same, load_tokenizer
+from nanorlhf.run.card import write_card
+from nanorlhf.run.config import cli
+from nanorlhf.run.device import now, side_by_side
+from nanorlhf.run.inputs import find_data, find_model
+from nanorlhf.run.run import Run, read_metrics
+from nanorlhf.storage.checkpoint import check_folder, load_policy, load_scalar, save_policy, save_scalar
+from nanorlhf.storage.jsonl import append, finite
 
 
 @dataclass
 class Config:
     # -- run
-    preset: str = "auto"  # auto, llama-1b, paper or tiny: which of the three sets of defaults below
+    preset: str = "auto"  # auto, llama-1b, paper, smollm2 or tiny: which of the four sets of defaults below
     run_name: str = "ppo"  # folder under runs/
     overwrite: bool = False  # delete an earlier run of this name first
     resume: bool | Literal["auto"] = False  # continue this run from its last checkpoint; auto: begin if there is none
@@ -115,6 +118,9 @@ KL_ESTIMATORS = ("k1", "full")
 PRESETS = {
     "llama-1b": {},
     "paper": dict(batch_size=512, lr=3e-6, total_episodes=1_000_000),
+    # SmolLM2-135M: lengths as in train_sft.py
+    "smollm2": dict(lr=1e-5, max_grad_norm=1.0, max_query_length=544, response_length=56, microbatch_tokens=8192,
+                    sample_every=10, save_every=50),
     # Sizes of the tiny world, and departures that docs/robustness.md measures: a learning rate for a model a thousand
     # times smaller; kl_coef 0.15, because its reward model is easier to fool; gradient clipping; one pass over a batch in
     # four steps instead of four passes in one each, a critic that learns first and faster, and a policy that begins
@@ -306,17 +312,19 @@ def main(cfg: Config) -> None:
             episode = Experience(sequences, responses, action_mask, value_mask, logprobs, values, advantages, returns)
             checked = {}
             if cfg.preflight and (update < 2 or update in (start, cfg.critic_warmup)):
+                when = f"before update {update + 1}"
+                if update == 0:  # first what costs nothing
+                    checked = preflight.report(preflight.first_responses(responses, tokenizer), run.say, when)
+                    run.say("        the others read the batch once more, and as many of the authors' summaries")
                 checks = preflight.any_update(models, frozen, episode, sampled_logprobs, cfg)
                 if update == 0:
-                    n = preflight.REFERENCES
+                    n = preflight.references(cfg.batch_size)
                     known = [q + r for q, r in zip(queries[:n], references[:n], strict=True)]
                     (known_scores,) = in_microbatches(
                         lambda packed, i: [reward_model.last_scores(packed)], known, cfg.microbatch_tokens, run.device
                     )
-                    checks += preflight.first_update(
-                        episode, ref_logprobs, raw_scores, known_scores, tokenizer, run.dtype
-                    )
-                checked = preflight.report(checks, run.say, f"before update {update + 1}")
+                    checks += preflight.first_update(episode, ref_logprobs, raw_scores, known_scores, run.dtype)
+                checked |= preflight.report(checks, run.say, when)
 
             # 6. learn
             totals = defaultdict(float)

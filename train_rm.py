@@ -22,6 +22,7 @@ model (N+ details 10 to 16). Left out: margins, ensembles. Next: train_ppo.py.
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a GPU's memory in pieces that can grow
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -30,20 +31,8 @@ from typing import Literal
 import torch
 
 import kernels
-from nanorlhf import preflight
-from nanorlhf.card import write_card
-from nanorlhf.checkpoint import check_folder, load_policy, save_scalar
-from nanorlhf.config import check, cli
-from nanorlhf.device import now
-from nanorlhf.encoding import encode_comparisons, encode_posts, length_report
-from nanorlhf.inputs import find_data, find_model
-from nanorlhf.losses import bradley_terry_loss, pair_accuracy
-from nanorlhf.models import ScalarModel, parameter_count, reward_model_from
-from nanorlhf.optim import SCHEDULES, AdamW
-from nanorlhf.packing import split_by_tokens
-from nanorlhf.pairs import pack_pairs
-from nanorlhf.run import Run
-from nanorlhf.tldr import (
+from nanorlhf.data.encoding import encode_comparisons, encode_posts, length_report
+from nanorlhf.data.tldr import (
     Comparison,
     ComparisonStats,
     batch_indices,
@@ -51,13 +40,26 @@ from nanorlhf.tldr import (
     load_posts,
     without_posts_of,
 )
-from nanorlhf.tokenizer import load_tokenizer
+from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.errors import check
+from nanorlhf.losses import bradley_terry_loss, pair_accuracy
+from nanorlhf.models import ScalarModel, parameter_count, reward_model_from
+from nanorlhf.monitoring import preflight
+from nanorlhf.optim import SCHEDULES, AdamW
+from nanorlhf.packing import split_by_tokens
+from nanorlhf.pairs import pack_pairs
+from nanorlhf.run.card import write_card
+from nanorlhf.run.config import cli
+from nanorlhf.run.device import now
+from nanorlhf.run.inputs import find_data, find_model
+from nanorlhf.run.run import Run
+from nanorlhf.storage.checkpoint import check_folder, load_policy, save_scalar
 
 
 @dataclass
 class Config:
     # -- run
-    preset: str = "auto"  # auto, llama-1b, paper or tiny: which of the three sets of defaults below
+    preset: str = "auto"  # auto, llama-1b, paper, smollm2 or tiny: which of the four sets of defaults below
     run_name: str = "rm"  # folder under runs/
     overwrite: bool = False  # delete an earlier run of this name first
     resume: bool | Literal["auto"] = False  # continue this run from its last checkpoint; auto: begin if there is none
@@ -91,6 +93,8 @@ class Config:
 PRESETS = {
     "llama-1b": {},
     "paper": {},
+    # SmolLM2-135M: lengths as in train_sft.py
+    "smollm2": dict(lr=3e-5, max_grad_norm=1.0, max_query_length=544, microbatch_tokens=8192, save_every=100),
     # The tiny model is a thousand times smaller, so its learning rate is several hundred times larger. Small batches: it
     # needs the steps more than the pairs (docs/robustness.md). The rest is the sizes of its world.
     "tiny": dict(lr=1.5e-3, batch_size=16, max_updates=344, max_grad_norm=1.0, max_query_length=104,

@@ -53,7 +53,7 @@ class AdamW:
                 self.names.append(f"{index}.{name}")
                 self.labels.append(f"{type(model).__name__}.{name}")  # what an error calls it
                 self.parameters.append(parameter)
-        places = {id(p) if p.is_meta else p.data_ptr() for p in self.parameters}
+        places = {p.untyped_storage()._cdata for p in self.parameters}  # tensors without data have a storage too
         assert len(places) == len(self.parameters), "two models share a parameter"
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
         for parameter, master in zip(self.parameters, self.masters, strict=True):
@@ -157,7 +157,12 @@ def not_finite(tensors: dict[str, Tensor]) -> str:
 
 
 def _move_gradient(parameter: Tensor, master: Tensor) -> None:
-    """After each backward pass: add the bf16 gradient to the fp32 one, so that many microbatches lose no low bits."""
-    gradient = parameter.grad.float()
-    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+    """After each backward pass: add the bf16 gradient to the fp32 one, so that many microbatches lose no low bits.
+
+    The sum reads bf16 and writes fp32 in one operation: a copy in fp32 first would be 1.05 GB for Llama 3's embedding.
+    """
+    if master.grad is None:
+        master.grad = parameter.grad.float()
+    else:
+        master.grad.add_(parameter.grad)
     parameter.grad = None

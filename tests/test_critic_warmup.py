@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from stages import Killed, assert_same_weights, run, start
 
-from nanorlhf.checkpoint import load_policy
+from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.optim import MOMENTS
-from nanorlhf.resume import latest_checkpoint, load_state
-from nanorlhf.run import Run, read_metrics
+from nanorlhf.storage.resume import latest_checkpoint, load_state
+from nanorlhf.run.run import Run, read_metrics
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):

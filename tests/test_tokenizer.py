@@ -10,8 +10,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanorlhf.data.tokenizer import FILES, Tokenizer, check_matches, check_same, chunks, llama3_specials, load_tokenizer
 from nanorlhf.errors import UserError
-from nanorlhf.tokenizer import FILES, Tokenizer, check_matches, check_same, chunks, llama3_specials, load_tokenizer
 
 CORPUS = """My sister (24F) told me that she's moving to Berlin with her boyfriend, and I don't know what to do.
 We have been together for 3 years and 6 months; last week I found 1234 messages on his phone.  He says it's nothing!
@@ -393,11 +393,8 @@ def test_a_damaged_tokenizer_model_is_a_clear_error(folders, tmp_path, content, 
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        ('"type": "BPE"', '"type": "Unigram"', "a Unigram tokenizer that is not Llama 3's: .*tokenizer.model"),
-        ('"ignore_merges": true', '"ignore_merges": false', "a BPE tokenizer that is not Llama 3's"),
-        ("{1,3}", "{1,2}", "a BPE tokenizer that is not Llama 3's"),
+        ('"type": "BPE"', '"type": "Unigram"', "model.type is 'Unigram', expected BPE .*tokenizer.model"),
         ("<|end_of_text|>", "<|endoftext|>", "not a Llama 3 tokenizer"),
-        ('"normalizer": null', '"normalizer": {"type": "Lowercase"}', "a BPE tokenizer that is not Llama 3's"),
         ('"vocab"', '"vocabulary"', "not a complete tokenizer.json"),
         ('"vocab": {', '"vocab": [], "was": {', "not a complete tokenizer.json"),
         ('"t": ', '"t": -', "token b't' has the id -.*, expected a number of its own below"),
