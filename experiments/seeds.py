@@ -119,7 +119,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = read_jsonl(args.results, having="seed") if args.results.exists() else []
     there = {(row["seed"], row["rounding"]) for row in rows}
-    missing = [(seed, name) for seed in args.seeds for name in ROUNDINGS if (seed, name) not in there]
+    missing = [(seed, name) for name in ROUNDINGS for seed in args.seeds if (seed, name) not in there]
     if missing and not args.table:
         commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], text=True).strip()
         Path("runs").mkdir(exist_ok=True)
@@ -132,7 +132,7 @@ def main() -> None:
             print(f"seed {row['seed']}, {row['rounding']}: {said}", flush=True)
 
         with ThreadPoolExecutor(args.processes) as pool:  # a thread waits for its process; what fails ends all
-            list(pool.map(models, dict.fromkeys(seed for seed, _ in missing)))
+            list(pool.map(models, sorted({seed for seed, _ in missing})))
             list(pool.map(one, missing))
         rows = read_jsonl(args.results, having="seed")
     rows = [row for row in rows if row["seed"] in args.seeds]
