@@ -22,7 +22,7 @@ import tiktoken
 import tokenizers
 from safetensors.numpy import load, save
 
-from nanorlhf.data.tldr import Comparison, Post, cut_query, format_query, response_text
+from nanorlhf.data.tldr import Comparison, Post, encode_responses, fit_queries
 from nanorlhf.data.tokenizer import Tokenizer
 from nanorlhf.errors import UserError
 
@@ -163,17 +163,15 @@ def _encode_piece(indices: range, work=None) -> tuple[list[np.ndarray], list[np.
     columns = 1 + len(rows[indices[0]][1])
     tokens, lengths = [array("i") for _ in range(columns)], [array("q") for _ in range(columns)]
     truncated, part = 0, [rows[i] for i in indices]
-    whole = tokenizer.encode_batch([format_query(post.subreddit, post.title, post.post) for post, _ in part])
-    texts = iter(tokenizer.encode_batch([response_text(text) for _, responses in part for text in responses]))
-    for (post, responses), ids in zip(part, whole, strict=True):
-        query = [tokenizer.bos_id, *ids]
-        if len(query) > max_length:
-            try:
-                query, kept = cut_query(tokenizer, post.subreddit, post.title, post.post, max_length)
-            except UserError as error:
-                raise UserError(f"post {post.id}: {error}") from None
-            truncated += kept < len(post.post)
-        for column, ids in enumerate((query, *([*next(texts), tokenizer.eos_id] for _ in responses))):
+    queries = fit_queries(tokenizer, [(post.subreddit, post.title, post.post) for post, _ in part], max_length)
+    texts = iter(encode_responses(tokenizer, [text for _, responses in part for text in responses]))
+    for post, responses in part:
+        try:
+            query, kept = next(queries)
+        except UserError as error:
+            raise UserError(f"post {post.id}: {error}") from None
+        truncated += kept < len(post.post)
+        for column, ids in enumerate((query, *(next(texts) for _ in responses))):
             tokens[column].extend(ids)
             lengths[column].append(len(ids))
     return [np.array(t, np.int32) for t in tokens], [np.array(n, np.int64) for n in lengths], truncated

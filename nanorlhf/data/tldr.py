@@ -99,14 +99,23 @@ def encode_query(tokenizer: Tokenizer, subreddit: str, title: str, post: str, ma
 
 def fit_query(tokenizer: Tokenizer, subreddit: str, title: str, post: str, max_length: int) -> tuple[list[int], int]:
     """`encode_query`, and how many characters of the post are in it."""
-    whole = [tokenizer.bos_id, *tokenizer.encode(format_query(subreddit, title, post))]
-    if len(whole) <= max_length:
-        return whole, len(post)
-    return cut_query(tokenizer, subreddit, title, post, max_length)
+    return next(fit_queries(tokenizer, [(subreddit, title, post)], max_length))
 
 
-def cut_query(tokenizer: Tokenizer, subreddit: str, title: str, post: str, max_length: int) -> tuple[list[int], int]:
-    """`fit_query` for a post that is known to be too long."""
+def fit_queries(
+    tokenizer: Tokenizer, posts: Sequence[tuple[str, str, str]], max_length: int
+) -> Iterator[tuple[list[int], int]]:
+    """`fit_query` of many (subreddit, title, post), their whole texts in one call of the tokenizer."""
+    texts = tokenizer.encode_batch([format_query(*post) for post in posts])
+    for post, text in zip(posts, texts, strict=True):
+        whole = [tokenizer.bos_id, *text]
+        if len(whole) <= max_length:
+            yield whole, len(post[2])
+        else:
+            yield _cut_query(tokenizer, *post, max_length)
+
+
+def _cut_query(tokenizer: Tokenizer, subreddit: str, title: str, post: str, max_length: int) -> tuple[list[int], int]:
     length = _fitting_length(tokenizer, FRAME.format(subreddit=subreddit, title=title), post, max_length)
     if length is None:
         empty = 1 + len(tokenizer.encode(format_query(subreddit, title, "")))
@@ -144,15 +153,16 @@ def _fitting_length(tokenizer: Tokenizer, frame: str, post: str, max_length: int
     return None
 
 
-def response_text(summary: str) -> str:
-    """The text of a response: one space, the summary. The space is added only where the text does not bring it:
-    authors' summaries have none, comparison texts have one (N+ trap T2)."""
-    return summary if summary.startswith(" ") else " " + summary
-
-
 def encode_response(tokenizer: Tokenizer, summary: str) -> list[int]:
-    """The response's ids and EOS; no BOS (N+ detail 3)."""
-    return [*tokenizer.encode(response_text(summary)), tokenizer.eos_id]
+    """One space, the summary, EOS; no BOS (N+ detail 3). The space is added only where the text does not bring it:
+    authors' summaries have none, comparison texts have one (N+ trap T2)."""
+    return encode_responses(tokenizer, [summary])[0]
+
+
+def encode_responses(tokenizer: Tokenizer, summaries: Sequence[str]) -> list[list[int]]:
+    """`encode_response` of many, in one call of the tokenizer."""
+    texts = [summary if summary.startswith(" ") else " " + summary for summary in summaries]
+    return [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
 
 
 # ---------------------------------------------------------------------------------------------------------- data order
