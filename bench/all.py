@@ -70,7 +70,7 @@ def run(bench: Bench) -> dict:
     if module.startswith("bench.") and not importlib.util.find_spec(module):
         return {"skipped": f"there is no {module}"}
     began = time.monotonic()
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         command = [sys.executable, *bench.arguments]
         try:
             child = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -100,10 +100,10 @@ def machine() -> dict:
              "triton": getattr(sys.modules.get("triton"), "__version__", None)}  # fmt: skip
     if torch.cuda.is_available():
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+        driver = subprocess.run(query, capture_output=True, encoding="utf-8").stdout.split("\n")[0]
         return {"device": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda} | about
     linux = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", linux.read_text()) if linux.exists() else None
+    named = re.search(r"model name\s*: (.*)", linux.read_text(encoding="utf-8")) if linux.exists() else None
     processor = named.group(1) if named else platform.processor() or platform.machine()
     return {
         "device": "cpu",
@@ -120,12 +120,12 @@ def file_of(device: str) -> Path:
 def write(path: Path, text: str) -> None:
     """All of it or nothing: a visit may end at any moment."""
     beside = path.with_suffix(".writing")
-    beside.write_text(text)
+    beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
 
 
 def write_tables() -> None:
-    before, _, rest = PAGE.read_text().partition(BEGIN)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     assert end, f"{PAGE}: expected the markers {BEGIN!r} and {END!r}"
     write(PAGE, before + BEGIN + "\n" + tables(RESULTS) + "\n" + END + after)
@@ -149,7 +149,7 @@ def main() -> None:
     found, state = machine(), git() or {"commit": "unknown", "dirty": False}
     commit = state["commit"][:7] + (" with changes" if state["dirty"] else "")
     path = file_of(found["device"])
-    before = json.loads(path.read_text())["benches"] if path.exists() and args.only else {}
+    before = json.loads(path.read_text(encoding="utf-8"))["benches"] if path.exists() and args.only else {}
     found["benches"] = {name: before[name] for name in names if name in before}
     for bench in planned:
         if args.only and bench.name not in args.only:

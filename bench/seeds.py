@@ -32,7 +32,7 @@ def pipeline(seed: int, split: str) -> dict[str, float]:
     script("train_rm.py", "rm", *sft)
     script("train_ppo.py", "ppo", *sft, *rm)
     script("eval.py", "eval", "--policy", "base", f"sft={final['sft']}", f"ppo={final['ppo']}", *rm, "--split", split)
-    results = json.loads((runs["eval"] / "metrics.json").read_text())
+    results = json.loads((runs["eval"] / "metrics.json").read_text(encoding="utf-8"))
     policies, wins = results["policies"], {(w["ours"], w["theirs"]): w for w in results["win_rates"]}
     against_sft = wins["ppo", "sft"]
     return {

@@ -82,7 +82,9 @@ def write_llama3_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int =
             known.add(a + b)
     (folder / "original").mkdir(parents=True, exist_ok=True)
     path = folder / "original" / "tokenizer.model"
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
+    path.write_text(
+        "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)), encoding="utf-8"
+    )
     specials = list(llama3_specials(ordinary))
     whole = TikTokenConverter(str(path), extra_special_tokens=specials).converted()
     bos_first = processors.TemplateProcessing(
@@ -91,7 +93,7 @@ def write_llama3_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int =
     whole.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), bos_first])
     whole.save(str(folder / "tokenizer.json"))
     about = {"bos_token": specials[0], "eos_token": specials[1], "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return learned
 
 
@@ -100,7 +102,7 @@ def write_llama(folder: Path, layers: int = 16, vocabulary: int = VOCABULARY, se
     folder.mkdir(parents=True, exist_ok=True)
     bos = vocabulary - SPECIALS
     changes = {"num_hidden_layers": layers, "vocab_size": vocabulary, "bos_token_id": bos, "eos_token_id": bos + 1}
-    (folder / "config.json").write_text(json.dumps(LLAMA_32_1B | changes, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(LLAMA_32_1B | changes, indent=2) + "\n", encoding="utf-8")
     with torch.device("meta"):
         model = Policy(read_config(folder))
     generator = torch.Generator().manual_seed(seed)

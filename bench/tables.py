@@ -83,7 +83,7 @@ def tables(folder: Path) -> str:
     """The tables of all files of results in a folder, in Markdown."""
     parts = []
     for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         parts.append(heading(found))
         for name, bench in found["benches"].items():
             if "result" not in bench:

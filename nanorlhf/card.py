@@ -25,7 +25,7 @@ QUERY = "SUBREDDIT: r/...\\n\\nTITLE: ...\\n\\nPOST: ...\\n\\nTL;DR:"
 
 def write_card(run_folder: Path, final: str = "final") -> None:
     """Write README.md into a finished run's `final` folder."""
-    record = json.loads((run_folder / "config.json").read_text())
+    record = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
     metrics = {}
     for row in read_jsonl(run_folder / "metrics.jsonl"):
         metrics |= row
@@ -34,7 +34,7 @@ def write_card(run_folder: Path, final: str = "final") -> None:
 
 def card(record: dict, metrics: dict, folder: Path) -> str:
     """The text of a card. record: the run's config.json; metrics: the last value of each; folder: the model's."""
-    model, settings = json.loads((folder / "config.json").read_text()), record["config"]
+    model, settings = json.loads((folder / "config.json").read_text(encoding="utf-8")), record["config"]
     what, auto, task = WHAT[model["architectures"][0]]
     commit = (record.get("git") or {}).get("commit") or "unknown"
     kept = {name: value for name, value in metrics.items() if name.startswith(SHOWN) and "accuracy/" not in name}
@@ -72,7 +72,7 @@ def card(record: dict, metrics: dict, folder: Path) -> str:
 def _base_of(folder: str) -> str | None:
     """The hub's id of the model that training began from: of the hub's cache, or handed on by the card of a stage."""
     there = Path(folder) / "README.md"
-    lines = there.read_text(errors="replace").splitlines() if there.is_file() else []
+    lines = there.read_text(errors="replace", encoding="utf-8").splitlines() if there.is_file() else []
     handed_on = (line.removeprefix("base_model: ") for line in lines if line.startswith("base_model: "))
     return hub_id_of(folder) or next(handed_on, None)
 

@@ -104,7 +104,7 @@ def _save_model(
     folder: Path, model: nn.Module, raw_config: dict, dtype: torch.dtype, tokenizer, temperature: float = 0.7
 ) -> None:
     with atomic_folder(folder) as partial:
-        (partial / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")
+        (partial / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n", encoding="utf-8")
         shards: list[dict[str, Tensor]] = [{}]
         size = 0
         for name, tensor in _file_state(model, dtype).items():
@@ -123,11 +123,11 @@ def _save_model(
                 weight_map |= dict.fromkeys(shard, file)
             total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         if "CausalLM" in raw_config["architectures"][0]:
             generation = {key: raw_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
             generation |= {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-            (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+            (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(partial)
 
 

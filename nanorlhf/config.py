@@ -195,7 +195,7 @@ def _restore(cfg: Any, explicit: set[str]) -> None:
     """Take the settings of the resumed run, models and data included; an explicit flag may not contradict them."""
     path = Path("runs") / cfg.run_name / "config.json"
     try:
-        began_with = dict(json.loads(path.read_text())["config"])
+        began_with = dict(json.loads(path.read_text(encoding="utf-8"))["config"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return  # there is no such run: Run says so
     from nanorlhf.hub import hub_id_of  # here: --help should not wait for the tokenizers
@@ -245,7 +245,7 @@ def unread_fields(Config: type, *sources: str | Path) -> list[str]:
     """Dead flags: the fields that none of these files reads as cfg.<field> or getattr(cfg, "<field>", ...)."""
     read = set()
     for source in sources:
-        for node in ast.walk(ast.parse(Path(source).read_text())):
+        for node in ast.walk(ast.parse(Path(source).read_text(encoding="utf-8"))):
             match node:
                 case ast.Attribute(value=ast.Name(id="cfg"), attr=name, ctx=ast.Load()):
                     read.add(name)

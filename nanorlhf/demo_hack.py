@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         rows = read_metrics(args.ppo)
-        results = json.loads((args.eval / "metrics.json").read_text())
+        results = json.loads((args.eval / "metrics.json").read_text(encoding="utf-8"))
         samples = read_jsonl(args.eval / "samples.jsonl")
         seen = verdict(rows, results)
     except FileNotFoundError:

@@ -39,7 +39,7 @@ ARCHITECTURES = {
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises UserError when the file is missing or is not JSON."""
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: not found, expected a Hugging Face model folder with a {path.name}") from None
     except (ValueError, RecursionError) as error:

@@ -76,7 +76,7 @@ def write_report(folder: str | Path) -> Path:
     """Write report.html, report.md and figures of an evaluation from what lies in its folder -> the page's path."""
     folder = Path(folder)
     try:
-        results = json.loads((folder / "metrics.json").read_text())
+        results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: no metrics.json, expected an evaluation: run `python eval.py` first") from None
     samples, images = read_jsonl(folder / "samples.jsonl"), figures(results)

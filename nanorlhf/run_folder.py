@@ -42,7 +42,7 @@ def may_use(folder: Path, stage: str, overwrite: bool, resume: bool | str | None
     if not used:
         return {}
     try:
-        before = json.loads((folder / "config.json").read_text())
+        before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         owner = before["stage"]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):  # no Run wrote this
         owner = None
@@ -57,7 +57,7 @@ def may_use(folder: Path, stage: str, overwrite: bool, resume: bool | str | None
 def writer_of(folder: Path) -> str | None:
     """ "process 123 on host", the process that holds a run folder's lock; None when nobody does."""
     try:
-        with open(folder / LOCK) as file:
+        with open(folder / LOCK, encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -69,7 +69,7 @@ def writer_of(folder: Path) -> str | None:
 
 def lock(folder: Path) -> Any:
     """Take the lock of a run folder until the returned file is closed. Raises UserError when another process has it."""
-    file = open(folder / LOCK, "a+")
+    file = open(folder / LOCK, "a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

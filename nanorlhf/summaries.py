@@ -66,7 +66,11 @@ class Written:
 def write(folder: Path, posts: list[Post], plan: Plan, device, dtype, microbatch_tokens: int, progress) -> Written:
     """The summaries of a checkpoint, from the store where they are, else generated and stored."""
     read = [[p.id, p.subreddit, p.title, p.post, p.summary] for p in posts]  # the summary decides the loss
-    made_by = {"model": _fingerprint(folder), "posts": _hash(read), "code": _hash([p.read_text() for p in CODE])}
+    made_by = {
+        "model": _fingerprint(folder),
+        "posts": _hash(read),
+        "code": _hash([p.read_text(encoding="utf-8") for p in CODE]),
+    }
     made_by |= {"dtype": str(dtype).removeprefix("torch."), "device": device.type} | asdict(plan)
     path = STORE / f"{_hash(made_by)[:20]}.jsonl"
     if path.is_file():

@@ -120,7 +120,7 @@ def test_a_benchmark_that_fails_is_recorded(arguments, key, what):
 
 def test_a_visit_goes_on_after_a_failure_and_ends_with_status_one(tmp_path, monkeypatch, capsys):
     page = tmp_path / "speed.md"
-    page.write_text(f"before\n{all.BEGIN}old\n{all.END}after\n")
+    page.write_text(f"before\n{all.BEGIN}old\n{all.END}after\n", encoding="utf-8")
     monkeypatch.setattr(all, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(all, "PAGE", page)
     monkeypatch.setattr(all, "ROOT", tmp_path)
@@ -133,11 +133,15 @@ def test_a_visit_goes_on_after_a_failure_and_ends_with_status_one(tmp_path, monk
     with pytest.raises(SystemExit) as ended:
         all.main()
     assert ended.value.code == 1
-    found = json.loads(next((tmp_path / "results").glob("*.json")).read_text())["benches"]
+    found = json.loads(next((tmp_path / "results").glob("*.json")).read_text(encoding="utf-8"))["benches"]
     assert found["broken"]["error"] == "exit status 1" and found["broken"]["tail"].strip() == "no"
     assert found["fine"]["result"] == {"summary": "4 passed"}
-    assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
-    assert "`broken`: exit status 1." in page.read_text() and "old" not in page.read_text()
+    assert page.read_text(encoding="utf-8").startswith("before\n") and page.read_text(encoding="utf-8").endswith(
+        "after\n"
+    )
+    assert "`broken`: exit status 1." in page.read_text(encoding="utf-8") and "old" not in page.read_text(
+        encoding="utf-8"
+    )
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["failed"] == ["broken"]
 
 
@@ -146,5 +150,5 @@ def test_the_limits_of_a_visit_to_a_gpu_add_up_to_less_than_nine_minutes():
 
 
 def test_the_page_has_the_tables_of_the_committed_results():
-    written = all.PAGE.read_text()
+    written = all.PAGE.read_text(encoding="utf-8")
     assert tables.tables(all.RESULTS) in written, "run python -m bench.all --tables"

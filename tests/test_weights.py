@@ -74,7 +74,10 @@ def test_a_tied_model_has_one_matrix_and_an_untied_one_two(make_policy, make_seq
     untied = load_policy(tmp_path / "final")
     assert not torch.equal(untied.head_weight, untied.model.embed_tokens.weight)
     path = tmp_path / "final" / "config.json"
-    path.write_text(path.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    path.write_text(
+        path.read_text(encoding="utf-8").replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'),
+        encoding="utf-8",
+    )
     tied = load_policy(tmp_path / "final")
     assert tied.head_weight is tied.model.embed_tokens.weight
     (sequence,) = make_sequences([7])
@@ -97,7 +100,7 @@ def test_loading_takes_hardly_more_memory_than_the_model_has(make_policy, tokeni
     policy = make_policy(vocab_size=50_000, hidden_size=1024, intermediate_size=2048)
     save_policy(policy, tmp_path / "final", tokenizer, dtype=torch.bfloat16)  # 130 MB
     program = [sys.executable, "-c", PEAK, tmp_path / "final"]
-    done = subprocess.run(program, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    done = subprocess.run(program, cwd=Path(__file__).parents[1], capture_output=True, encoding="utf-8", check=True)
     assert float(done.stdout) < 1.3
 
 
@@ -156,7 +159,7 @@ def test_a_missing_shard_is_named(make_policy, tokenizer, tmp_path, monkeypatch)
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": ["model-00001-of-00002.safetensors"]}',
                                      '{"weight_map": {"a": 3}}', '{"weight_map": {"a": ""}}'])  # fmt: skip
 def test_an_index_without_a_map_is_refused_by_name(saved, content):
-    (saved[1] / "model.safetensors.index.json").write_text(content)
+    (saved[1] / "model.safetensors.index.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=r"model.safetensors.index.json: weight_map is missing"):
         load_policy(saved[1])
 
@@ -177,11 +180,11 @@ def test_a_tensor_that_is_in_the_index_but_not_in_its_shard_is_named(make_policy
     monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 20_000)
     save_policy(make_policy(), tmp_path / "final", tokenizer)
     path = tmp_path / "final" / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
+    index = json.loads(path.read_text(encoding="utf-8"))
     first, *_, last = sorted(set(index["weight_map"].values()))
     assert index["weight_map"]["model.norm.weight"] == last
     index["weight_map"]["model.norm.weight"] = first
-    path.write_text(json.dumps(index))
+    path.write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(UserError, match=rf"{first}: tensor model.norm.weight is missing, though the index says"):
         load_policy(tmp_path / "final")
 
