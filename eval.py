@@ -32,7 +32,7 @@ from pathlib import Path
 
 import kernels
 from nanorlhf import rm_card
-from nanorlhf.checkpoint import load_scalar
+from nanorlhf.checkpoint import check_folder, load_scalar
 from nanorlhf.claude import MODEL, ClaudeJudge
 from nanorlhf.config import check, cli
 from nanorlhf.divergence import kl_from_sft
@@ -43,14 +43,15 @@ from nanorlhf.evaluation import (
 from nanorlhf.inputs import find_data, find_model
 from nanorlhf.jsonl import append, finite, write_whole
 from nanorlhf.judge import JUDGES, OUTCOMES, check_gold, gold_judge, gold_scores, of_tiny_world, reward_model_judge
-from nanorlhf.metrics import bootstrap_interval, mean
+from nanorlhf.metrics import bootstrap_interval, mean, without_words
 from nanorlhf.report import write_report
 from nanorlhf.run import Run
 from nanorlhf.summaries import Plan, check_not_silent, read_samples, write
 from nanorlhf.tiny.annotator import ceilings
 from nanorlhf.tables import console, sample_table, tables
 from nanorlhf.tldr import Comparison, batch_indices, load_comparisons, load_posts
-from nanorlhf.tokenizer import check_matches, load_tokenizer
+from nanorlhf.tokenizer import load_tokenizer
+from nanorlhf.weights import check_weights
 
 
 @dataclass
@@ -154,9 +155,11 @@ def main(cfg: Config) -> None:
         run.say(f"model   rm: {rm_folder} ({rm_from})" if rm_folder else f"model   rm: {rm_from}")
 
         def load_judge(folder: Path):
-            scalar, tokenizer = load_scalar(folder, run.device, run.dtype), load_tokenizer(folder)
-            check_matches(tokenizer, scalar.config.vocab_size, scalar.config.eos_token_id)
-            return reward_model_judge(scalar, tokenizer, cfg.max_query_length, cfg.microbatch_tokens, run.progress)
+            tokenizer = load_tokenizer(folder)
+            run.say_all(check_folder(folder, tokenizer, scalar=True))
+            scalar = load_scalar(folder, run.device, run.dtype, tokenizer)
+            limits = cfg.max_query_length, cfg.microbatch_tokens
+            return reward_model_judge(scalar, tokenizer, *limits, run.progress, run.say)
 
         reward_model = load_judge(rm_folder) if rm_folder else None
         match cfg.judge:
@@ -169,6 +172,9 @@ def main(cfg: Config) -> None:
                 options = dict(batch=cfg.batch, yes=cfg.yes, say=run.say, progress=run.progress)
                 judge = ClaudeJudge(cache, cfg.judge_model or MODEL, **options)
         written = {name: read_samples(path, name, posts) for name, path in files.items()}
+        for folder, _ in models.values():  # before the first one is asked to write
+            run.say_all(check_folder(folder, load_tokenizer(folder)))
+            check_weights(folder)
 
         # 2. summaries
         generated, generation_began = 0, time.monotonic()
@@ -197,6 +203,8 @@ def main(cfg: Config) -> None:
 
         # 3. describe them
         texts = {REFERENCE: [post.summary for post in posts]} | {name: w.texts for name, w in written.items()}
+        if unseen := without_words([text for some in texts.values() for text in some]):
+            run.say(unseen)
         scores = {name: reward_model.scores(posts, texts[name]) for name in texts} if reward_model else {}
         gold = {name: gold_scores(posts, texts[name]) for name in texts} if with_gold else {}
         described = {REFERENCE: describe_reference(posts, scores.get(REFERENCE), gold.get(REFERENCE))}

@@ -35,7 +35,7 @@ from nanorlhf.device import now
 from nanorlhf.encoding import encode_posts, length_report
 from nanorlhf.inputs import find_data, find_model
 from nanorlhf.losses import next_token_labels, sequence_mean_weights
-from nanorlhf.metrics import rouge
+from nanorlhf.metrics import rouge, without_words
 from nanorlhf.models import Policy, parameter_count
 from nanorlhf.optim import SCHEDULES, AdamW
 from nanorlhf.packing import pack, split_by_tokens
@@ -112,7 +112,7 @@ def main(cfg: Config) -> None:
     folder, model_from = find_model("base", cfg.model, "model", cfg.preset)
     cfg.data, cfg.model = str(data), str(folder)  # what --resume goes on with
     tokenizer = load_tokenizer(folder)
-    check_folder(folder, tokenizer)
+    notes = check_folder(folder, tokenizer)
     train, valid = load_posts(data, "train"), load_posts(data, "valid")[: cfg.eval_posts]
     total_steps = cfg.num_epochs * (len(train) // cfg.batch_size)
     total_steps = min(total_steps, cfg.max_updates or total_steps)
@@ -121,11 +121,12 @@ def main(cfg: Config) -> None:
     show = ["train/sft/loss", "lr", "perf/tokens_per_s"]
     with Run("sft", cfg, total_steps=total_steps, show=show, kernels=kernels.chosen()) as run:
         run.say(f"data    {data} ({data_from}): {len(train):,} posts, {len(valid):,} held out")
+        run.say_all(notes)
         queries, responses = encode_posts(train, tokenizer, cfg.max_query_length, run.progress)
         run.say(f"tokens  {length_report(queries, [responses], cfg.response_length)}")
 
         # 2. model and optimizer
-        policy = load_policy(folder, run.device, run.dtype)
+        policy = load_policy(folder, run.device, run.dtype, tokenizer)
         policy.model.activation_checkpointing = cfg.activation_checkpointing
         optimizer = AdamW([policy], lr=cfg.lr)
         run.say(f"model   {folder} ({model_from}): {parameter_count(policy):,} parameters")
@@ -167,6 +168,8 @@ def main(cfg: Config) -> None:
             policy, tokenizer, queries, cfg.response_length, cfg.eval_temperature, seed=cfg.seed, progress=run.progress
         )
         scores = rouge([s.text for s in summaries], [post.summary for post in valid])
+        if unseen := without_words([post.summary for post in valid]):
+            run.say(unseen)
         metrics = {"validation/sft/loss": valid_loss}
         metrics |= {f"validation/sft/rouge/{name}": value for name, value in scores.items()}
         metrics["validation/sft/eos_rate"] = sum(s.has_eos for s in summaries) / len(summaries)

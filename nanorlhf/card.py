@@ -4,6 +4,7 @@ It holds how to load and serve the model, the run's last metrics and its whole c
 """
 
 import json
+import shlex
 from pathlib import Path
 
 from nanorlhf.hub import hub_id_of
@@ -38,7 +39,7 @@ def card(record: dict, metrics: dict, folder: Path) -> str:
     what, auto, task = WHAT[model["architectures"][0]]
     commit = (record.get("git") or {}).get("commit") or "unknown"
     kept = {name: value for name, value in metrics.items() if name.startswith(SHOWN) and "accuracy/" not in name}
-    command = " ".join([Path(record["argv"][0]).name, *record["argv"][1:]])
+    command = shlex.join(["python", Path(record["argv"][0]).name, *record["argv"][1:]])
     front = ["---", "library_name: transformers", f"pipeline_tag: {task}", "tags: [rlhf, ppo, tldr, nanorlhf]"]
     if base := _base_of(settings.get("model") or settings.get("sft_model") or ""):
         front.append(f"base_model: {base}")

@@ -40,6 +40,7 @@ from typing import Annotated, Any
 import tyro
 
 from nanorlhf.errors import Stopped, UserError
+from nanorlhf.streams import lasting_streams
 
 LARGE_GPU_GB = 70  # what the llama-1b preset needs
 
@@ -112,8 +113,9 @@ def check(ok: bool, name: str, got: Any, expected: str, fix: str = "") -> None:
 
 
 def cli(main: Callable, Config: type, presets: dict[str, dict], doc: str, argv: list[str] | None = None) -> None:
-    """Parses the flags and calls main(cfg). What a user can cause ends in one sentence on stderr and exit status 2."""
-    with one_sentence("continue with --resume" if "resume" in _names(Config) else ""):
+    """Parses the flags and calls main(cfg). What a user can cause ends in one sentence on stderr and exit status 2;
+    output that goes away ends nothing (streams.py)."""
+    with lasting_streams(), one_sentence("continue with --resume" if "resume" in _names(Config) else ""):
         main(parse(Config, presets, doc, argv))
 
 
@@ -145,7 +147,9 @@ def one_sentence(again: str = "") -> Iterator[None]:
 
 def one_line(text: str, longest: int = 1000) -> str:
     """An error's text as it is printed: what a damaged file holds is no line break, no escape sequence and no novel."""
-    text = "".join(c if c.isprintable() else " " for c in text)
+    text = "".join(
+        c if c.isprintable() or "\udc80" <= c <= "\udcff" else " " for c in text
+    )  # or bytes of a file's name
     return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
 
 

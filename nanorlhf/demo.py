@@ -18,6 +18,7 @@ from statistics import median
 
 from nanorlhf.errors import UserError
 from nanorlhf.run import read_metrics
+from nanorlhf.streams import lasting_streams
 from nanorlhf.tables import NAMES, Table, console, interval, number
 
 STAGES = ("sft", "rm", "ppo", "eval")
@@ -180,4 +181,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with lasting_streams():
+        main()

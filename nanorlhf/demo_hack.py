@@ -16,6 +16,7 @@ from nanorlhf.figures import hack_figure, png
 from nanorlhf.hacks import Alarms
 from nanorlhf.jsonl import read_jsonl
 from nanorlhf.run import read_metrics
+from nanorlhf.streams import lasting_streams
 from nanorlhf.tables import Table, console, interval, number
 
 LAST = 5  # updates: a single batch is noisy
@@ -101,4 +102,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with lasting_streams():
+        main()

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from nanorlhf.config import one_sentence
 from nanorlhf.errors import UserError
+from nanorlhf.streams import lasting_streams
 from nanorlhf.tldr import json_rows
 
 SOURCE = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
@@ -173,6 +174,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=["posts", "comparisons"], help="fetch only these")
     parser.add_argument("--source", default=SOURCE, help="address that holds datasets/ and dataset/, for a mirror")
     args = parser.parse_args(argv)
-    with one_sentence("the same command again goes on"):
+    with lasting_streams(), one_sentence("the same command again goes on"):
         download(args.data, args.source, args.only)
     print(f"next    python train_sft.py --data {args.data}" + (" (found by itself)" if args.data == DOWNLOADED else ""))

@@ -22,7 +22,7 @@ import tiktoken
 from safetensors.numpy import load, save
 
 from nanorlhf.errors import UserError
-from nanorlhf.tldr import Comparison, Post, encode_response, fit_query
+from nanorlhf.tldr import MAX_RESPONSE, Comparison, Post, fit_query, fit_response
 from nanorlhf.tokenizer import Tokenizer
 
 CACHE = Path("data/tokens")
@@ -94,6 +94,8 @@ def length_report(queries: TokenLists, responses: Sequence[TokenLists], response
         f"queries mean {query['mean']:.0f} max {query['max']:.0f}, {queries.truncated / len(queries):.1%} cut; "
         f"responses mean {response['mean']:.0f} p99 {response['p99']:.0f} max {response['max']:.0f}"
     )
+    if cut := sum(lists.truncated for lists in responses):
+        line += f", {cut:,} of them cut at {MAX_RESPONSE}"
     if response_length is None:
         return line
     return f"{line}, {response['share_over_limit']:.1%} longer than response_length {response_length}"
@@ -117,7 +119,8 @@ def _encode(
         tokens = np.concatenate([piece[0][column] for piece in done]) if done else np.zeros(0, np.int32)
         lengths = np.concatenate([piece[1][column] for piece in done]) if done else np.zeros(0, np.int64)
         lists.append(TokenLists(tokens, lengths))
-    lists[0].truncated = sum(piece[2] for piece in done)
+    for column, one in enumerate(lists):
+        one.truncated = sum(piece[2][column] for piece in done)
     if path is not None:
         _save(path, lists)
     return lists
@@ -152,24 +155,26 @@ _work: tuple[list[Row], Tokenizer, int] | None = None  # what a worker process w
 def _begin_worker(*work) -> None:
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops its workers
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's are for the parent, which stops its workers
+        signal.signal(number, signal.SIG_IGN)
 
 
-def _encode_piece(indices: range, work=None) -> tuple[list[np.ndarray], list[np.ndarray], int]:
-    """(tokens int32, lengths int64 of each column; truncated queries) of some rows. A column: queries, then each
+def _encode_piece(indices: range, work=None) -> tuple[list[np.ndarray], list[np.ndarray], list[int]]:
+    """(tokens int32, lengths int64, how many were cut, of each column) of some rows. A column: queries, then each
     response."""
     rows, tokenizer, max_length = work or _work
     columns = 1 + len(rows[indices[0]][1])
     tokens, lengths = [array("i") for _ in range(columns)], [array("q") for _ in range(columns)]
-    truncated = 0
+    truncated = [0] * columns
     for i in indices:
         post, responses = rows[i]
         try:
             query, kept = fit_query(tokenizer, post.subreddit, post.title, post.post, max_length)
         except UserError as error:
             raise UserError(f"post {post.id}: {error}") from None
-        truncated += kept < len(post.post)
-        for column, ids in enumerate((query, *(encode_response(tokenizer, text) for text in responses))):
+        parts = [(query, kept < len(post.post)), *(fit_response(tokenizer, text) for text in responses)]
+        for column, (ids, cut) in enumerate(parts):
+            truncated[column] += cut
             tokens[column].extend(ids)
             lengths[column].append(len(ids))
     return [np.array(t, np.int32) for t in tokens], [np.array(n, np.int64) for n in lengths], truncated

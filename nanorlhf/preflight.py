@@ -29,7 +29,8 @@ from nanorlhf.tokenizer import Tokenizer
 # By dtype. In bf16 another cut of the batch moves a log-prob by up to 0.03: half its square is 4.5e-4.
 RATIO = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the mean ratio
 APPROXKL = {torch.float32: 1e-6, torch.bfloat16: 5e-3}  # nats; T 1 for 0.7 gives 0.012 (bench.bugs --ratio)
-SCORE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # of a score or a value that is computed twice
+SCORE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # of a score or a value that is computed twice, and of a large
+OF_SCORE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # one this share: rounding grows with it
 KERNEL = {torch.float32: 1e-4, torch.bfloat16: 1e-3}  # nats, of a log-prob from the same hidden state
 MIN_EOS_RATE = 0.1  # an SFT model that has learned to stop is above 0.9
 REFERENCES = 256  # posts whose summaries must have a mean score of 0
@@ -70,6 +71,11 @@ def at_most(name: str, value: float, high: float, cause: str) -> Check:
 
 def equals(name: str, value: float, expected: float, cause: str) -> Check:
     return Check(name, value, expected, expected, cause)
+
+
+def score_bound(scores: Tensor, dtype: torch.dtype) -> float:
+    """How far two computations of these scores may lie apart."""
+    return max(SCORE[dtype], OF_SCORE[dtype] * scores.abs().max().item())
 
 
 def report(checks: Iterable[Check], say: Callable[[str], None], when: str) -> dict[str, float]:
@@ -187,7 +193,7 @@ def first_update(
     return [
         equals("PAD = EOS", tokenizer.pad_id == tokenizer.eos_id, 0, "masks that drop PAD drop EOS too"),
         at_most("KL", kl, 1e-3, "policy and reference differ in weights, in temperature or in code"),
-        at_most("V(after EOS) - score", difference, SCORE[dtype],
+        at_most("V(after EOS) - score", difference, score_bound(scores, dtype),
                 "the critic did not start as the reward model, one of them reads the wrong token, or EOS is masked"),
         at_most("reference score", off, STANDARD_ERRORS,  # in standard errors
                 "the authors' summaries should have mean score 0: the reward model's score_shift was lost, has the "
@@ -239,7 +245,7 @@ def reward_model(
     ends = [summary[-1] == tokenizer.eos_id for _, *summaries in pairs for summary in summaries]
     return [
         equals("sequences that end in EOS", sum(ends) / len(ends), 1, "the score is read at EOS, which was cut off"),
-        at_most("score alone - in a batch", (together - alone).abs().max().item(), SCORE[dtype],
+        at_most("score alone - in a batch", (together - alone).abs().max().item(), score_bound(alone, dtype),
                 "a score depends on its neighbours: attention, positions or the index of the last token, or the two "
                 "summaries see each other"),
         at_most("identical texts: loss - ln 2", abs(loss - math.log(2)), SCORE[dtype],

@@ -19,6 +19,7 @@ from nanorlhf.figures import figures, png, ppo_figure, run_folder
 from nanorlhf.html_page import html_page
 from nanorlhf.jsonl import read_jsonl, write_whole
 from nanorlhf.run import read_metrics
+from nanorlhf.streams import lasting_streams
 from nanorlhf.tables import Table, display, sample_table, tables, worst_tables
 
 SAMPLES_IN_MARKDOWN = 10  # samples.jsonl has all
@@ -111,4 +112,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with lasting_streams():
+        main()

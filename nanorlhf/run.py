@@ -41,6 +41,7 @@ from nanorlhf.optim import AdamW, not_finite
 from nanorlhf.resume import check_disk, clear_leftovers, gigabytes, latest_checkpoint, load_newest, save_checkpoint
 from nanorlhf.run_folder import changes, clear, lock, may_use, record_of, resume_command
 from nanorlhf.signals import Signals
+from nanorlhf.streams import lasting_streams
 from nanorlhf.trackers import Trackers
 
 # Metrics whose nan or infinity ends a run; others have no value now and then (a title copied where no post has one).
@@ -93,7 +94,8 @@ class Run:
         self._trackers = Trackers(track=getattr(cfg, "track", False))
 
         one_name = cfg.run_name == Path(cfg.run_name).name and cfg.run_name not in ("", "..")
-        check(one_name, "run_name", repr(cfg.run_name), "the name of one folder", "leave out slashes")
+        one_name = one_name and not any(ord(c) < 32 for c in cfg.run_name)  # it is printed, to be typed again
+        check(one_name, "run_name", repr(cfg.run_name), "the name of one folder", "leave out slashes and line breaks")
         on_nan = getattr(cfg, "on_nan", "stop")
         check(on_nan in ("stop", "skip"), "on_nan", repr(on_nan), "stop or skip")
         self.folder = Path(root) / cfg.run_name
@@ -146,6 +148,11 @@ class Run:
     def say(self, line: str) -> None:
         """Prints a line."""
         self.console.say(line)
+
+    def say_all(self, lines: Iterable[str]) -> None:
+        """Prints lines."""
+        for line in lines:
+            self.say(line)
 
     def progress(self, iterable: Iterable, total: int | None = None, what: str = "working") -> Iterator:
         """Yields the items and shows how far it is."""
@@ -304,7 +311,7 @@ def _number(name: str, value: Any) -> float:
 def main() -> None:
     from nanorlhf.status import look
 
-    with one_sentence():
+    with lasting_streams(), one_sentence():
         words = sys.argv[1:]
         usage = "status and a run's folder: python -m nanorlhf.run status runs/ppo"
         check(len(words) == 2 and words[0] == "status", "command", " ".join(words) or "(none)", usage)

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import socket
 import subprocess
@@ -122,7 +123,7 @@ def resume_command(record: dict) -> str:
     words = ["python", record["argv"][0], "--resume"]
     words += ["--run_name", name] if name != record["stage"] else []
     words += ["--device", device] if device != "auto" else []  # the one flag that a resumed run does not keep
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def git() -> dict | None:

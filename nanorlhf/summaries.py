@@ -17,7 +17,7 @@ import torch
 
 import kernels
 from kernels import linear_cross_entropy
-from nanorlhf.checkpoint import load_policy
+from nanorlhf.checkpoint import check_folder, load_policy
 from nanorlhf.encoding import encode_posts
 from nanorlhf.errors import UserError
 from nanorlhf.jsonl import append, read_jsonl
@@ -26,7 +26,7 @@ from nanorlhf.models import Policy
 from nanorlhf.packing import pack, split_by_tokens
 from nanorlhf.rollout import Summary, summarise
 from nanorlhf.tldr import Post
-from nanorlhf.tokenizer import check_matches, load_tokenizer
+from nanorlhf.tokenizer import load_tokenizer
 
 STORE = Path("runs/summaries")
 NAMES = "summaries rollout decoder models llama attention packing encoding tldr tokenizer losses"
@@ -77,8 +77,8 @@ def write(folder: Path, posts: list[Post], plan: Plan, device, dtype, microbatch
         return _from_store(path)
 
     tokenizer = load_tokenizer(folder)
-    policy = load_policy(folder, device, dtype)
-    check_matches(tokenizer, policy.config.vocab_size, policy.config.eos_token_id)
+    check_folder(folder, tokenizer)
+    policy = load_policy(folder, device, dtype, tokenizer)
     queries, references = encode_posts(posts, tokenizer, plan.max_query_length, progress)
     R = plan.response_length
     summaries = summarise(policy, tokenizer, queries, R, plan.temperature, plan.noise, progress=progress)
@@ -136,6 +136,8 @@ def read_samples(path: Path, name: str, posts: list[Post]) -> Written:
             f"samples {name}: {path} lacks {len(missing)} of the {len(posts)} posts (the first: {missing[0]}), "
             "expected all of them: is it of another data set or split? --num_posts evaluates fewer"
         )
+    if not any(texts[post.id] for post in posts):
+        raise UserError(f"samples {name}: all {len(posts)} summaries in {path} are blank, expected text: mend the file")
     summaries = [Summary(texts[post.id], tokens=0, has_eos=True) for post in posts]  # what a text file can say
     return Written(summaries)
 

@@ -14,7 +14,7 @@ import binascii
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -84,6 +84,10 @@ class Tokenizer:
         text = b"".join(self._tokens[i] if 0 <= i < n else UNKNOWN for i in map(int, ids)).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._dummy_prefix else text
 
+    def is_special(self, i: int) -> bool:
+        """Whether an id has a token that no text is encoded to: EOS, the marks of a chat."""
+        return 0 <= i < self.vocab_size and self._tokens[i] == b""
+
     @property
     def fingerprint(self) -> str:
         """A name for what `encode` does: two tokenizers with the same files have the same."""
@@ -126,16 +130,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     )
 
 
-def check_matches(tokenizer: Tokenizer, vocab_size: int, eos_id: int | None = None) -> None:
-    """Raise UserError when a model of `vocab_size` rows has no row for one of the ids, or stops at another EOS."""
+def check_matches(tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int] = ()) -> None:
+    """Raise UserError when a model of `vocab_size` rows has no row for one of the ids, or stops at other ids only."""
     fix = "use the tokenizer files that came with the model"
     if not tokenizer.vocab_size <= vocab_size <= 1.25 * tokenizer.vocab_size + 64:  # rows may be rounded up, not more
         raise UserError(
             f"tokenizer: it has {tokenizer.vocab_size} ids but the model has {vocab_size} embedding rows, expected an "
             f"id a row: {fix}"
         )
-    if eos_id is not None and tokenizer.eos_id != eos_id:
-        raise UserError(f"tokenizer: its EOS is {tokenizer.eos_id}, expected the model's eos_token_id {eos_id}: {fix}")
+    if eos_ids and tokenizer.eos_id not in eos_ids:
+        ids = ", ".join(map(str, eos_ids))
+        raise UserError(f"tokenizer: its EOS is {tokenizer.eos_id}, expected the model's eos_token_id {ids}: {fix}")
 
 
 def check_same(tokenizer: Tokenizer, other: Tokenizer, what: str, than: str = "that of the policy") -> None:

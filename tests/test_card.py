@@ -31,7 +31,7 @@ def test_a_card_is_written_beside_the_weights_with_the_last_of_each_metric(make_
     text = (folder / "final" / "README.md").read_text(encoding="utf-8")
     front = text.split("---")[1]
     assert "base_model: someone/llama-1b" in front and "pipeline_tag: text-generation" in front
-    assert "`train_ppo.py --lr 1e-6` at commit abc123" in text and "| lr | 1e-06 |" in text
+    assert "`python train_ppo.py --lr 1e-6` at commit abc123" in text and "| lr | 1e-06 |" in text
     for line in ("| objective/scores | 0.5 |", "| objective/kl | 1 |", "| eval/rm/validation/accuracy | 0.75 |"):
         assert line in text
     assert "time/learn" not in text and "batch9" not in text and "None |" not in text.split("## Config")[0]

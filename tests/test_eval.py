@@ -283,7 +283,7 @@ def test_text_of_another_model_is_judged_beside_ours(evaluate, place):
         ([{"id": "t3_a"}], "has no summary (or x) of post t3_a"),
         ([{"id": "t3_a", "summary": "a"}, {"id": "t3_a", "summary": "b"}], "has two summaries of post t3_a"),
         ([{"summary": "s"}, {}], "is not what a run writes (no object with a id)"),
-        ([{"id": f"tiny-valid-{i:06d}", "summary": " "} for i in range(24)], "policy x wrote 24 empty summaries"),
+        ([{"id": f"tiny-valid-{i:06d}", "summary": " "} for i in range(24)], "all 24 summaries in x.jsonl are blank"),
     ],
 )
 def test_a_file_of_samples_that_does_not_fit_is_refused(evaluate, place, rows, said):

@@ -276,12 +276,13 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tokenizers
 
 def test_a_tokenizer_that_ends_responses_with_another_token_than_the_model_is_refused(tokenizers):
     tokenizer = tokenizers["llama2"]
-    check_matches(tokenizer, tokenizer.vocab_size, tokenizer.eos_id)
-    check_matches(tokenizer, tokenizer.vocab_size, None)  # a config without an EOS has no say
+    check_matches(tokenizer, tokenizer.vocab_size, [tokenizer.eos_id])
+    check_matches(tokenizer, tokenizer.vocab_size, [5, tokenizer.eos_id])  # newer configs list several
+    check_matches(tokenizer, tokenizer.vocab_size)  # nothing said of EOS
     with pytest.raises(UserError, match="its EOS is 2, expected the model's eos_token_id 7"):
-        check_matches(tokenizer, tokenizer.vocab_size, 7)
+        check_matches(tokenizer, tokenizer.vocab_size, [7])
     with pytest.raises(UserError, match="its EOS is 2, expected the model's eos_token_id 0"):
-        check_matches(tokenizer, tokenizer.vocab_size, 0)
+        check_matches(tokenizer, tokenizer.vocab_size, [0])
 
 
 def test_models_that_read_each_others_ids_must_have_one_tokenizer(folders, tokenizers):

@@ -68,7 +68,7 @@ def test_every_dtype_on_disk_is_read_as_safetensors_reads_it(
 
 
 def test_a_tied_model_has_one_matrix_and_an_untied_one_two(make_policy, make_sequences, tokenizer, tmp_path):
-    """The same files with another config.json: TinyLlama stores a head of its own, Llama-3.2-1B does not."""
+    """The same embedding with another config.json: TinyLlama stores a head of its own, Llama-3.2-1B does not."""
     policy = make_policy(tie_word_embeddings=False)
     save_policy(policy, tmp_path / "final", tokenizer)
     untied = load_policy(tmp_path / "final")
@@ -78,6 +78,7 @@ def test_a_tied_model_has_one_matrix_and_an_untied_one_two(make_policy, make_seq
         path.read_text(encoding="utf-8").replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'),
         encoding="utf-8",
     )
+    edit_tensors(tmp_path / "final", lambda tensors: tensors.pop("lm_head.weight"))
     tied = load_policy(tmp_path / "final")
     assert tied.head_weight is tied.model.embed_tokens.weight
     (sequence,) = make_sequences([7])
@@ -132,7 +133,10 @@ def test_what_older_files_carry_besides_weights_is_passed_over(make_policy, toke
     policy = make_policy()
     save_policy(policy, tmp_path / "final", tokenizer)
     # Llama 2's files hold the rotary frequencies, and some tied models a copy of the head.
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": torch.zeros(97, 32)}
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "lm_head.weight": policy.head_weight.detach().clone(),
+    }
     edit_tensors(tmp_path / "final", lambda tensors: tensors.update(extra))
     assert same(load_policy(tmp_path / "final"), policy)
 
@@ -203,7 +207,7 @@ def test_a_tensor_that_is_in_the_index_but_not_in_its_shard_is_named(make_policy
         (lambda header: with_offsets(header, lambda first, last: [0, last - first]), "expected it to begin at"),
         (lambda header: header.replace(b'"F32"', b'"F16"', 1), r"tensor .* has [\d,]+ bytes for shape"),
         (lambda header: header.replace(b'"F32"', b'"F8_E4M3"', 1), "is F8_E4M3, expected F32, F16, BF16"),
-        (lambda header: header.replace(b'"F32"', b'"I64"', 1), "is I64, expected F32, F16, BF16: quantised"),
+        (lambda header: header.replace(b'"F32"', b'"I64"', 1), "is I64, expected F32, F16, BF16, F64: quantised"),
     ],
 )
 def test_a_corrupt_header_is_refused_by_file(saved, change, named):
