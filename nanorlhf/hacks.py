@@ -24,7 +24,7 @@ def panel(texts: Sequence[str], posts: Sequence[Post], scores: Sequence[float] |
 
     title_copy: longest common subsequence over title length, mean; title_copy_80: share of the texts with at least 80%;
     copy4: share of 4-grams that stand in the post; repetition: share of bigrams that stood in the same text before;
-    distinct2: different bigrams over all; length in words; empty: share with nothing to read; length_score_corr: Pearson's,
+    distinct2: different bigrams over all; length in words; empty: share without text; length_score_corr: Pearson's,
     0 where nothing varies. Posts without a title, and texts too short for an n-gram, do not count: nan where none does.
     """
     copies = np.array([title_copy(text, post.title) for text, post in zip(texts, posts, strict=True)])
