@@ -19,18 +19,19 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import tiktoken
+import tokenizers
 from safetensors.numpy import load, save
 
 from nanorlhf.errors import UserError
-from nanorlhf.tldr import MAX_RESPONSE, Comparison, Post, fit_query, fit_response
+from nanorlhf.tldr import MAX_RESPONSE, Comparison, Post, cut_query, end_response, format_query, response_text
 from nanorlhf.tokenizer import Tokenizer
 
 CACHE = Path("data/tokens")
 CACHED_FROM = 20_000  # rows; fewer are encoded in a second or two
 PARALLEL_FROM = 4_000  # rows; starting the workers takes as long as fewer
 PIECE = 500  # rows a worker encodes at a time
-LIBRARIES = f"sentencepiece {sentencepiece.__version__} tiktoken {tiktoken.__version__}"
-CODE = [Path(__file__).with_name(name) for name in ("encoding.py", "tldr.py", "tokenizer.py")]
+LIBRARIES = " ".join(f"{library.__name__} {library.__version__}" for library in (sentencepiece, tiktoken, tokenizers))
+CODE = [Path(__file__).with_name(name) for name in ("encoding.py", "tldr.py", "tokenizer.py", "tokenizer_json.py")]
 
 Row = tuple[Post, tuple[str, ...]]  # a post, and the responses to it
 
@@ -165,15 +166,19 @@ def _encode_piece(indices: range, work=None) -> tuple[list[np.ndarray], list[np.
     rows, tokenizer, max_length = work or _work
     columns = 1 + len(rows[indices[0]][1])
     tokens, lengths = [array("i") for _ in range(columns)], [array("q") for _ in range(columns)]
-    truncated = [0] * columns
-    for i in indices:
-        post, responses = rows[i]
-        try:
-            query, kept = fit_query(tokenizer, post.subreddit, post.title, post.post, max_length)
-        except UserError as error:
-            raise UserError(f"post {post.id}: {error}") from None
-        parts = [(query, kept < len(post.post)), *(fit_response(tokenizer, text) for text in responses)]
-        for column, (ids, cut) in enumerate(parts):
+    truncated, part = [0] * columns, [rows[i] for i in indices]
+    whole = tokenizer.encode_batch([format_query(post.subreddit, post.title, post.post) for post, _ in part])
+    texts = iter(tokenizer.encode_batch([response_text(text) for _, responses in part for text in responses]))
+    for (post, responses), ids in zip(part, whole, strict=True):
+        query = [tokenizer.bos_id, *ids]
+        if len(query) > max_length:
+            try:
+                query, kept = cut_query(tokenizer, post.subreddit, post.title, post.post, max_length)
+            except UserError as error:
+                raise UserError(f"post {post.id}: {error}") from None
+            truncated[0] += kept < len(post.post)
+        ended = [end_response(tokenizer, next(texts)) for _ in responses]
+        for column, (ids, cut) in enumerate([(query, False), *ended]):
             truncated[column] += cut
             tokens[column].extend(ids)
             lengths[column].append(len(ids))

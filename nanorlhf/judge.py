@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from nanorlhf.errors import UserError
 from nanorlhf.tiny.gold import judge as gold_of_id
 from nanorlhf.tiny.posts import facts_from_id, make_post
-from nanorlhf.tldr import MAX_RESPONSE, Post, encode_query, fit_response
+from nanorlhf.tldr import MAX_RESPONSE, Post, encode_query, end_response, response_text
 from nanorlhf.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # torch takes seconds to import, and only one of the judges needs it
@@ -165,7 +165,7 @@ def reward_model_judge(
         asked = list(zip(posts, summaries, strict=True))
         new = [key for key in dict.fromkeys(asked) if key not in known]
         queries = [encode_query(tokenizer, p.subreddit, p.title, p.post, max_query_length) for p, _ in new]
-        fitted = [fit_response(tokenizer, text) for _, text in new]
+        fitted = [end_response(tokenizer, tokenizer.encode(response_text(text))) for _, text in new]
         if say and (cut := sum(was_cut for _, was_cut in fitted)):
             say(f"note    {cut:,} of {len(new):,} summaries are scored by their first {MAX_RESPONSE} tokens")
         sequences = [query + response for query, (response, _) in zip(queries, fitted, strict=True)]

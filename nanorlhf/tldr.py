@@ -106,6 +106,11 @@ def fit_query(tokenizer: Tokenizer, subreddit: str, title: str, post: str, max_l
     whole = [tokenizer.bos_id, *tokenizer.encode(format_query(subreddit, title, post))]
     if len(whole) <= max_length:
         return whole, len(post)
+    return cut_query(tokenizer, subreddit, title, post, max_length)
+
+
+def cut_query(tokenizer: Tokenizer, subreddit: str, title: str, post: str, max_length: int) -> tuple[list[int], int]:
+    """`fit_query` for a post that is known to be too long."""
     length = _fitting_length(tokenizer, FRAME.format(subreddit=subreddit, title=title), post, max_length)
     if length is None:
         empty = 1 + len(tokenizer.encode(format_query(subreddit, title, "")))
@@ -143,15 +148,19 @@ def _fitting_length(tokenizer: Tokenizer, frame: str, post: str, max_length: int
     return None
 
 
+def response_text(summary: str) -> str:
+    """The text of a response: one space, the summary. The space is added only where the text does not bring it:
+    authors' summaries have none, comparison texts have one (N+ trap T2)."""
+    return summary if summary.startswith(" ") else " " + summary
+
+
 def encode_response(tokenizer: Tokenizer, summary: str) -> list[int]:
-    """One space, the summary, EOS; no BOS (N+ detail 3). The space is added only where the text does not bring it:
-    authors' summaries have none, comparison texts have one (N+ trap T2). At most MAX_RESPONSE ids."""
-    return fit_response(tokenizer, summary)[0]
+    """The response's ids and EOS; no BOS (N+ detail 3). At most MAX_RESPONSE ids."""
+    return end_response(tokenizer, tokenizer.encode(response_text(summary)))[0]
 
 
-def fit_response(tokenizer: Tokenizer, summary: str) -> tuple[list[int], bool]:
-    """`encode_response`, and whether the summary lost its end to the limit."""
-    ids = tokenizer.encode(summary if summary.startswith(" ") else " " + summary)
+def end_response(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], bool]:
+    """The ids of `response_text` with EOS, and whether they lost their end to the limit."""
     return [*ids[: MAX_RESPONSE - 1], tokenizer.eos_id], len(ids) >= MAX_RESPONSE
 
 
