@@ -88,6 +88,8 @@ def read_config(folder: str | Path) -> LlamaConfig:
         if type(value) is not int or not 0 <= value <= LARGEST:
             what = ": a model without EOS cannot stop" if field == "eos_token_id" else ""
             raise UserError(f"{path}: {field} is {value!r}, expected a token id, a whole number of at least 0{what}")
+    if pad is not None and type(pad) is not int:
+        raise UserError(f"{path}: pad_token_id is {pad!r}, expected null or a token id (which is not used)")
     if heads % kv_heads:
         refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
