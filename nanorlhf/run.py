@@ -94,8 +94,11 @@ class Run:
         self._trackers = Trackers(track=getattr(cfg, "track", False))
 
         one_name = cfg.run_name == Path(cfg.run_name).name and cfg.run_name not in ("", "..")
-        one_name = one_name and not any(ord(c) < 32 for c in cfg.run_name)  # it is printed, to be typed again
-        check(one_name, "run_name", repr(cfg.run_name), "the name of one folder", "leave out slashes and line breaks")
+        check(one_name, "run_name", repr(cfg.run_name), "the name of one folder", "leave out slashes")
+        fix = "choose another name" + (
+            "" if sys.flags.utf8_mode else ", or set PYTHONUTF8=1"
+        )  # it is to be typed again
+        check(cfg.run_name.isprintable(), "run_name", ascii(cfg.run_name), "printable in this locale", fix)
         on_nan = getattr(cfg, "on_nan", "stop")
         check(on_nan in ("stop", "skip"), "on_nan", repr(on_nan), "stop or skip")
         self.folder = Path(root) / cfg.run_name
