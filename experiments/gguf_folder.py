@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from nanorlhf.errors import UserError
-from nanorlhf.model_config import read_config, read_json
+from nanorlhf.storage.model_config import read_config, read_json
 
 PARTS = {  # of a block: llama.cpp's name, Hugging Face's
     "attn_norm": "input_layernorm",
@@ -58,7 +58,9 @@ def hub_name(name: str) -> str:
         return f"{OUTSIDE[stem]}.weight"
     if name.startswith("blk.") and block.isdigit() and part in PARTS and name != stem:
         return f"model.layers.{block}.{PARTS[part]}.weight"
-    raise UserError(f"tensor {name}: expected those of a plain Llama (no biases, no rotary table): another architecture")
+    raise UserError(
+        f"tensor {name}: expected those of a plain Llama (no biases, no rotary table): another architecture"
+    )
 
 
 def folder_from_gguf(path: str | Path, folder: str | Path) -> int:
@@ -90,7 +92,7 @@ def folder_from_gguf(path: str | Path, folder: str | Path) -> int:
                 values = half_a_head_apart(values, number)
         tensors[hub_name(tensor.name)] = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name, content in _tokenizer_files(path, field).items():
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -125,7 +127,9 @@ def _config(path: Path, field: dict, tied: bool) -> dict:
             "torch_dtype": "bfloat16",
         }
     except KeyError as error:
-        raise UserError(f"{path}: the field {error} is missing, expected every field of a Llama: fetch it again") from None
+        raise UserError(
+            f"{path}: the field {error} is missing, expected every field of a Llama: fetch it again"
+        ) from None
 
 
 def _tokenizer_files(path: Path, field: dict) -> dict[str, dict]:

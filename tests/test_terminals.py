@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 from stages import SMALL
 
-from nanorlhf.run import read_metrics
+from nanorlhf.run.run import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train_sft", "train_rm", "train_ppo", "eval")

@@ -1,0 +1,185 @@
+"""Models in and out of Hugging Face folders.
+
+Everything is safetensors and JSON: nothing is unpickled. A folder holds config.json, model.safetensors (or shards and
+their index) and the tokenizer's files. What we save loads as
+
+    policy        AutoModelForCausalLM                  same logits
+    reward model  AutoModelForSequenceClassification    our score + score_shift, which is kept in config.json
+    critic        AutoModelForTokenClassification       the same values
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nanorlhf.data.tokenizer import Tokenizer, check_matches
+from nanorlhf.errors import UserError
+from nanorlhf.data.hub import base_of_instruct
+from nanorlhf.llama import LlamaConfig
+from nanorlhf.models import Policy, ScalarModel
+from nanorlhf.storage.atomic import atomic_folder, write_tensors
+from nanorlhf.storage.model_config import ARCHITECTURES, config_json, eos_ids, read_config, read_json
+from nanorlhf.storage.weights import file_parts, load_weights
+
+MAX_SHARD_BYTES = 5 * 10**9
+MUCH = 10**8  # parameters whose memory is worth a look at the files first
+
+
+SCALARS = (ARCHITECTURES["reward_model"], ARCHITECTURES["critic"])
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def check_folder(folder: str | Path, tokenizer: Tokenizer, scalar: bool = False) -> list[str]:
+    """What can be said before any post is encoded or weight read. scalar: it must be a reward model or a critic.
+
+    Returns lines for the console about what is allowed and worth knowing. Raises UserError for a folder that is no
+    Llama, of the other kind, or with another tokenizer's rows or EOS.
+    """
+    config = read_config(folder)
+    _kind(folder, scalar)
+    stops_at = eos_ids(read_json(Path(folder) / "config.json").get("eos_token_id", config.eos_token_id))
+    notes = []
+    if len(stops_at) > 1 or tokenizer.eos_id not in stops_at:
+        others = ", ".join(str(i) for i in stops_at if i != tokenizer.eos_id)
+        base = base_of_instruct(str(folder)) or "the base model that it was made from, which its model card names"
+        if tokenizer.eos_id not in stops_at and all(tokenizer.is_special(i) for i in stops_at):
+            raise UserError(
+                f"{folder}: its eos_token_id is {others}, which ends a turn of a chat, expected the tokenizer's EOS "
+                f"{tokenizer.eos_id}: this is an instruct model; begin with {base}"
+            )
+        notes.append(f"note    {folder} also ends at {others}, as instruct models do; summaries end at "
+                     f"{tokenizer.eos_id} alone, and one begins with {base}")  # fmt: skip
+    check_matches(tokenizer, config.vocab_size, stops_at)
+    if spare := config.vocab_size - tokenizer.vocab_size:
+        notes.append(f"note    {folder} has {spare:,} rows that no token has: they are left out")
+    return notes
+
+
+def without_spare_rows(config: LlamaConfig, tokenizer: Tokenizer | None) -> LlamaConfig:
+    """The config with as many rows as the tokenizer has ids.
+
+    Vocabularies are often padded, to a multiple of 64 say. A policy samples from all its rows: one that is no token
+    decodes to nothing, and is out of range in a model that was padded otherwise. So the last rows are never loaded:
+    then policy, reference, sampling and every log-prob, in every kernel, are over the tokens that there are.
+    """
+    return config if tokenizer is None else replace(config, vocab_size=tokenizer.vocab_size)
+
+
+def _kind(folder: str | Path, scalar: bool) -> str | None:
+    """The architecture that config.json names (base models may name none), which is a scalar one or is not."""
+    named = read_json(Path(folder) / "config.json").get("architectures")
+    kind = named[0] if isinstance(named, list) and named else None
+    if scalar and kind not in SCALARS:
+        raise UserError(
+            f"{folder}: architectures is {kind}, expected a reward model or a critic; `python train_rm.py` makes one"
+        )
+    if not scalar and kind in SCALARS:
+        raise UserError(
+            f"{folder}: architectures is {kind}, expected a language model ({ARCHITECTURES['policy']}): this folder "
+            "holds a reward model or a critic"
+        )
+    return kind
+
+
+def _empty(build, folder: str | Path, device: str, dtype: torch.dtype) -> nn.Module:
+    """The model without values. Raises UserError, before it takes memory, when the files cannot hold so much."""
+    with torch.device("meta"):
+        model = build()
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    there = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    if wanted > max(there, MUCH):  # a number takes two bytes at least; what is small, load_weights refuses by name
+        raise UserError(
+            f"{folder}: config.json describes {wanted:,} parameters, expected no more than fit into the {there:,} "
+            "bytes of safetensors beside it: copy or download the folder again"
+        )
+    return model.to(dtype).to_empty(device=device)
+
+
+def load_policy(
+    folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, tokenizer: Tokenizer | None = None
+) -> Policy:
+    """A causal language model from a Hugging Face folder. tokenizer: without the rows that none of its tokens has."""
+    in_file = read_config(folder)
+    config = without_spare_rows(in_file, tokenizer)
+    _kind(folder, scalar=False)
+    policy = _empty(lambda: Policy(config), folder, device, dtype)
+    load_weights(policy, folder, rows=in_file.vocab_size)
+    return policy
+
+
+def load_scalar(
+    folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, tokenizer: Tokenizer | None = None
+) -> ScalarModel:
+    """A reward model or a critic from a folder that `save_scalar` wrote; which of the two, its config.json says.
+    tokenizer: without the rows that none of its tokens has."""
+    in_file, is_critic = read_config(folder), _kind(folder, scalar=True) == ARCHITECTURES["critic"]
+    config = without_spare_rows(in_file, tokenizer)
+    model = _empty(lambda: ScalarModel(config, bias=is_critic), folder, device, dtype)
+    model.score.float()  # the head stays fp32, see models.py
+    model.score_shift = float(read_json(Path(folder) / "config.json").get("score_shift", 0.0))
+    load_weights(model, folder, rows=in_file.vocab_size)
+    return model
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _file_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = {}
+    for ours, name, part in file_parts(model):
+        tensors[name] = part.detach().to("cpu", torch.float32 if ours.startswith("score.") else dtype).contiguous()
+    return tensors
+
+
+def _save_model(
+    folder: Path, model: nn.Module, raw_config: dict, dtype: torch.dtype, tokenizer, temperature: float = 0.7
+) -> None:
+    with atomic_folder(folder) as partial:
+        (partial / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n", encoding="utf-8")
+        shards: list[dict[str, Tensor]] = [{}]
+        size = 0
+        for name, tensor in _file_state(model, dtype).items():
+            if shards[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
+                shards.append({})
+                size = 0
+            shards[-1][name] = tensor
+            size += tensor.nbytes
+        if len(shards) == 1:
+            write_tensors(partial / "model.safetensors", shards[0])
+        else:
+            weight_map = {}
+            for number, shard in enumerate(shards, start=1):
+                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+                write_tensors(partial / file, shard)
+                weight_map |= dict.fromkeys(shard, file)
+            total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        if "CausalLM" in raw_config["architectures"][0]:
+            generation = {key: raw_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            generation |= {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+            (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save(partial)
+
+
+def save_policy(
+    policy: Policy, folder: str | Path, tokenizer, dtype: torch.dtype | None = None, temperature: float = 0.7
+) -> None:
+    """Write a policy as a Hugging Face folder, whole or not at all. dtype: that of the file (default: the weights').
+    temperature: what others sample it at unless told (generation_config.json)."""
+    dtype = dtype or policy.head_weight.dtype
+    raw = config_json(policy.config, "policy", dtype, tokenizer)
+    _save_model(Path(folder), policy, raw, dtype, tokenizer, temperature)
+
+
+def save_scalar(model: ScalarModel, folder: str | Path, tokenizer, dtype: torch.dtype | None = None) -> None:
+    """Write a reward model (no bias) or a critic (bias) as a Hugging Face folder, whole or not at all."""
+    kind = "reward_model" if model.score.bias is None else "critic"
+    dtype = dtype or model.model.embed_tokens.weight.dtype
+    raw = config_json(model.config, kind, dtype, tokenizer, model.score_shift)
+    _save_model(Path(folder), model, raw, dtype, tokenizer)
