@@ -58,7 +58,7 @@ from nanorlhf.storage.jsonl import append, finite
 @dataclass
 class Config:
     # -- run
-    preset: str = "auto"  # auto, llama-1b, paper or tiny: which of the three sets of defaults below
+    preset: str = "auto"  # auto, llama-1b, paper, smollm2 or tiny: which of the four sets of defaults below
     run_name: str = "ppo"  # folder under runs/
     overwrite: bool = False  # delete an earlier run of this name first
     resume: bool | Literal["auto"] = False  # continue this run from its last checkpoint; auto: begin if there is none
@@ -114,6 +114,9 @@ KL_ESTIMATORS = ("k1", "full")
 PRESETS = {
     "llama-1b": {},
     "paper": dict(batch_size=512, lr=3e-6, total_episodes=1_000_000),
+    # SmolLM2-135M: lengths as in train_sft.py
+    "smollm2": dict(lr=1e-5, max_grad_norm=1.0, max_query_length=544, response_length=56, microbatch_tokens=8192,
+                    sample_every=10, save_every=50),
     # Sizes of the tiny world, and three departures: a learning rate for a model a thousand times smaller; kl_coef 0.15,
     # because its reward model is easier to fool (gold win rate over SFT on 512 valid posts, seed 1: 0.67 at 0.1, 0.70
     # at 0.15); gradient clipping, against single large steps.

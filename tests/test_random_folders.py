@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_tokenizer import QUERY, TEXTS, train_sentencepiece, write_llama3_folders
 
-from nanorlhf.storage.checkpoint import check_folder, load_policy, load_scalar
-from nanorlhf.errors import one_sentence
 from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.errors import one_sentence
+from nanorlhf.storage.checkpoint import check_folder, load_policy, load_scalar
 
 CASES = int(os.environ.get("FOLDER_CASES", "25"))
 ADDED = ("TL;DR:", "cat", "cats", " my", "ñ", "\n\n", "<|im_end|>", "[PAD]", "POST: It")

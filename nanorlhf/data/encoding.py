@@ -22,12 +22,12 @@ import tiktoken
 import tokenizers
 from safetensors.numpy import load, save
 
-from nanorlhf.errors import UserError
 from nanorlhf.data.tldr import MAX_RESPONSE, Comparison, Post, cut_query, end_response, format_query, response_text
 from nanorlhf.data.tokenizer import Tokenizer
+from nanorlhf.errors import UserError
 
 CACHE = Path("data/tokens")
-CACHED_FROM = 20_000  # rows; fewer are encoded in a second or two
+CACHED_FROM = 4_000  # rows; fewer are encoded in a second or two
 PARALLEL_FROM = 4_000  # rows; starting the workers takes as long as fewer
 PIECE = 500  # rows a worker encodes at a time
 LIBRARIES = " ".join(f"{library.__name__} {library.__version__}" for library in (sentencepiece, tiktoken, tokenizers))

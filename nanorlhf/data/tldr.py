@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanorlhf.errors import UserError
 from nanorlhf.data.tokenizer import Tokenizer
+from nanorlhf.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 CNNDM_BATCHES = ("batch0_cnndm", "cnndm0", "cnndm2")

@@ -5,7 +5,7 @@
     text = tokenizer.decode(ids)
 
 Llama 3 is byte-level BPE run by tiktoken; Llama 2, TinyLlama and our tiny model are sentencepiece models; SmolLM2 and
-other byte-level BPE is run by Hugging Face's own library (nanorlhf/tokenizer_json.py). `encode` never adds a special
+other byte-level BPE is run by Hugging Face's own library (tokenizer_json.py). `encode` never adds a special
 token and never produces one: "</s>" in a Reddit post is four ordinary characters. Left out: chat templates, training a
 tokenizer, offsets.
 """

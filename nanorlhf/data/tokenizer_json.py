@@ -3,14 +3,14 @@
     SmolLM2: 49,152 ids, of which the first 17 are special (0 <|endoftext|>, 1 <|im_start|>, 2 <|im_end|> ...); digits
     one by one; no space is put in front; 21 of the 256 bytes have no token and are dropped
 
-Llama 3's file means the same to tiktoken, which runs it (nanorlhf/tokenizer.py). What the library would run but our
+Llama 3's file means the same to tiktoken, which runs it (tokenizer.py). What the library would run but our
 reading could not trust is refused by the name of the field: a step that looks at the whole text (a space put in front,
 blanks stripped), since queries are cut and encoded in parts; a vocabulary that is not bytes, since `decode` joins them.
 """
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before it: encoding.py's processes are the parallel part
@@ -50,6 +50,12 @@ def read(path: Path, data: dict, files: dict[str, bytes]) -> dict:
         if type(error) is not Exception:
             raise
         raise UserError(f"{path}: not a complete tokenizer.json ({error}): fetch the file again") from None
+    for token in data["added_tokens"]:
+        if library.token_to_id(token["content"]) != token["id"]:  # the library numbers them itself
+            raise UserError(
+                f"{path}: added token {token['content']!r} has the id {token['id']}, expected the one that the library "
+                f"finds in it, {library.token_to_id(token['content'])}: fetch the file again"
+            )
     library.encode_special_tokens = True  # "<|im_end|>" in a post is text
 
     def encode(text: str) -> list[int]:
@@ -78,7 +84,9 @@ def _check(path: Path, data: dict, model: dict) -> None:
     def refuse(field: str, got, expected: str, fix: str):
         raise UserError(f"{path}: {field} is {got!r}, expected {expected}: {fix}")
 
-    other = "for Llama 2 and TinyLlama put the model's tokenizer.model into the folder; other families are not supported"
+    other = (
+        "for Llama 2 and TinyLlama put the model's tokenizer.model into the folder; other families are not supported"
+    )
     if model["type"] != "BPE":
         refuse("model.type", model["type"], FORMAT, other)
     if model.get("byte_fallback"):
@@ -213,5 +221,6 @@ def _opens_with(step: dict | None, bos: str) -> bool:
     """Whether a post-processor puts this token first."""
     steps = step["processors"] if step and step["type"] == "Sequence" else [step] if step else []
     return any(
-        one["type"] == "TemplateProcessing" and one["single"][0].get("SpecialToken", {}).get("id") == bos for one in steps
+        one["type"] == "TemplateProcessing" and one["single"][0].get("SpecialToken", {}).get("id") == bos
+        for one in steps
     )

@@ -274,7 +274,7 @@ def _nearest(name: str, comments: dict[str, str]) -> str:
 
 
 def _resolve_preset(presets: dict[str, dict], flags: list[tuple[str, ...]]) -> tuple[str, str]:
-    """(name, reason): the preset asked for, or llama-1b where its GPU is present, else tiny."""
+    """(name, reason): the preset asked for, or llama-1b where its GPU is present, smollm2 on a smaller GPU, else tiny."""
     typed = {flag: values[0] for flag, *values in flags}  # the last one counts, as everywhere on a command line
     preset = typed.get("--preset", "auto")
     if preset != "auto":
@@ -286,11 +286,11 @@ def _resolve_preset(presets: dict[str, dict], flags: list[tuple[str, ...]]) -> t
     import torch  # here: --help with an explicit preset should not wait for it
 
     if not torch.cuda.is_available():
-        return "tiny", f"no CUDA device with {LARGE_GPU_GB} GB or more"
+        return "tiny", "no CUDA device"
     card = torch.cuda.get_device_properties(device if re.fullmatch(r"cuda:\d+", device) else "cuda")
     size = card.total_memory / 1e9
     if size < LARGE_GPU_GB:
-        return "tiny", f"{card.name} has {size:.0f} GB, llama-1b needs {LARGE_GPU_GB}"
+        return "smollm2", f"{card.name} has {size:.0f} GB, llama-1b needs {LARGE_GPU_GB}"
     return "llama-1b", f"{card.name} has {size:.0f} GB"
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nanorlhf.data.hub import base_of_instruct
 from nanorlhf.data.tokenizer import Tokenizer, check_matches
 from nanorlhf.errors import UserError
-from nanorlhf.data.hub import base_of_instruct
 from nanorlhf.llama import LlamaConfig
 from nanorlhf.models import Policy, ScalarModel
 from nanorlhf.storage.atomic import atomic_folder, write_tensors

@@ -81,6 +81,9 @@ class TensorFile:
     def names(self) -> list[str]:
         return list(self._entries)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entries[name]["shape"])
+
     def read(self, name: str, target: Tensor, rows: int | None = None) -> None:
         """Fill `target` (any float dtype and device, contiguous) with the tensor, cast. rows: how many the file must
         have, where the target is the first ones of them. Raises UserError that names the tensor when it has another
@@ -185,6 +188,9 @@ class TensorFolder:
         if path not in self._files:
             self._files[path] = TensorFile(path)
         return self._files[path]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._open(self.where[name]).shape(name)
 
     def read(self, name: str, target: Tensor, rows: int | None = None) -> None:
         """Fill `target` with a tensor, or with its first rows of `rows`. Raises UserError that names it when it is
