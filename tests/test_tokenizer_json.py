@@ -205,5 +205,5 @@ def test_a_folder_that_names_no_bos_or_eos_is_refused(tmp_path, about, named):
 def test_a_cut_tokenizer_config_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "cut")
     (tmp_path / "cut" / "tokenizer_config.json").write_text('{"bos_token"', encoding="utf-8")
-    with pytest.raises(UserError, match="tokenizer_config.json: not a JSON object"):
+    with pytest.raises(UserError, match="not a complete tokenizer_config.json"):
         load_tokenizer(tmp_path / "cut")
