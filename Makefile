@@ -6,7 +6,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 PY = .venv/bin/python
 
-.PHONY: demo demo-hack test setup clean
+.PHONY: demo demo-hack test test-oldest setup clean
 
 demo: .venv/run
 	@echo "== 1/4 SFT: the embedded base model learns to summarise" && $(PY) train_sft.py --preset tiny --run_name demo_sft --overwrite
@@ -28,6 +28,13 @@ demo-hack: .venv/run
 test: .venv/test
 	$(PY) -m pytest
 
+# The oldest torch that pyproject.toml allows, and what a GPU would be given, in an environment of its own (4 GB with CUDA).
+OLDEST = 2.11.*
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest && .venv-oldest/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.venv-oldest/bin/python -m pip install --quiet $(PIP_FLAGS) --group test "torch==$(OLDEST)"
+	.venv-oldest/bin/python -m pytest tests/test_fake_gpu.py tests/test_syncs.py tests/test_plan.py tests/test_triton.py
+
 setup: .venv/run
 
 .venv/bin/python:
@@ -44,4 +51,4 @@ setup: .venv/run
 	@touch $@
 
 clean:
-	rm -rf .venv runs data/tiny
+	rm -rf .venv .venv-oldest runs data/tiny
