@@ -174,7 +174,7 @@ def machine() -> dict:
              "triton": getattr(sys.modules.get("triton"), "__version__", None)}  # fmt: skip
     if torch.cuda.is_available():
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, encoding="utf-8").stdout.split("\n")[0]
+        driver = subprocess.run(query, capture_output=True, encoding="utf-8").stdout.split("\n")[0]
         return {"device": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda} | about
     linux = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*: (.*)", linux.read_text(encoding="utf-8")) if linux.exists() else None

@@ -169,7 +169,7 @@ def main() -> None:
         if not (folder / "rm" / "config.json").exists():  # by a process of its own: what it holds of the GPU goes
             command = [sys.executable, "-m", "bench.ppo_run", "--device", args.device, "--updates", str(args.updates)]
             done = subprocess.run(
-                [*command, "--make", folder], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+                [*command, "--make", folder], cwd=ROOT, check=True, stdout=subprocess.PIPE, encoding="utf-8"
             )
             about = json.loads(done.stdout.splitlines()[-1])["made"]
         flags = f"{FLAGS} {'' if device.type == 'cuda' else SMALL} --device {args.device} --max_updates {args.updates}"

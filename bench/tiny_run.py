@@ -86,7 +86,7 @@ def main() -> None:
             for dtype in args.dtypes:
                 folder = Path(temporary) / f"{stage}_{dtype}"
                 folder.mkdir()
-                log = open(folder / "log", "w")
+                log = open(folder / "log", "w", encoding="utf-8")
                 arguments = command(stage, dtype, args.device, args.updates)
                 runs[stage, dtype] = folder, subprocess.Popen(arguments, cwd=folder, stdout=log, stderr=log)
         try:
