@@ -19,6 +19,7 @@ from nanorlhf.evaluation.metrics import (
     copied_ngrams,
     distinct_n,
     edit_distance,
+    is_empty,
     length_controlled_interval,
     length_controlled_win_rate,
     length_fit,
@@ -30,6 +31,7 @@ from nanorlhf.evaluation.metrics import (
     title_copy,
     win_rate,
     win_rate_by_length,
+    without_words,
     words,
 )
 
@@ -367,3 +369,9 @@ def test_the_length_controlled_interval_covers_the_planted_value():
 def test_length_control_refuses_what_makes_no_sense(outcomes, lengths):
     with pytest.raises(ValueError):
         length_controlled_win_rate(outcomes, lengths, lengths)
+
+
+def test_texts_of_other_alphabets_are_counted_and_are_not_empty():
+    assert without_words(["a", "", "...", "5"]) is None
+    assert without_words(["你好", "привет", "hi", ""]).startswith("warning 2 of 4 texts have no Latin letter and no digit")
+    assert [is_empty(text) for text in ("你好", "a", "?!", " ")] == [False, False, True, True]
