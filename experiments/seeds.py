@@ -22,8 +22,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from nanorlhf.tiny.demo import BARS, STAGES, measure, read_runs
 from nanorlhf.storage.jsonl import append, read_jsonl
+from nanorlhf.tiny.demo import BARS, STAGES, measure, read_runs
 
 RESULTS = Path(__file__).parent / "results" / "seeds.jsonl"
 SEEDS = range(1, 9)
