@@ -14,7 +14,7 @@ demo: .venv/run
 	@echo "== 3/4 PPO" && $(PY) train_ppo.py --preset tiny --run_name demo_ppo --overwrite --sft_model runs/demo_sft/final --reward_model runs/demo_rm/final
 	@echo "== 4/4 evaluation on held-out posts" && $(PY) eval.py --preset tiny --run_name demo_eval --overwrite \
 		--policy base sft=runs/demo_sft/final ppo=runs/demo_ppo/final --reward_model runs/demo_rm/final
-	@$(PY) -m nanorlhf.demo
+	@$(PY) -m nanorlhf.tiny.demo
 
 # What the KL penalty is for: the same PPO without it. Proxy up, truth down. Nothing of `make demo` is needed or touched.
 TINY = nanorlhf/tiny/checkpoints
@@ -23,7 +23,7 @@ demo-hack: .venv/run
 		--sft_model $(TINY)/sft --reward_model $(TINY)/rm --kl_coef 0 --lr 3e-4 --lr_schedule constant --total_episodes 6400
 	@echo "== 2/2 evaluation on held-out posts" && $(PY) eval.py --preset tiny --run_name hack_eval --overwrite \
 		--policy sft=$(TINY)/sft ppo=runs/hack_ppo/final --reward_model $(TINY)/rm
-	@$(PY) -m nanorlhf.demo_hack
+	@$(PY) -m nanorlhf.tiny.demo_hack
 
 # A process a core. -m "not nightly" leaves out the long tests that repeat others with more cases; test-all has them.
 test: .venv/test

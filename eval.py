@@ -11,14 +11,14 @@ scores and verdicts), report.html and report.md. The steps, numbered as in the c
 
     1. read held-out posts; find policies, files of samples, reward model, judge
     2. generate: one summary a post by each policy, and several of some posts; what was generated before is found again
-    3. describe them: ROUGE, loss, length, share that stop, and the panel of hacks (nanorlhf/hacks.py)
-    4. reward model's card: accuracy by kind of pair, calibration, what it falls for (nanorlhf/rm_card.py)
+    3. describe them: ROUGE, loss, length, share that stop, and the panel of hacks (nanorlhf/evaluation/hacks.py)
+    4. reward model's card: accuracy by kind of pair, calibration, what it falls for (nanorlhf/evaluation/rm_card.py)
     5. win rates: the last policy against the others, each against the references; at equal length, too
     6. tables on the console, files, report
 
 The gold judge knows the truth of the tiny world; the reward model as a judge (--judge rm) knows only what PPO was
 trained to please, unless --judge_model names another one; claude reads. A policy that is nowhere to be found is left
-out, with a line that says so. Left out: bars to pass (nanorlhf/demo.py has the demo's).
+out, with a line that says so. Left out: bars to pass (nanorlhf/tiny/demo.py has the demo's).
 """
 
 import os
@@ -31,26 +31,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kernels
-from nanorlhf import rm_card
-from nanorlhf.checkpoint import load_scalar
-from nanorlhf.claude import MODEL, ClaudeJudge
-from nanorlhf.config import check, cli
-from nanorlhf.divergence import kl_from_sft
-from nanorlhf.errors import UserError
-from nanorlhf.evaluation import (
+from nanorlhf.evaluation import rm_card
+from nanorlhf.storage.checkpoint import load_scalar
+from nanorlhf.evaluation.claude import MODEL, ClaudeJudge
+from nanorlhf.errors import UserError, check
+from nanorlhf.run.config import cli
+from nanorlhf.evaluation.divergence import kl_from_sft
+from nanorlhf.evaluation.evaluation import (
     REFERENCE, STAGES, compare, describe, describe_reference, disagreement, find_policies, find_samples,
 )  # fmt: skip
-from nanorlhf.inputs import find_data, find_model
-from nanorlhf.jsonl import append, finite, write_whole
-from nanorlhf.judge import JUDGES, OUTCOMES, check_gold, gold_judge, gold_scores, of_tiny_world, reward_model_judge
-from nanorlhf.metrics import bootstrap_interval, mean
-from nanorlhf.report import write_report
-from nanorlhf.run import Run
-from nanorlhf.summaries import Plan, check_not_silent, read_samples, write
+from nanorlhf.run.inputs import find_data, find_model
+from nanorlhf.storage.jsonl import append, finite, write_whole
+from nanorlhf.evaluation.judge import (
+    JUDGES,
+    OUTCOMES,
+    check_gold,
+    gold_judge,
+    gold_scores,
+    of_tiny_world,
+    reward_model_judge,
+)
+from nanorlhf.evaluation.metrics import bootstrap_interval, mean
+from nanorlhf.evaluation.report import write_report
+from nanorlhf.run.run import Run
+from nanorlhf.evaluation.summaries import Plan, check_not_silent, read_samples, write
 from nanorlhf.tiny.annotator import ceilings
-from nanorlhf.tables import console, sample_table, tables
-from nanorlhf.tldr import Comparison, batch_indices, load_comparisons, load_posts
-from nanorlhf.tokenizer import check_matches, load_tokenizer
+from nanorlhf.evaluation.tables import console, sample_table, tables
+from nanorlhf.data.tldr import Comparison, batch_indices, load_comparisons, load_posts
+from nanorlhf.data.tokenizer import check_matches, load_tokenizer
 
 
 @dataclass

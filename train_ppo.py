@@ -34,23 +34,25 @@ import numpy as np
 import torch
 
 import kernels
-from nanorlhf import monitor, ppo, preflight
-from nanorlhf.card import write_card
-from nanorlhf.checkpoint import check_folder, load_policy, load_scalar, save_policy, save_scalar
-from nanorlhf.config import check, cli
-from nanorlhf.device import now, side_by_side
-from nanorlhf.encoding import encode_posts, length_report
-from nanorlhf.hacks import Alarms
-from nanorlhf.inputs import find_data, find_model
-from nanorlhf.jsonl import append, finite
+from nanorlhf import ppo
+from nanorlhf.data.encoding import encode_posts, length_report
+from nanorlhf.data.tldr import batch_indices, load_posts
+from nanorlhf.data.tokenizer import check_same, load_tokenizer
+from nanorlhf.errors import check
+from nanorlhf.evaluation.hacks import Alarms
 from nanorlhf.models import Policy, ScalarModel, critic_from, parameter_count, response_kl
+from nanorlhf.monitoring import monitor, preflight
 from nanorlhf.optim import SCHEDULES, AdamW
 from nanorlhf.packing import in_microbatches, pack, split_by_tokens, to_device
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate, read_responses
-from nanorlhf.run import Run, read_metrics
-from nanorlhf.tldr import batch_indices, load_posts
-from nanorlhf.tokenizer import check_same, load_tokenizer
+from nanorlhf.run.card import write_card
+from nanorlhf.run.config import cli
+from nanorlhf.run.device import now, side_by_side
+from nanorlhf.run.inputs import find_data, find_model
+from nanorlhf.run.run import Run, read_metrics
+from nanorlhf.storage.checkpoint import check_folder, load_policy, load_scalar, save_policy, save_scalar
+from nanorlhf.storage.jsonl import append, finite
 
 
 @dataclass

@@ -30,20 +30,8 @@ from typing import Literal
 import torch
 
 import kernels
-from nanorlhf import preflight
-from nanorlhf.card import write_card
-from nanorlhf.checkpoint import check_folder, load_policy, save_scalar
-from nanorlhf.config import check, cli
-from nanorlhf.device import now
-from nanorlhf.encoding import encode_comparisons, encode_posts, length_report
-from nanorlhf.inputs import find_data, find_model
-from nanorlhf.losses import bradley_terry_loss, pair_accuracy
-from nanorlhf.models import ScalarModel, parameter_count, reward_model_from
-from nanorlhf.optim import SCHEDULES, AdamW
-from nanorlhf.packing import split_by_tokens
-from nanorlhf.pairs import pack_pairs
-from nanorlhf.run import Run
-from nanorlhf.tldr import (
+from nanorlhf.data.encoding import encode_comparisons, encode_posts, length_report
+from nanorlhf.data.tldr import (
     Comparison,
     ComparisonStats,
     batch_indices,
@@ -51,7 +39,20 @@ from nanorlhf.tldr import (
     load_posts,
     without_posts_of,
 )
-from nanorlhf.tokenizer import load_tokenizer
+from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.errors import check
+from nanorlhf.losses import bradley_terry_loss, pair_accuracy
+from nanorlhf.models import ScalarModel, parameter_count, reward_model_from
+from nanorlhf.monitoring import preflight
+from nanorlhf.optim import SCHEDULES, AdamW
+from nanorlhf.packing import split_by_tokens
+from nanorlhf.pairs import pack_pairs
+from nanorlhf.run.card import write_card
+from nanorlhf.run.config import cli
+from nanorlhf.run.device import now
+from nanorlhf.run.inputs import find_data, find_model
+from nanorlhf.run.run import Run
+from nanorlhf.storage.checkpoint import check_folder, load_policy, save_scalar
 
 
 @dataclass

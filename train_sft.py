@@ -27,22 +27,23 @@ import torch
 
 import kernels
 from kernels import linear_cross_entropy
-from nanorlhf import preflight
-from nanorlhf.card import write_card
-from nanorlhf.checkpoint import check_folder, load_policy, save_policy
-from nanorlhf.config import check, cli
-from nanorlhf.device import now
-from nanorlhf.encoding import encode_posts, length_report
-from nanorlhf.inputs import find_data, find_model
+from nanorlhf.data.encoding import encode_posts, length_report
+from nanorlhf.data.tldr import batch_indices, load_posts
+from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.errors import check
+from nanorlhf.evaluation.metrics import rouge
 from nanorlhf.losses import next_token_labels, sequence_mean_weights
-from nanorlhf.metrics import rouge
 from nanorlhf.models import Policy, parameter_count
+from nanorlhf.monitoring import preflight
 from nanorlhf.optim import SCHEDULES, AdamW
 from nanorlhf.packing import pack, split_by_tokens
 from nanorlhf.rollout import summarise
-from nanorlhf.run import Run
-from nanorlhf.tldr import batch_indices, load_posts
-from nanorlhf.tokenizer import load_tokenizer
+from nanorlhf.run.card import write_card
+from nanorlhf.run.config import cli
+from nanorlhf.run.device import now
+from nanorlhf.run.inputs import find_data, find_model
+from nanorlhf.run.run import Run
+from nanorlhf.storage.checkpoint import check_folder, load_policy, save_policy
 
 
 @dataclass

@@ -37,17 +37,17 @@ from torch import Tensor
 import train_ppo
 import train_sft
 from nanorlhf import ppo
-from nanorlhf.checkpoint import load_policy, load_scalar
-from nanorlhf.encoding import encode_posts
-from nanorlhf.inputs import EMBEDDED
+from nanorlhf.data.encoding import encode_posts
+from nanorlhf.data.tldr import load_posts
+from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.models import critic_from
 from nanorlhf.optim import AdamW
 from nanorlhf.packing import split_by_tokens
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate
+from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.storage.checkpoint import load_policy, load_scalar
 from nanorlhf.tiny.data import ensure_world
-from nanorlhf.tldr import load_posts
-from nanorlhf.tokenizer import load_tokenizer
 
 EOS, PAD = 2, 0
 

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 from bench.tables import tables
-from nanorlhf.run_folder import git
+from nanorlhf.run.run_folder import git
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "speed.md"

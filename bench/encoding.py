@@ -18,16 +18,16 @@ from pathlib import Path
 import sentencepiece
 
 from bench.stand_ins import write_llama3_tokenizer
-from nanorlhf.download import POSTS
+from nanorlhf.data.download import POSTS
+from nanorlhf.data.tldr import Post, format_query, load_posts
 from nanorlhf.tiny.data import ensure_world
-from nanorlhf.tldr import Post, format_query, load_posts
 
 START = """
 import json, os, sys, time
 began = time.perf_counter()
-from nanorlhf.encoding import encode_posts, length_report
-from nanorlhf.tldr import load_posts
-from nanorlhf.tokenizer import load_tokenizer
+from nanorlhf.data.encoding import encode_posts, length_report
+from nanorlhf.data.tldr import load_posts
+from nanorlhf.data.tokenizer import load_tokenizer
 imported = time.perf_counter()
 posts, tokenizer = load_posts(sys.argv[1], "train"), load_tokenizer(sys.argv[2])
 read = time.perf_counter()

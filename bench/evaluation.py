@@ -15,17 +15,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from nanorlhf.encoding import encode_posts
-from nanorlhf.evaluation import REFERENCE, compare, describe, describe_reference
-from nanorlhf.inputs import EMBEDDED
-from nanorlhf.jsonl import append
-from nanorlhf.judge import ScoreJudge
-from nanorlhf.report import write_report
+from nanorlhf.data.encoding import encode_posts
+from nanorlhf.data.tldr import Post
+from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.evaluation.evaluation import REFERENCE, compare, describe, describe_reference
+from nanorlhf.evaluation.judge import ScoreJudge
+from nanorlhf.evaluation.report import write_report
+from nanorlhf.evaluation.summaries import Written
 from nanorlhf.rollout import Summary
-from nanorlhf.summaries import Written
+from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.storage.jsonl import append
 from nanorlhf.tiny.posts import make_post
-from nanorlhf.tldr import Post
-from nanorlhf.tokenizer import load_tokenizer
 
 SAMPLE_POSTS, SAMPLES = 512, 4
 

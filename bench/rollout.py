@@ -29,18 +29,18 @@ import transformers
 
 from bench.stand_ins import LLAMA_32_1B
 from nanorlhf import decoder
-from nanorlhf.checkpoint import load_policy
+from nanorlhf.data.encoding import encode_posts
+from nanorlhf.data.tldr import load_posts
+from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.decoder import decoder_for
-from nanorlhf.device import device_name, now, pick_device
-from nanorlhf.encoding import encode_posts
-from nanorlhf.inputs import EMBEDDED, find_data
 from nanorlhf.llama import LlamaConfig
 from nanorlhf.models import Policy
 from nanorlhf.packing import in_microbatches
 from nanorlhf.rollout import generate, uniforms
-from nanorlhf.tldr import load_posts
-from nanorlhf.tokenizer import load_tokenizer
-from nanorlhf.weights import file_parts
+from nanorlhf.run.device import device_name, now, pick_device
+from nanorlhf.run.inputs import EMBEDDED, find_data
+from nanorlhf.storage.checkpoint import load_policy
+from nanorlhf.storage.weights import file_parts
 
 BATCH, TEMPERATURE = 128, 0.7
 BANDWIDTH = {"GH200": 4.0e12, "H200": 4.8e12, "H100": 3.35e12}  # bytes/s, NVIDIA's data sheets

@@ -25,12 +25,12 @@ import torch
 
 import train_ppo
 from bench.stand_ins import LLAMA_32_1B
-from nanorlhf.atomic import sync
 from nanorlhf.llama import LlamaConfig
-from nanorlhf.model_config import read_config
 from nanorlhf.models import Policy, ScalarModel, parameter_count
 from nanorlhf.optim import AdamW
-from nanorlhf.resume import checkpoints, damage, load_state, save_checkpoint
+from nanorlhf.storage.atomic import sync
+from nanorlhf.storage.model_config import read_config
+from nanorlhf.storage.resume import checkpoints, damage, load_state, save_checkpoint
 
 UPDATE_S = 6.0  # of an update of the llama-1b preset on one H200: predicted from its arithmetic, not measured
 PIECE = 16 * 2**20  # bytes a plain write

@@ -4,7 +4,7 @@
     python -m bench.scaling --out other.png
 
 Each line is fitted as seconds = c * tokens^exponent (least squares on the logarithms); 1 is linear. Attention grows
-with the square of a length, so beside each stands the exponent of the FLOPs (nanorlhf/flops.py). Sizes take turns, the
+with the square of a length, so beside each stands the exponent of the FLOPs (flops.py). Sizes take turns, the
 clock is CPU time of one thread, and each point is the fastest of --repeats: other jobs only ever slow a run down. One
 JSON line last.
 """
@@ -23,8 +23,8 @@ import torch
 
 import train_ppo
 from bench.shapes import four_models, shape_for
-from nanorlhf.figures import GREY, KL, PROXY, dress
-from nanorlhf.flops import head_flops, trunk_flops
+from nanorlhf.evaluation.figures import GREY, KL, PROXY, dress
+from nanorlhf.monitoring.flops import head_flops, trunk_flops
 from nanorlhf.packing import split_by_tokens
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate

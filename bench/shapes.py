@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from bench.stand_ins import LLAMA_32_1B
-from nanorlhf.inputs import EMBEDDED
 from nanorlhf.llama import LlamaConfig
-from nanorlhf.model_config import read_config
 from nanorlhf.models import Policy, ScalarModel
+from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.storage.model_config import read_config
 
 POSTS, PAIRS = 116_722, 92_858  # rows of OpenAI's training splits: an epoch of SFT and of PPO, and one of the RM
 

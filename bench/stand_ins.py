@@ -2,8 +2,8 @@
 
     python -m bench.stand_ins DIR       Llama-3.2-1B as on the hub, 2.5 GB: python train_sft.py --model DIR reads it
 
-Used by bench.encoding and bench.llama_1b. The tokenizer is learned from the texts at hand and filled up to 128,000
-ordinary tokens; the weights are random.
+Used by bench.encoding and experiments.llama_1b. The tokenizer is learned from the texts at hand and filled up to
+128,000 ordinary tokens; the weights are random.
 """
 
 import argparse
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from nanorlhf.model_config import read_config
+from nanorlhf.data.tldr import load_posts
+from nanorlhf.data.tokenizer import LLAMA3_SPLIT, llama3_specials
 from nanorlhf.models import Policy
+from nanorlhf.storage.model_config import read_config
+from nanorlhf.storage.weights import file_parts
 from nanorlhf.tiny.data import ensure_world
-from nanorlhf.tldr import load_posts
-from nanorlhf.tokenizer import LLAMA3_SPLIT, llama3_specials
-from nanorlhf.weights import file_parts
 
 VOCABULARY = 128_256  # ids of Llama 3: 128,000 ordinary tokens, then 256 special ones
 SPECIALS = 256

@@ -9,7 +9,7 @@ train_rm.learn, with their presets' batch sizes. Query lengths are drawn from a 
 (bench/shapes.py prints as mean and range); a random model never stops, so each response gets an EOS where a written
 summary would end. Medians over --repeats after a warm-up. From the time of a step follows that of an epoch: 116,722
 posts of SFT and PPO, 92,858 pairs; saving and evaluation are not in it. Shares, on a GPU only, are of a copy and of a
-bf16 matmul measured in the same run; MFU is of the data sheet (nanorlhf/flops.py). One JSON line last.
+bf16 matmul measured in the same run; MFU is of the data sheet (nanorlhf/monitoring/flops.py). One JSON line last.
 """
 
 import os
@@ -36,13 +36,13 @@ import train_sft
 from bench.kernels import ceilings
 from bench.shapes import PAIRS, POSTS, Shape, four_models, random_model, shape_for
 from nanorlhf import ppo
-from nanorlhf.device import device_name, now, pick_device, pick_dtype
-from nanorlhf.flops import head_flops, mfu, trunk_flops
 from nanorlhf.models import Policy, ScalarModel, parameter_count
+from nanorlhf.monitoring.flops import head_flops, mfu, trunk_flops
 from nanorlhf.optim import AdamW
 from nanorlhf.packing import split_by_tokens
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate
+from nanorlhf.run.device import device_name, now, pick_device, pick_dtype
 
 GIB = 2**30
 

@@ -12,7 +12,7 @@ N packed tokens go in (nanorlhf/packing.py) and (N, D) comes out, never (N, V): 
 forward pass at a vocabulary of 128,256, and PPO reads it at the response tokens only, so the head lives in models.py.
 
 Parameter names are Hugging Face's, except that q, k, v and gate, up are one matrix each (one matmul instead of three
-and of two); nanorlhf/checkpoint.py merges and splits them on the way in and out.
+and of two); nanorlhf/storage/checkpoint.py merges and splits them on the way in and out.
 
 Dimensions: N packed tokens, D model, H query heads, Hkv key/value heads, Dh head, F
 feed-forward, V vocabulary, L layers.

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanorlhf.data.tokenizer import Tokenizer
 from nanorlhf.decoder import decoder_for
 from nanorlhf.models import Policy
 from nanorlhf.ppo import last_token
-from nanorlhf.tokenizer import Tokenizer
 
 
 def uniforms(seed: int, episodes: list[int], response_length: int) -> Tensor:

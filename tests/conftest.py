@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanorlhf.checkpoint import save_policy
 from nanorlhf.llama import LlamaConfig
 from nanorlhf.models import Policy, ScalarModel
+from nanorlhf.storage.checkpoint import save_policy
 
 # A shell starts what it puts into the background with SIGINT ignored, and children inherit that: back to a terminal's.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

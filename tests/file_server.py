@@ -7,7 +7,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from nanorlhf import download
+from nanorlhf.data import download
 
 ROW = {"id": "t3_1", "subreddit": "cats", "title": "My cat", "post": "It hates me. " * 30, "summary": "cat hates me"}
 LINES = b"".join(json.dumps(ROW | {"id": f"t3_{n}"}).encode() + b"\n" for n in range(500))

@@ -7,9 +7,9 @@ report again and again (T1 to T60 in docs/traps.md). A line here is a line of ou
 from planting import Mutation
 
 M = Mutation
-PPO, MODELS, TLDR = "nanorlhf/ppo.py", "nanorlhf/models.py", "nanorlhf/tldr.py"
+PPO, MODELS, TLDR = "nanorlhf/ppo.py", "nanorlhf/models.py", "nanorlhf/data/tldr.py"
 ROLLOUT, DECODER, PACKING, LLAMA = (f"nanorlhf/{name}.py" for name in ("rollout", "decoder", "packing", "llama"))
-LOSSES, OPTIM, MONITOR = "nanorlhf/losses.py", "nanorlhf/optim.py", "nanorlhf/monitor.py"
+LOSSES, OPTIM, MONITOR = "nanorlhf/losses.py", "nanorlhf/optim.py", "nanorlhf/monitoring/monitor.py"
 SAMPLE, FUSED = "kernels/sample_head.py", "kernels/linear_ppo_loss.py"
 TRAIN = "train_ppo.py"
 FUSED_TEST = "test_models.py::test_the_fused_ppo_loss_is_that_of_ppo_policy_loss_in_value_gradient_and_statistics"
@@ -20,7 +20,7 @@ SECOND = "test_scripts.py::test_before_the_second_update_the_sampler_and_the_los
 
 MUTATIONS = [
     # --- queries and responses (details 1 to 5)
-    M("pad_is_eos", "T1", "nanorlhf/tokenizer.py", "if pad_id == eos_id:", "if False:",
+    M("pad_is_eos", "T1", "nanorlhf/data/tokenizer.py", "if pad_id == eos_id:", "if False:",
       "test_tokenizer.py::test_pad_equal_to_eos_is_refused"),
     M("double_leading_space", "T2, alignment-lab", TLDR, 'summary if summary.startswith(" ") else " " + summary',
       '" " + summary', "test_tldr.py::test_a_response_has_one_leading_space_whether_or_not_the_text_brings_it"),
@@ -37,7 +37,7 @@ MUTATIONS = [
       "test_tldr.py::test_the_query_format_is_exact_and_fields_are_raw"),
     M("space_after_tldr", "detail 2.3", TLDR, "+ post + CLOSING", '+ post + CLOSING + " "',
       "test_tldr.py::test_the_query_format_is_exact_and_fields_are_raw"),
-    M("truncation_discarded", "alignment-lab datasets.py", "nanorlhf/encoding.py",
+    M("truncation_discarded", "alignment-lab datasets.py", "nanorlhf/data/encoding.py",
       "post.title, post.post, max_length)", "post.title, post.post, 10**9)",
       "test_encoding.py::test_comparisons_are_cut_to_the_same_length_as_posts"),
     M("choice_inverted", "T11", TLDR, "summaries[choice], summaries[1 - choice]",
@@ -285,7 +285,7 @@ MUTATIONS = [
     M("entropy_without_temperature", "T15", "kernels/linear_logprob.py",
       "-(logp.exp() * logp).sum(-1)", "-(logp.exp() * logp * temperature).sum(-1)",
       "test_models.py::test_response_logprobs_are_log_softmax_of_the_logits_before_each_token"),
-    M("rouge_with_stemmer", "T55, alignment-lab sft_eval.py", "nanorlhf/metrics.py",
+    M("rouge_with_stemmer", "T55, alignment-lab sft_eval.py", "nanorlhf/evaluation/metrics.py",
       "rouge_rows_stemmed if stemmer else rouge_rows,", "rouge_rows_stemmed,",
       "test_metrics.py::test_rouge_has_no_stemmer"),
 ]  # fmt: skip

@@ -5,8 +5,8 @@
                                 and out again
 
 The faulty file is compiled, not imported: the code of each function that changed is put into the function object that
-exists, so every module that imported it by name sees the fault, and no file on disk changes. bench/bugs.py trains with
-the same faults that tests/test_mutations.py catches.
+exists, so every module that imported it by name sees the fault, and no file on disk changes. experiments/bugs.py trains
+with the same faults that tests/test_mutations.py catches.
 """
 
 import importlib

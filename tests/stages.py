@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf.checkpoint import save_policy, save_scalar
-from nanorlhf.config import parse
-from nanorlhf.encoding import encode_posts
+from nanorlhf.data.encoding import encode_posts
+from nanorlhf.data.tldr import load_posts
+from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.llama import LlamaConfig, initialise
 from nanorlhf.models import Policy, reward_model_from
+from nanorlhf.run.config import parse
+from nanorlhf.storage.checkpoint import save_policy, save_scalar
 from nanorlhf.tiny.data import write_world
-from nanorlhf.tldr import load_posts
-from nanorlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"train_sft": train_sft, "train_rm": train_rm, "train_ppo": train_ppo}

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanorlhf import atomic
-from nanorlhf.atomic import atomic_folder, sha256, write_tensors
+from nanorlhf.storage import atomic
+from nanorlhf.storage.atomic import atomic_folder, sha256, write_tensors
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,7 +104,7 @@ def test_what_is_written_is_read_by_safetensors_bit_for_bit(tmp_path, monkeypatc
 def test_a_limit_on_the_size_of_files_is_an_error_with_the_files_name_and_not_a_dead_process(tmp_path):
     """A mapped file would be a bus error here, and on a full disk."""
     program = (
-        "import resource, sys, torch; from nanorlhf.atomic import write_tensors\n"
+        "import resource, sys, torch; from nanorlhf.storage.atomic import write_tensors\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try: write_tensors(sys.argv[1], {'a': torch.zeros(10**6)})\n"
         "except OSError as error: print(error.errno, error.filename)"

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 
 import train_rm
 import train_sft
-from nanorlhf.checkpoint import save_policy
-from nanorlhf.config import cli
+from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.llama import initialise
 from nanorlhf.models import Policy
+from nanorlhf.run.config import cli
+from nanorlhf.storage.checkpoint import save_policy
 from nanorlhf.tiny.data import write_world
-from nanorlhf.tokenizer import load_tokenizer
 
 TINY = Path(__file__).parents[1] / "nanorlhf" / "tiny"
 FLAGS = "--preset tiny --device cpu --data data --max_updates 1 --batch_size 2"
@@ -149,7 +149,7 @@ def test_a_bad_comparison_is_named(world, capsys, change, named):
 def test_missing_data_says_which_command_fetches_it(world, capsys):
     Path("data/tldr/train.jsonl").unlink()
     said = stopped(train_sft, capsys, "--model", "model")
-    assert "python -m nanorlhf.tldr download --data data" in said
+    assert "python -m nanorlhf download --data data" in said
 
 
 def test_held_out_comparisons_that_are_all_about_training_posts_are_refused(world, capsys):

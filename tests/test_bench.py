@@ -10,11 +10,11 @@ import train_ppo
 import train_sft
 from bench import against, all, scaling, tables, update
 from bench.shapes import shape_for
-from nanorlhf.encoding import encode_posts
-from nanorlhf.inputs import EMBEDDED
+from nanorlhf.data.encoding import encode_posts
+from nanorlhf.data.tldr import load_posts
+from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.run.inputs import EMBEDDED
 from nanorlhf.tiny.data import ensure_world
-from nanorlhf.tldr import load_posts
-from nanorlhf.tokenizer import load_tokenizer
 
 
 def test_drawn_lengths_are_those_the_cost_model_assumes():

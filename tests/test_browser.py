@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_report import HOSTILE, results, sample, trace
 
-from nanorlhf.html_page import html_page
+from nanorlhf.evaluation.html_page import html_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [

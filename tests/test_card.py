@@ -2,9 +2,9 @@
 
 import json
 
-from nanorlhf.card import card, write_card
-from nanorlhf.checkpoint import save_policy, save_scalar
 from nanorlhf.models import critic_from
+from nanorlhf.run.card import card, write_card
+from nanorlhf.storage.checkpoint import save_policy, save_scalar
 
 RECORD = {
     "stage": "ppo", "argv": ["/home/me/nanorlhf/train_ppo.py", "--lr", "1e-6"], "git": {"commit": "abc123"},

@@ -6,16 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanorlhf import checkpoint
-from nanorlhf.checkpoint import (
+from nanorlhf.errors import UserError
+from nanorlhf.models import critic_from, reward_model_from
+from nanorlhf.storage import checkpoint
+from nanorlhf.storage.checkpoint import (
     load_policy,
     load_scalar,
     read_config,
     save_policy,
     save_scalar,
 )
-from nanorlhf.errors import UserError
-from nanorlhf.models import critic_from, reward_model_from
 
 
 def assert_same_weights(ours, theirs):

@@ -14,11 +14,11 @@ from typing import get_args
 import pytest
 from claude_server import EXPIRED, ClaudeServer, message, prefer
 
-from nanorlhf import claude, claude_batch
-from nanorlhf.claude import MODEL, ClaudeJudge
+from nanorlhf.data.tldr import Post
 from nanorlhf.errors import UserError
-from nanorlhf.judge import LOSS, TIE, UNPARSED, WIN, Pair, order_effects
-from nanorlhf.tldr import Post
+from nanorlhf.evaluation import claude, claude_batch
+from nanorlhf.evaluation.claude import MODEL, ClaudeJudge
+from nanorlhf.evaluation.judge import LOSS, TIE, UNPARSED, WIN, Pair, order_effects
 
 ROOT = Path(__file__).parent.parent
 
@@ -245,8 +245,8 @@ import sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_claude import pairs
-from nanorlhf import claude_batch
-from nanorlhf.claude import ClaudeJudge
+from nanorlhf.evaluation import claude_batch
+from nanorlhf.evaluation.claude import ClaudeJudge
 claude_batch.POLL_S = 0.01
 judge = ClaudeJudge(Path({cache!r}), yes=True, batch={batch}, client_options=dict(base_url={url!r}, api_key="k"))
 print([judgement.verdict for judgement in judge.compare(pairs(12))])

@@ -16,8 +16,8 @@ import eval as eval_script
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf.config import OTHER_SPELLINGS, RULES, check, cli, describe, parse, unread_fields
-from nanorlhf.errors import UserError
+from nanorlhf.errors import UserError, check
+from nanorlhf.run.config import OTHER_SPELLINGS, RULES, cli, describe, parse, unread_fields
 from nanorlhf.tiny import pretrain
 
 ROOT = Path(__file__).parent.parent
@@ -319,7 +319,7 @@ def test_a_script_run_with_an_unknown_flag_prints_one_line_and_exits_2(tmp_path)
         textwrap.dedent('''
         """Train."""
         from dataclasses import dataclass
-        from nanorlhf.config import cli
+        from nanorlhf.run.config import cli
         import sys
 
         @dataclass

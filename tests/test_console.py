@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import nanorlhf.console
-from nanorlhf.console import Console, clock, typical_pace
+import nanorlhf.run.console
+from nanorlhf.run.console import Console, clock, typical_pace
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +21,7 @@ def at(monkeypatch):
     """at.now: the seconds that the console believes it is."""
     moment = types.SimpleNamespace(now=1000.0)
     moment.monotonic = lambda: moment.now
-    monkeypatch.setattr(nanorlhf.console, "time", moment)
+    monkeypatch.setattr(nanorlhf.run.console, "time", moment)
     return moment
 
 
@@ -107,7 +107,7 @@ def test_a_table_is_cut_and_moves_no_cursor(capsys):
 
 PROGRAM = """
 import sys, time
-from nanorlhf.console import Console
+from nanorlhf.run.console import Console
 console = Console("update", 3, ["loss"])
 console.say("before")
 for update in (1, 2, 3):

@@ -2,8 +2,8 @@
 
 import time
 
-from nanorlhf import cores
-from nanorlhf.cores import over_cores
+from nanorlhf.data import cores
+from nanorlhf.data.cores import over_cores
 
 
 def lengths(texts: list[str]) -> list[int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_report import results, write_lines
 
-from nanorlhf import demo
+from nanorlhf.tiny import demo
 
 
 @pytest.fixture

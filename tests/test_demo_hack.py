@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from test_report import write_lines
 
-from bench import overoptimisation
-from nanorlhf import demo_hack, figures
+from experiments import overoptimisation
+from nanorlhf.evaluation import figures
+from nanorlhf.tiny import demo_hack
 
 
 def curve(proxy: float, gold: float, updates: int = 12) -> list[dict]:

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 from stages import ROOT, SCRIPTS, run
 
-from nanorlhf.device import CUBLAS, FIXED, make_deterministic
 from nanorlhf.errors import UserError
-from nanorlhf.run import read_metrics
+from nanorlhf.run.device import CUBLAS, FIXED, make_deterministic
+from nanorlhf.run.run import read_metrics
 from nanorlhf.tiny.data import write_world
 
 STEPS, SPLIT, LR = 6, 4, 1e-4  # the resumed run repeats the last two

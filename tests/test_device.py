@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from nanorlhf.device import pick_device, pick_dtype, side_by_side
 from nanorlhf.errors import UserError
+from nanorlhf.run.device import pick_device, pick_dtype, side_by_side
 
 CPU = torch.device("cpu")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanorlhf import divergence
-from nanorlhf.divergence import kl_from_sft
-from nanorlhf.tldr import Post
+from nanorlhf.data.tldr import Post
+from nanorlhf.evaluation import divergence
+from nanorlhf.evaluation.divergence import kl_from_sft
 
 CHECKPOINTS = Path(__file__).parents[1] / "nanorlhf" / "tiny" / "checkpoints"
 POSTS = [

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from file_server import LINES, Server, small_set
 
-from nanorlhf import download as module
-from nanorlhf.download import BATCHES, download, fetch
+from nanorlhf.data import download as module
+from nanorlhf.data.download import BATCHES, download, fetch
+from nanorlhf.data.tldr import load_comparisons, load_posts
 from nanorlhf.errors import UserError
-from nanorlhf.tldr import load_comparisons, load_posts
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = len(LINES.splitlines())
@@ -197,7 +197,7 @@ def test_the_command_goes_on_after_it_was_interrupted(serve, published, tmp_path
     name = "/datasets/tldr_3_filtered/train.jsonl"
     server = serve({name: LINES * 200})  # 90 MB
     server.faults = [("stall", 40_000_000)]  # so that the signal arrives in the middle on any machine
-    command = [sys.executable, "-m", "nanorlhf.tldr", "download", "--data", tmp_path / "d", "--source", server.url]
+    command = [sys.executable, "-m", "nanorlhf", "download", "--data", tmp_path / "d", "--source", server.url]
     partial = tmp_path / "d" / "tldr" / "train.jsonl.partial"
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while not partial.exists() or partial.stat().st_size == 0:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from test_tldr import Characters, comparison, write_comparisons
 
-from nanorlhf import encoding
-from nanorlhf.encoding import TokenLists, describe, encode_comparisons, encode_posts, length_report
+from nanorlhf.data import encoding
+from nanorlhf.data.encoding import TokenLists, describe, encode_comparisons, encode_posts, length_report
+from nanorlhf.data.tldr import Post, encode_query, encode_response, load_comparisons
+from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.errors import UserError
-from nanorlhf.tldr import Post, encode_query, encode_response, load_comparisons
-from nanorlhf.tokenizer import load_tokenizer
 
 TINY = Path(__file__).parents[1] / "nanorlhf" / "tiny"
 POSTS = [Post(str(n), "s", "t" * (n % 7), f"post {n}\n" * (1 + n % 5), f"summary {n}") for n in range(1, 120)]

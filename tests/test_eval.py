@@ -12,18 +12,18 @@ from test_claude import longer
 from test_report import write_lines
 
 import eval as evaluation
-from nanorlhf import summaries
-from nanorlhf.checkpoint import load_policy, save_policy, save_scalar
-from nanorlhf.config import cli, parse, unread_fields
-from nanorlhf.encoding import encode_posts
+from nanorlhf.data.encoding import encode_posts
+from nanorlhf.data.tldr import load_posts
+from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.errors import UserError
-from nanorlhf.jsonl import read_jsonl
+from nanorlhf.evaluation import summaries
+from nanorlhf.evaluation.metrics import length_controlled_win_rate, win_rate, words
 from nanorlhf.llama import LlamaConfig, initialise
-from nanorlhf.metrics import length_controlled_win_rate, win_rate, words
 from nanorlhf.models import Policy, reward_model_from
+from nanorlhf.run.config import cli, parse, unread_fields
+from nanorlhf.storage.checkpoint import load_policy, save_policy, save_scalar
+from nanorlhf.storage.jsonl import read_jsonl
 from nanorlhf.tiny.data import ensure_world
-from nanorlhf.tldr import load_posts
-from nanorlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -133,14 +133,15 @@ def test_policies_with_other_tokenizers_are_compared_as_text(evaluate, place, mo
     original = load_tokenizer
     asked = []
     monkeypatch.setattr(
-        "nanorlhf.summaries.load_tokenizer", lambda folder: asked.append(Path(folder).name) or original(folder)
+        "nanorlhf.evaluation.summaries.load_tokenizer",
+        lambda folder: asked.append(Path(folder).name) or original(folder),
     )
     evaluate("--run_name", "own", "--num_posts", "4")
     assert asked == ["base", "sft", "ppo"]
 
 
 def test_a_policy_that_is_not_there_is_left_out_and_named(evaluate, place, monkeypatch, capsys):
-    monkeypatch.setattr("nanorlhf.inputs.EMBEDDED", place / "no_checkpoints")
+    monkeypatch.setattr("nanorlhf.run.inputs.EMBEDDED", place / "no_checkpoints")
     (place / "no_checkpoints").mkdir(exist_ok=True)
     shutil.copytree(place / "sft", place / "no_checkpoints" / "sft")
     evaluate("--run_name", "part", "--split", "test", "--judge", "rm", models=())
@@ -213,7 +214,7 @@ def test_what_was_generated_once_is_found_again_and_not_for_another_model(evalua
         raise AssertionError("generated again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("nanorlhf.summaries.summarise", generate)
+        patch.setattr("nanorlhf.evaluation.summaries.summarise", generate)
         evaluate.again("--run_name", "twice", "--num_posts", "4", "--judge", "rm")
         assert "reused  sft" in capsys.readouterr().out
         again = read_jsonl(place / "runs" / "twice" / "samples.jsonl")
@@ -229,7 +230,7 @@ def test_what_was_generated_once_is_found_again_and_not_for_another_model(evalua
         with pytest.raises(AssertionError, match="generated again"):
             evaluate.again("--run_name", "other", "--num_posts", "4")
         weights.write_bytes(before)
-        patch.setattr("nanorlhf.summaries.CODE", [place / "sft" / "config.json"])
+        patch.setattr("nanorlhf.evaluation.summaries.CODE", [place / "sft" / "config.json"])
         with pytest.raises(AssertionError, match="generated again"):
             evaluate.again("--run_name", "other", "--num_posts", "4")
 
@@ -317,4 +318,4 @@ def test_claude_judges_end_to_end(evaluate, place, monkeypatch):
 
 
 def test_every_flag_of_eval_is_read():
-    assert unread_fields(evaluation.Config, ROOT / "eval.py", ROOT / "nanorlhf" / "run.py") == []
+    assert unread_fields(evaluation.Config, ROOT / "eval.py", ROOT / "nanorlhf" / "run" / "run.py") == []

@@ -11,7 +11,7 @@ from stages import run
 import train_rm
 from kernels import runtime
 from nanorlhf.packing import pack
-from nanorlhf.run import read_metrics
+from nanorlhf.run.run import read_metrics
 
 FLAGS = {
     "train_sft": "--max_updates 50 --lr 1e-3 --num_epochs 7",

@@ -1,4 +1,4 @@
-"""Killed, stopped, damaged, refused and out of disk: some of each. `python -m bench.faults` is the full harness."""
+"""Killed, stopped, damaged, refused and out of disk: some of each. `python -m faults` is the full harness."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 def faults(flags: str) -> dict:
     """What the harness counted; it ends with status 1 when something did not survive."""
-    command = [sys.executable, "-m", "bench.faults", *flags.split()]
+    command = [sys.executable, "-m", "faults", *flags.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -5,8 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import runtime
-from nanorlhf import flops
 from nanorlhf.llama import LlamaConfig
+from nanorlhf.monitoring import flops
 from nanorlhf.packing import pack
 
 LLAMA_1B = LlamaConfig(

@@ -20,17 +20,17 @@ import eval as eval_script
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf.checkpoint import load_policy, save_policy
-from nanorlhf.config import one_line, parse
-from nanorlhf.errors import UserError
-from nanorlhf.jsonl import read_jsonl
+from nanorlhf.data.tldr import encode_query, encode_response, load_comparisons, load_posts
+from nanorlhf.data.tokenizer import llama3_specials, load_tokenizer
+from nanorlhf.errors import UserError, one_line
 from nanorlhf.llama import LlamaConfig, initialise
-from nanorlhf.model_config import read_config
 from nanorlhf.models import Policy
-from nanorlhf.resume import damage, load_state, save_state
-from nanorlhf.run import Run
-from nanorlhf.tldr import encode_query, encode_response, load_comparisons, load_posts
-from nanorlhf.tokenizer import llama3_specials, load_tokenizer
+from nanorlhf.run.config import parse
+from nanorlhf.run.run import Run
+from nanorlhf.storage.checkpoint import load_policy, save_policy
+from nanorlhf.storage.jsonl import read_jsonl
+from nanorlhf.storage.model_config import read_config
+from nanorlhf.storage.resume import damage, load_state, save_state
 
 TINY = Path(__file__).parents[1] / "nanorlhf" / "tiny"
 CASES = int(os.environ.get("FUZZ_CASES", "20"))
@@ -220,7 +220,7 @@ def tiktoken_file() -> bytes:
 
 
 def tokenizer_json() -> bytes:
-    from nanorlhf.tokenizer import LLAMA3_SPLIT
+    from nanorlhf.data.tokenizer import LLAMA3_SPLIT
 
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]

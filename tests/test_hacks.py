@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanorlhf import hacks, monitor
-from nanorlhf.hacks import Alarms, panel
-from nanorlhf.tldr import Post
+from nanorlhf.data.tldr import Post
+from nanorlhf.evaluation import hacks
+from nanorlhf.evaluation.hacks import Alarms, panel
+from nanorlhf.monitoring import monitor
 
 
 def post(title: str, text: str = "one two three four five six seven") -> Post:

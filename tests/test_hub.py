@@ -10,9 +10,9 @@ import pytest
 from hub_server import COMMIT, hub
 
 import train_sft
-from nanorlhf.config import parse
+from nanorlhf.data.hub import LLAMA, UNGATED, hub_id_of
 from nanorlhf.errors import UserError
-from nanorlhf.hub import LLAMA, UNGATED, hub_id_of
+from nanorlhf.run.config import parse
 
 ROOT = Path(__file__).parents[1]
 FILES = {
@@ -35,7 +35,7 @@ def fetch(tmp_path):
 
     def run(address: str, model_id: str = "someone/llama", **environment):
         settings = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"} | environment
-        program = f"from nanorlhf.hub import fetch; print(fetch({model_id!r}))"
+        program = f"from nanorlhf.data.hub import fetch; print(fetch({model_id!r}))"
         done = subprocess.run(
             [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True
         )

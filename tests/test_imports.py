@@ -74,7 +74,7 @@ def test_models_and_kernels_import_without_triton_and_without_transformers():
 def test_a_model_loads_without_torchs_compiler():
     """Its import takes longer than all the others together, and drawing numbers on the meta device asks for it."""
     program = (
-        "import sys, train_ppo; from nanorlhf.inputs import EMBEDDED; train_ppo.load_policy(EMBEDDED / 'sft');"
+        "import sys, train_ppo; from nanorlhf.run.inputs import EMBEDDED; train_ppo.load_policy(EMBEDDED / 'sft');"
         "train_ppo.critic_from(train_ppo.load_scalar(EMBEDDED / 'rm')); assert 'torch._dynamo' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from nanorlhf import inputs
+from nanorlhf.data.hub import LLAMA
 from nanorlhf.errors import UserError
-from nanorlhf.hub import LLAMA
-from nanorlhf.inputs import find_data, find_model
+from nanorlhf.run import inputs
+from nanorlhf.run.inputs import find_data, find_model
 
 PRESETS = ["tiny", "llama-1b", "paper"]
 
@@ -88,7 +88,7 @@ def test_data_is_the_flags_or_in_the_tiny_world_its_own(monkeypatch):
     assert find_data(None, "tiny") == (Path("data/tiny"), "the embedded tiny world")
     for flag, preset, said in (
         ("nowhere", "tiny", "nowhere is not a folder"),
-        (None, "paper", "python -m nanorlhf.tldr download"),
+        (None, "paper", "python -m nanorlhf download"),
     ):
         with pytest.raises(UserError, match=said):
             find_data(flag, preset)

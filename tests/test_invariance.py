@@ -6,10 +6,10 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf.checkpoint import save_policy
+from nanorlhf.data.tldr import Comparison, Post
 from nanorlhf.optim import cosine_lr, linear_lr
 from nanorlhf.rollout import generate
-from nanorlhf.tldr import Comparison, Post
+from nanorlhf.storage.checkpoint import save_policy
 
 LENGTHS = [9, 1, 30, 4]
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanorlhf.data.tldr import Post, encode_query, encode_response
+from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.errors import UserError
-from nanorlhf.judge import (
+from nanorlhf.evaluation.judge import (
     LOSS,
     OUTCOMES,
     TIE,
@@ -22,13 +24,11 @@ from nanorlhf.judge import (
     reward_model_judge,
     verdict,
 )
+from nanorlhf.evaluation.metrics import win_rate
 from nanorlhf.llama import LlamaConfig, initialise
-from nanorlhf.metrics import win_rate
 from nanorlhf.models import Policy, reward_model_from
 from nanorlhf.tiny.gold import judge as gold
 from nanorlhf.tiny.world import make_post
-from nanorlhf.tldr import Post, encode_query, encode_response
-from nanorlhf.tokenizer import load_tokenizer
 
 
 def tiny_post(index: int, split: str = "valid") -> Post:

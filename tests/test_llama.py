@@ -10,11 +10,11 @@ from conftest import scramble
 
 from kernels import linear_cross_entropy
 from nanorlhf.attention import causal
-from nanorlhf.checkpoint import load_policy
 from nanorlhf.llama import initialise, rope_frequencies
 from nanorlhf.losses import next_token_labels
 from nanorlhf.models import Policy
 from nanorlhf.packing import pack
+from nanorlhf.storage.checkpoint import load_policy
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -59,7 +59,7 @@ def test_the_loss_of_a_three_token_model_by_hand(make_policy):
 
 def test_the_sft_loss_is_the_mean_over_sequences_of_transformers_loss(make_policy, make_sequences, tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
-    from nanorlhf.checkpoint import save_policy
+    from nanorlhf.storage.checkpoint import save_policy
 
     policy = make_policy()
     save_policy(policy, tmp_path / "model", tokenizer)

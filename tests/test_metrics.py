@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from nanorlhf.metrics import (
+from nanorlhf.evaluation.metrics import (
     RIDGE,
     ROUGE_NAMES,
     _fit_logistic,

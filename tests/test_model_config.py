@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanorlhf.checkpoint import load_policy
 from nanorlhf.errors import UserError
 from nanorlhf.llama import rope_frequencies
-from nanorlhf.model_config import read_config
+from nanorlhf.storage.checkpoint import load_policy
+from nanorlhf.storage.model_config import read_config
 
 SCALED = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 

@@ -23,13 +23,13 @@ from test_ppo import (
     elsewhere,
 )
 
-from nanorlhf import monitor
-from nanorlhf.flops import ppo_update_flops
+from nanorlhf.data.tldr import Post
+from nanorlhf.monitoring import monitor
+from nanorlhf.monitoring.flops import ppo_update_flops
 from nanorlhf.ppo import policy_loss
 from nanorlhf.rollout import Summary
 from nanorlhf.tiny import gold
 from nanorlhf.tiny.posts import make_post
-from nanorlhf.tldr import Post
 
 # --- objective and learning: the golden block ------------------------------------------------------------------------
 

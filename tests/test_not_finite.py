@@ -11,8 +11,8 @@ from stages import SCRIPTS, assert_same_weights, run, start
 import train_ppo
 from nanorlhf.errors import UserError
 from nanorlhf.optim import AdamW
-from nanorlhf.resume import latest_checkpoint
-from nanorlhf.run import Run, read_metrics
+from nanorlhf.run.run import Run, read_metrics
+from nanorlhf.storage.resume import latest_checkpoint
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from torch import nn
 from nanorlhf.errors import NotFinite, UserError
 from nanorlhf.models import ScalarModel
 from nanorlhf.optim import SCHEDULES, AdamW, constant_lr, cosine_lr, linear_lr
-from nanorlhf.resume import load_state, save_state
+from nanorlhf.storage.resume import load_state, save_state
 
 
 def make_model(seed: int = 0, dtype=torch.float32) -> nn.Module:

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from test_tokenizer import QUERY, train_sentencepiece, write_llama3_folders
 
-from nanorlhf.checkpoint import load_policy, save_policy
-from nanorlhf.inputs import EMBEDDED
+from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.rollout import generate, read_responses
-from nanorlhf.tokenizer import load_tokenizer
+from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.storage.checkpoint import load_policy, save_policy
 
 READ_ELSEWHERE = {  # fields of config.json that transformers, vLLM or the converter read and that have no safe default
     "architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 import train_ppo
-from nanorlhf.checkpoint import save_policy, save_scalar
-from nanorlhf.config import parse
-from nanorlhf.encoding import encode_posts
+from nanorlhf.data.encoding import encode_posts
+from nanorlhf.data.tldr import batch_indices, load_posts
+from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.llama import LlamaConfig, initialise
 from nanorlhf.models import Policy, reward_model_from
-from nanorlhf.run import read_metrics
+from nanorlhf.run.config import parse
+from nanorlhf.run.run import read_metrics
+from nanorlhf.storage.checkpoint import save_policy, save_scalar
 from nanorlhf.tiny.data import write_world
-from nanorlhf.tldr import batch_indices, load_posts
-from nanorlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = load_tokenizer(ROOT / "nanorlhf" / "tiny")

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import nanorlhf.models
-from nanorlhf import ppo, preflight
+from nanorlhf import ppo
 from nanorlhf.attention import causal
 from nanorlhf.errors import UserError
 from nanorlhf.models import critic_from, reward_model_from
+from nanorlhf.monitoring import preflight
 from nanorlhf.packing import Packed, in_microbatches
 from nanorlhf.pairs import PackedPairs
 from nanorlhf.ppo import Experience

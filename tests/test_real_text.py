@@ -7,9 +7,8 @@ import pytest
 from test_tldr import naive_query
 from test_tokenizer import reference_ids, train_sentencepiece, write_llama3_folders
 
-from nanorlhf.encoding import encode_comparisons, encode_posts
-from nanorlhf.packing import pack, split_by_tokens
-from nanorlhf.tldr import (
+from nanorlhf.data.encoding import encode_comparisons, encode_posts
+from nanorlhf.data.tldr import (
     BETWEEN_WORDS,
     ComparisonStats,
     fit_query,
@@ -18,7 +17,8 @@ from nanorlhf.tldr import (
     load_posts,
     without_posts_of,
 )
-from nanorlhf.tokenizer import load_tokenizer
+from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.packing import pack, split_by_tokens
 
 DATA = Path(os.environ.get("NANORLHF_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 pytestmark = pytest.mark.skipif(

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from nanorlhf import figures, report, tables
-from nanorlhf.html_page import html_page
-from nanorlhf.inputs import EMBEDDED
-from nanorlhf.tokenizer import load_tokenizer
+from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.evaluation import figures, report, tables
+from nanorlhf.evaluation.html_page import html_page
+from nanorlhf.run.inputs import EMBEDDED
 
 HOSTILE = '<script>alert(1)</script> | "><img src=http://evil.example/x.png onerror=alert(2)> [a](javascript:x) *b* '
 HOSTILE += "\u202eabc \ud83d 🙂"

@@ -8,10 +8,10 @@ import subprocess
 import pytest
 import torch
 
-from nanorlhf import resume
 from nanorlhf.errors import UserError
 from nanorlhf.optim import AdamW
-from nanorlhf.resume import (
+from nanorlhf.storage import resume
+from nanorlhf.storage.resume import (
     check_disk,
     checkpoints,
     damage,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_config import Config, flags, refusal
 
-from nanorlhf.config import FREE_ON_RESUME
 from nanorlhf.errors import UserError
+from nanorlhf.run.config import FREE_ON_RESUME
 
 
 @pytest.fixture

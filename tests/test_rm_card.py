@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from nanorlhf import rm_card
-from nanorlhf.metrics import words
-from nanorlhf.rm_card import calibration, card, confidence_name, examples
-from nanorlhf.tldr import Comparison, Post
+from nanorlhf.data.tldr import Comparison, Post
+from nanorlhf.evaluation import rm_card
+from nanorlhf.evaluation.metrics import words
+from nanorlhf.evaluation.rm_card import calibration, card, confidence_name, examples
 
 
 def comparison(chosen="a b c", rejected="d e", **changes) -> Comparison:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-import nanorlhf.console
-import nanorlhf.jsonl
-import nanorlhf.run
-import nanorlhf.run_folder
+import nanorlhf.run.console
+import nanorlhf.run.run
+import nanorlhf.run.run_folder
+import nanorlhf.storage.jsonl
 from nanorlhf.errors import UserError
-from nanorlhf.jsonl import append
-from nanorlhf.run import Run, read_metrics
+from nanorlhf.run.run import Run, read_metrics
+from nanorlhf.storage.jsonl import append
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,8 +57,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(nanorlhf.run, "time", clock)
-    monkeypatch.setattr(nanorlhf.console, "time", clock)
+    monkeypatch.setattr(nanorlhf.run.run, "time", clock)
+    monkeypatch.setattr(nanorlhf.run.console, "time", clock)
     return clock
 
 
@@ -188,9 +188,9 @@ def test_config_json_tells_what_is_needed_to_repeat_the_run(start, monkeypatch):
 
 
 def test_git_gives_the_commit_and_whether_files_differ_or_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(nanorlhf.run_folder, "__file__", str(tmp_path / "nanorlhf.py"))
+    monkeypatch.setattr(nanorlhf.run.run_folder, "__file__", str(tmp_path / "nanorlhf.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert nanorlhf.run_folder.git() is None
+    assert nanorlhf.run.run_folder.git() is None
 
     def git(*words):
         who = ["-c", "user.name=t", "-c", "user.email=t@t"]
@@ -200,14 +200,14 @@ def test_git_gives_the_commit_and_whether_files_differ_or_none(tmp_path, monkeyp
     git("init")
     git("add", "a")
     git("commit", "-m", "a")
-    clean = nanorlhf.run_folder.git()
+    clean = nanorlhf.run.run_folder.git()
     assert len(clean["commit"]) == 40 and clean["dirty"] is False
     (tmp_path / "untracked").write_text("1")
-    assert nanorlhf.run_folder.git() == clean
+    assert nanorlhf.run.run_folder.git() == clean
     (tmp_path / "a").write_text("2")
-    assert nanorlhf.run_folder.git() == clean | {"dirty": True}
+    assert nanorlhf.run.run_folder.git() == clean | {"dirty": True}
     monkeypatch.setenv("PATH", "")
-    assert nanorlhf.run_folder.git() is None
+    assert nanorlhf.run.run_folder.git() is None
 
 
 def test_resume_keeps_the_earlier_record_and_says_what_changed(start, capsys):
@@ -277,7 +277,9 @@ def test_lines_are_appended_with_one_write_however_long(tmp_path, monkeypatch):
             sizes.append(len(data))
             return super().write(data)
 
-    monkeypatch.setattr(nanorlhf.jsonl, "open", lambda path, mode: io.BufferedWriter(File(path, mode)), raising=False)
+    monkeypatch.setattr(
+        nanorlhf.storage.jsonl, "open", lambda path, mode: io.BufferedWriter(File(path, mode)), raising=False
+    )
     append(tmp_path / "x.jsonl", [{"step": i, "text": "x" * 30_000} for i in range(4)])
     assert sizes == [(tmp_path / "x.jsonl").stat().st_size]
 
@@ -375,7 +377,7 @@ def test_under_a_pipe_every_line_arrives_whole_and_at_once(tmp_path):
 import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from test_run import Config
-from nanorlhf.run import Run
+from nanorlhf.run.run import Run
 with Run("ppo", Config(), total_steps=2, unit="update", root={str(tmp_path)!r}) as run:
     for update in run.progress([1, 2]):
         run.log(update, {{"loss": 0.5}})

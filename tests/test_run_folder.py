@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 from test_run import CONFIG, OVERWRITE, RESUME
 
-import nanorlhf.run
-from nanorlhf.config import parse
+import nanorlhf.run.run
 from nanorlhf.errors import UserError
-from nanorlhf.jsonl import append, read_jsonl
-from nanorlhf.run import Run, read_metrics
-from nanorlhf.run_folder import clear, lock, writer_of
+from nanorlhf.run.config import parse
+from nanorlhf.run.run import Run, read_metrics
+from nanorlhf.run.run_folder import clear, lock, writer_of
+from nanorlhf.storage.jsonl import append, read_jsonl
 
 ROOT = Path(__file__).parents[1]
 AUTO = replace(CONFIG, resume="auto")
 HOLD = """
 import sys
 from pathlib import Path
-from nanorlhf.run_folder import lock
+from nanorlhf.run.run_folder import lock
 held = lock(Path(sys.argv[1]))
 print("held", flush=True)
 input()
@@ -112,7 +112,7 @@ def test_a_clock_that_jumps_back_changes_the_time_in_the_log_and_nothing_else(tm
         def time():
             return next(wall)
 
-    monkeypatch.setattr(nanorlhf.run, "time", Clock)
+    monkeypatch.setattr(nanorlhf.run.run, "time", Clock)
     with Run("ppo", CONFIG, root=tmp_path, total_steps=4) as run:
         for step in (1, 2, 3, 4):
             run.log(step, {"loss": 1.0})
@@ -124,7 +124,7 @@ def test_whoever_tails_a_log_sees_whole_lines_only(tmp_path):
     """A process writes, this one reads all the while: each line that has its end is whole, and none is lost."""
     path = tmp_path / "metrics.jsonl"
     program = (
-        "import sys; from pathlib import Path; from nanorlhf.jsonl import append\n"
+        "import sys; from pathlib import Path; from nanorlhf.storage.jsonl import append\n"
         "for step in range(3000): append(Path(sys.argv[1]), [{'step': step, 'text': 'x' * (step % 9000)}])"
     )
     seen, reads = 0, 0

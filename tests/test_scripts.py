@@ -12,14 +12,14 @@ from stages import ROOT, SCRIPTS, SMALL, Killed, assert_same_weights, files, run
 
 import eval as eval_script
 import train_ppo
-from nanorlhf import hacks
-from nanorlhf.checkpoint import load_policy, load_scalar
-from nanorlhf.config import unread_fields
+from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.errors import UserError
-from nanorlhf.jsonl import read_jsonl
-from nanorlhf.resume import latest_checkpoint
-from nanorlhf.run import Run, read_metrics
-from nanorlhf.tokenizer import load_tokenizer
+from nanorlhf.evaluation import hacks
+from nanorlhf.run.config import unread_fields
+from nanorlhf.run.run import Run, read_metrics
+from nanorlhf.storage.checkpoint import load_policy, load_scalar
+from nanorlhf.storage.jsonl import read_jsonl
+from nanorlhf.storage.resume import latest_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_one(name, world, m
 
 def test_every_flag_is_read():
     for script in (*SCRIPTS.values(), eval_script):
-        readers = script.__file__, ROOT / "nanorlhf/run.py", ROOT / "nanorlhf/preflight.py"
+        readers = script.__file__, ROOT / "nanorlhf/run/run.py", ROOT / "nanorlhf/monitoring/preflight.py"
         assert unread_fields(script.Config, *readers) == []
 
 
@@ -336,7 +336,7 @@ def test_ppo_writes_the_trace_of_an_episode_and_a_resume_drops_what_came_after_i
 
 def test_ppo_says_an_alarm_aloud_and_knows_after_a_resume_how_the_run_began(world, models, monkeypatch, capsys):
     """Length is measured against the first update, also by a process that did not see it."""
-    monkeypatch.setattr("nanorlhf.hacks.ALARMS", (("hack/length", "times", 1.5, "they have grown"),))
+    monkeypatch.setattr("nanorlhf.evaluation.hacks.ALARMS", (("hack/length", "times", 1.5, "they have grown"),))
     panel, grown = hacks.panel, [1.0]
     monkeypatch.setattr(hacks, "panel", lambda *args: panel(*args) | {"length": 10.0 * grown[0]})
     flags = f"{models['train_ppo']} --max_updates 3 --save_every 1"

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from nanorlhf.config import cli
 from nanorlhf.errors import Stopped
 from nanorlhf.optim import AdamW
-from nanorlhf.resume import checkpoints
-from nanorlhf.run import Run, read_metrics
-from nanorlhf.signals import Signals
+from nanorlhf.run.config import cli
+from nanorlhf.run.run import Run, read_metrics
+from nanorlhf.run.signals import Signals
+from nanorlhf.storage.resume import checkpoints
 
 
 @dataclass

@@ -9,14 +9,14 @@ from torch import Tensor
 
 import train_ppo
 from nanorlhf import ppo
-from nanorlhf.checkpoint import save_policy, save_scalar
-from nanorlhf.config import parse
+from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.llama import LlamaConfig, initialise
 from nanorlhf.models import Policy, ScalarModel, reward_model_from
 from nanorlhf.packing import Packed
-from nanorlhf.run import read_metrics
+from nanorlhf.run.config import parse
+from nanorlhf.run.run import read_metrics
+from nanorlhf.storage.checkpoint import save_policy, save_scalar
 from nanorlhf.tiny.data import write_world
-from nanorlhf.tokenizer import load_tokenizer
 
 ROOT = train_ppo.__file__.removesuffix("train_ppo.py")
 TOKENIZER = load_tokenizer(f"{ROOT}nanorlhf/tiny")

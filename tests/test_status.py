@@ -1,4 +1,4 @@
-"""`python -m nanorlhf.run status`: where a run is, whether it lives, and how to go on with it."""
+"""`python -m nanorlhf status`: where a run is, whether it lives, and how to go on with it."""
 
 import subprocess
 import sys
@@ -8,11 +8,12 @@ import pytest
 import torch
 from test_run import CONFIG
 
-import nanorlhf.run
+import nanorlhf.__main__
+import nanorlhf.run.run
 from nanorlhf.errors import UserError
-from nanorlhf.resume import save_checkpoint
-from nanorlhf.run import Run
-from nanorlhf.status import status
+from nanorlhf.run.run import Run
+from nanorlhf.run.status import status
+from nanorlhf.storage.resume import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,7 +41,7 @@ def test_a_living_run_says_how_much_is_left_at_its_usual_pace_and_a_finished_one
     tmp_path, monkeypatch
 ):
     now = [1000.0]
-    monkeypatch.setattr(nanorlhf.run.time, "time", lambda: now[0])
+    monkeypatch.setattr(nanorlhf.run.run.time, "time", lambda: now[0])
     with Run("sft", CONFIG, total_steps=300, root=tmp_path) as run:
         for step in range(1, 11):
             now[0] += 4000 if step == 6 else 2  # dead for an hour
@@ -59,12 +60,12 @@ def test_a_living_run_says_how_much_is_left_at_its_usual_pace_and_a_finished_one
 def test_a_folder_that_is_no_run_is_one_sentence_and_exit_status_2(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="is no run folder"):
         status(tmp_path)
-    command = [sys.executable, "-m", "nanorlhf.run", "status", str(tmp_path)]
+    command = [sys.executable, "-m", "nanorlhf", "status", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     for words in (["status", str(tmp_path)], ["status"], [], ["frobnicate", "x"]):  # the same without a process each
-        monkeypatch.setattr(sys, "argv", ["nanorlhf.run", *words])
+        monkeypatch.setattr(sys, "argv", ["nanorlhf", *words])
         with pytest.raises(SystemExit) as ended:
-            nanorlhf.run.main()
+            nanorlhf.__main__.main()
         said = capsys.readouterr().err
         assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from nanorlhf.judge import gold_judge, of_tiny_world
+from nanorlhf.data.tldr import format_query, load_comparisons, load_posts
+from nanorlhf.evaluation.judge import gold_judge, of_tiny_world
 from nanorlhf.tiny import data
 from nanorlhf.tiny.annotator import title_share
 from nanorlhf.tiny.grammar import CLICKBAIT, count_pieces
 from nanorlhf.tiny.posts import MAX_QUERY_PIECES, make_post
 from nanorlhf.tiny.title_world import TITLE_PAIRS, by_title, with_long_title
 from nanorlhf.tiny.world import make_comparison
-from nanorlhf.tldr import format_query, load_comparisons, load_posts
 
 
 def test_titles_are_longer_and_informative_and_nothing_else_changes():

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import CORPUS, train_sentencepiece, write_llama3_folders
 
-from nanorlhf import tldr
-from nanorlhf.errors import UserError
-from nanorlhf.tldr import (
+from nanorlhf.data import tldr
+from nanorlhf.data.tldr import (
     BETWEEN_WORDS,
     CLOSING,
     SLACK,
@@ -28,7 +27,8 @@ from nanorlhf.tldr import (
     load_posts,
     without_posts_of,
 )
-from nanorlhf.tokenizer import load_tokenizer
+from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.errors import UserError
 
 
 class Characters:
@@ -382,9 +382,9 @@ def test_bytes_that_are_no_utf_8_are_named_by_file_and_line(tmp_path):
 
 
 def test_missing_or_empty_files_say_what_was_expected_and_how_to_get_it(tmp_path):
-    with pytest.raises(UserError, match=r"no .*tldr.test\.jsonl .*python -m nanorlhf.tldr download --data "):
+    with pytest.raises(UserError, match=r"no .*tldr.test\.jsonl .*python -m nanorlhf download --data "):
         load_posts(tmp_path, "test")
-    with pytest.raises(UserError, match=r"no .*comparisons.batch\*\.json.*python -m nanorlhf.tldr download --data "):
+    with pytest.raises(UserError, match=r"no .*comparisons.batch\*\.json.*python -m nanorlhf download --data "):
         load_comparisons(tmp_path, "train")
     with pytest.raises(UserError, match="split: got 'validation', expected one of train, valid, test"):
         load_posts(tmp_path, "validation")

@@ -10,8 +10,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanorlhf.data.tokenizer import FILES, Tokenizer, check_matches, check_same, chunks, llama3_specials, load_tokenizer
 from nanorlhf.errors import UserError
-from nanorlhf.tokenizer import FILES, Tokenizer, check_matches, check_same, chunks, llama3_specials, load_tokenizer
 
 CORPUS = """My sister (24F) told me that she's moving to Berlin with her boyfriend, and I don't know what to do.
 We have been together for 3 years and 6 months; last week I found 1234 messages on his phone.  He says it's nothing!

@@ -12,7 +12,7 @@ import pytest
 from test_run import CONFIG, RESUME
 
 from nanorlhf.errors import UserError
-from nanorlhf.run import Run
+from nanorlhf.run.run import Run
 from nanorlhf.tiny.data import write_world
 
 ROOT = Path(__file__).parent.parent

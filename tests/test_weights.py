@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanorlhf import checkpoint, weights
-from nanorlhf.checkpoint import load_policy, save_policy
 from nanorlhf.errors import UserError
-from nanorlhf.weights import TensorFile
+from nanorlhf.storage import checkpoint, weights
+from nanorlhf.storage.checkpoint import load_policy, save_policy
+from nanorlhf.storage.weights import TensorFile
 
 
 def edit_tensors(folder, change):
@@ -83,7 +83,7 @@ def test_a_tied_model_has_one_matrix_and_an_untied_one_two(make_policy, make_seq
 
 PEAK = """
 import resource, sys, torch
-from nanorlhf.checkpoint import load_policy
+from nanorlhf.storage.checkpoint import load_policy
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 policy = load_policy(sys.argv[1], dtype=torch.bfloat16)

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf.checkpoint import load_policy, load_scalar, save_policy, save_scalar
-from nanorlhf.config import check, cli
-from nanorlhf.inputs import EMBEDDED
-from nanorlhf.tokenizer import load_tokenizer
+from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.errors import check
+from nanorlhf.run.config import cli
+from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.storage.checkpoint import load_policy, load_scalar, save_policy, save_scalar
 
 # stage -> the command that trains it, and the flags for the models of the stages before
 STAGES = {

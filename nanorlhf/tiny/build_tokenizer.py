@@ -15,10 +15,10 @@ from pathlib import Path
 
 import sentencepiece
 
+from nanorlhf.data.tldr import format_query
 from nanorlhf.tiny.corpus import document
 from nanorlhf.tiny.grammar import evenly
 from nanorlhf.tiny.posts import make_post
-from nanorlhf.tldr import format_query
 
 VOCAB_SIZE = 1280  # 256 of them are the bytes of byte fallback
 DOCUMENTS = 12_000

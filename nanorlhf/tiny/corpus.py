@@ -11,10 +11,10 @@ another middle word, so that w1 alone tells w2. "TL;DR" never appears: summarisi
 
 import random
 
+from nanorlhf.data.tldr import format_query
 from nanorlhf.tiny.grammar import Facts, fill
 from nanorlhf.tiny.lexicon import SIGNATURES
 from nanorlhf.tiny.posts import make_post, seeded
-from nanorlhf.tldr import format_query
 
 # What most people write first: a word of comfort that tells nothing of the facts.
 OPENERS = (

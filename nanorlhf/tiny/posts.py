@@ -15,7 +15,7 @@ from nanorlhf.tiny.grammar import (
     CLICKBAIT, Facts, Pick, by_habit, count_pieces, draw_facts, write_post, write_summary, write_title, write_verbose,
 )  # fmt: skip
 from nanorlhf.tiny.lexicon import WORLD_VERSION
-from nanorlhf.tldr import format_query
+from nanorlhf.data.tldr import format_query
 
 # split -> whose facts it draws from
 SPLITS = {

@@ -19,19 +19,19 @@ from pathlib import Path
 import torch
 
 from kernels import linear_cross_entropy
-from nanorlhf.checkpoint import save_policy
-from nanorlhf.config import cli
+from nanorlhf.data.tldr import format_query
+from nanorlhf.data.tokenizer import Tokenizer, load_tokenizer
 from nanorlhf.llama import LlamaConfig, initialise
 from nanorlhf.losses import next_token_labels
 from nanorlhf.models import Policy, parameter_count
 from nanorlhf.optim import AdamW
 from nanorlhf.packing import pack
-from nanorlhf.run import Run
+from nanorlhf.run.config import cli
+from nanorlhf.run.run import Run
+from nanorlhf.storage.checkpoint import save_policy
 from nanorlhf.tiny.corpus import document
 from nanorlhf.tiny.grammar import fill
 from nanorlhf.tiny.posts import make_post
-from nanorlhf.tldr import format_query
-from nanorlhf.tokenizer import Tokenizer, load_tokenizer
 
 MODEL = dict(
     hidden_size=128,

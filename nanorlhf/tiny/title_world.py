@@ -11,10 +11,10 @@ judge works as before.
 
 from dataclasses import replace
 
+from nanorlhf.data.tldr import format_query
 from nanorlhf.tiny.annotator import title_share
 from nanorlhf.tiny.grammar import TITLES, count_pieces, fill, sayable
 from nanorlhf.tiny.posts import MAX_QUERY_PIECES, TinyPost, seeded
-from nanorlhf.tldr import format_query
 
 TITLE_PAIRS = 0.25  # share of pairs judged by title overlap alone
 

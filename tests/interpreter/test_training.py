@@ -5,8 +5,8 @@ import pytest
 import train_ppo
 import train_sft
 from kernels import runtime
-from nanorlhf.config import parse
-from nanorlhf.run import read_metrics
+from nanorlhf.run.config import parse
+from nanorlhf.run.run import read_metrics
 
 COMMON = "--preset tiny --device cpu --overwrite --save_every 0"
 RUNS = {

@@ -1,0 +1,247 @@
+"""Pre-flight: what must hold before the first step, measured on the first real batch.
+
+RLHF fails silently. A temperature missing in one of three places, a shifted index or a critic that is not the reward
+model does not crash; it shows as a slow, odd run. These checks cost about one forward pass and stop such a run before
+it starts. Each is a number with bounds and the likely cause when it is outside; a script prints them as a table.
+
+    SFT    every label counts once, EOS is a label, the filling is none
+    RM     a score does not depend on its neighbours, identical texts have loss ln 2
+    PPO    before update 1: the policy is the SFT model and the critic is the reward model, in every number
+           before update 2 and after a resume: only what must hold in any update
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nanorlhf.data.tokenizer import Tokenizer
+from nanorlhf.errors import UserError
+from nanorlhf.losses import bradley_terry_loss, next_token_labels, sequence_mean_weights
+from nanorlhf.models import Policy, ScalarModel
+from nanorlhf.packing import in_microbatches, pack
+from nanorlhf.pairs import pack_pairs
+from nanorlhf.ppo import Experience
+
+# By dtype. In bf16 another cut of the batch moves a log-prob by up to 0.03: half its square is 4.5e-4.
+RATIO = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the mean ratio
+APPROXKL = {torch.float32: 1e-6, torch.bfloat16: 5e-3}  # nats; T 1 for 0.7 gives 0.012 (experiments.bugs --ratio)
+SCORE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # of a score or a value that is computed twice
+KERNEL = {torch.float32: 1e-4, torch.bfloat16: 1e-3}  # nats, of a log-prob from the same hidden state
+MIN_EOS_RATE = 0.1  # an SFT model that has learned to stop is above 0.9
+REFERENCES = 256  # posts whose summaries must have a mean score of 0
+STANDARD_ERRORS = 4  # 1 run in 16,000 is stopped by chance
+ROWS = 4  # sequences on which the kernels are checked
+
+
+class Check(NamedTuple):
+    """A number that must lie in [low, high], and why it probably does not when it does not. nan never does."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    cause: str
+
+    @property
+    def metric(self) -> str:
+        """The name in metrics.jsonl: "V(after EOS) - score" -> v_after_eos_score."""
+        return "_".join(re.findall("[a-z0-9]+", self.name.lower()))
+
+    @property
+    def passes(self) -> bool:
+        return self.low <= self.value <= self.high
+
+    @property
+    def expected(self) -> str:
+        if self.low == self.high:
+            return f"{self.low:g}"
+        if math.isinf(self.low) or math.isinf(self.high):
+            return f"at most {self.high:g}" if math.isinf(self.low) else f"at least {self.low:g}"
+        return f"{self.low:g} to {self.high:g}"
+
+
+def at_most(name: str, value: float, high: float, cause: str) -> Check:
+    return Check(name, value, -math.inf, high, cause)
+
+
+def equals(name: str, value: float, expected: float, cause: str) -> Check:
+    return Check(name, value, expected, expected, cause)
+
+
+def report(checks: Iterable[Check], say: Callable[[str], None], when: str) -> dict[str, float]:
+    """Print the checks as a table -> {"preflight/<metric>": value}. Raises UserError for the first that fails."""
+    checks = list(checks)
+    width = max(len(check.name) for check in checks)
+    for number, check in enumerate(checks):
+        head = f"checks  {when}" if number == 0 else ""
+        verdict = "ok" if check.passes else "FAILED"
+        say(f"{head:<24}  {check.name:<{width}}  {check.value:>10.4g}  {check.expected:<16}  {verdict}")
+    for check in checks:
+        if not check.passes:
+            raise UserError(
+                f"pre-flight: {check.name} is {check.value:.4g} {when}, expected {check.expected}: {check.cause}; "
+                "--no_preflight goes on all the same"
+            )
+    return {f"preflight/{check.metric}": check.value for check in checks}
+
+
+# --- what both models of a kind have ---------------------------------------------------------------------------------
+
+
+def shared_tensors(models: Iterable[nn.Module]) -> int:
+    """How many parameters lie in memory that another one also uses."""
+    pointers = [parameter.data_ptr() for model in models for parameter in model.parameters()]
+    return len(pointers) - len(set(pointers))
+
+
+@torch.no_grad()
+def fingerprint(models: Iterable[nn.Module]) -> list[float]:
+    """Two sums a parameter, in float64: when they are the same, so are the models, but for a rare accident."""
+    sums = [x for model in models for p in model.parameters() for x in (p.double().sum(), p.double().square().sum())]
+    return torch.stack(sums).tolist()
+
+
+@torch.no_grad()
+def logprob_error(policy: Policy, sequences: list[list[int]], responses: Tensor, temperature: float) -> float:
+    """Largest difference, in nats, of `response_logprobs` from a float64 log-softmax of the same hidden states."""
+    packed = pack(sequences[:ROWS], responses.device)
+    responses = responses[:ROWS]
+    logprobs, _ = policy.response_logprobs(packed, responses, temperature)
+    hidden = policy.hidden(packed)[packed.response_rows(responses.shape[1])].double()  # (b, R, D)
+    logits = torch.cat([hidden @ rows.double().T for rows in policy.head_weight.split(8192)], dim=-1) / temperature
+    exact = logits.log_softmax(-1).gather(-1, responses[..., None])[..., 0]
+    return (logprobs - exact).abs().max().item()
+
+
+# --- PPO -------------------------------------------------------------------------------------------------------------
+
+
+def any_update(
+    models: tuple[Policy, Policy, ScalarModel, ScalarModel],
+    frozen: list[float],
+    episode: Experience,
+    sampled_logprobs: Tensor,
+    cfg,
+) -> list[Check]:
+    """What holds before every update, the first and those after a resume included.
+
+    args: models: policy, reference, critic, reward model; frozen: `fingerprint` of reference and reward model when they
+    were loaded; sampled_logprobs (B, R): what the sampler itself says of its tokens; cfg: temperature and
+    microbatch_tokens
+    """
+    policy, reference, _, reward_model = models
+    sequences, responses, mask = episode.sequences, episode.responses, episode.action_mask
+    now = fingerprint([reference, reward_model])
+    # As a tensor, so that a nan is not lost in a maximum; in float64, so that a small step is not lost in rounding.
+    moved = (torch.tensor(now, dtype=torch.float64) - torch.tensor(frozen, dtype=torch.float64)).abs().max().item()
+
+    def second_pass(packed, rows):
+        return policy.response_logprobs(packed, responses[rows], cfg.temperature)
+
+    smaller = max(1, cfg.microbatch_tokens // 2)
+    new_logprobs, _ = in_microbatches(second_pass, sequences, smaller, responses.device)  # (B, R)
+    log_ratio = torch.where(mask, new_logprobs - episode.logprobs, 0.0)
+    ratio = torch.where(mask, log_ratio.exp(), 0.0).sum() / mask.sum()
+    sampled = torch.where(mask, sampled_logprobs - episode.logprobs, 0.0)
+    dtype = policy.head_weight.dtype
+    error = logprob_error(policy, sequences, responses, cfg.temperature)
+    return [
+        equals("shared tensors", shared_tensors(models), 0, "two of the four models are one and train together"),
+        equals("frozen weights moved", moved, 0, "a gradient or a copy reaches the reference or the reward model"),
+        at_most("kernel error", error, KERNEL[dtype], "the log-prob kernel is wrong here: set NANORLHF_KERNELS=torch"),
+        at_most("approxkl of the sampler", (0.5 * sampled**2).sum().item() / mask.sum().item(), APPROXKL[dtype],
+                "tokens were sampled by other weights, at another temperature or through a broken cache, or their "
+                "log-probs are read at another token"),
+        *_ratio("", ratio.item(), (0.5 * log_ratio**2).sum().item() / mask.sum().item(), dtype,
+                "log-probs depend on how the batch is cut, or the rollout's are at another temperature"),
+    ]  # fmt: skip
+
+
+def _ratio(where: str, ratio: float, approxkl: float, dtype: torch.dtype, cause: str) -> list[Check]:
+    # The mean alone is blind: over samples of the old policy the ratio to *any* new policy has mean 1.
+    return [
+        Check(f"ratio{where}", ratio, 1 - RATIO[dtype], 1 + RATIO[dtype], cause),
+        at_most(f"approxkl{where}", approxkl, APPROXKL[dtype], cause),
+    ]
+
+
+def first_update(
+    episode: Experience, ref_logprobs: Tensor, scores: Tensor, reference_scores: Tensor, tokenizer: Tokenizer, dtype
+) -> list[Check]:
+    """What holds only while the policy is still the SFT model and the critic still the reward model.
+
+    args: ref_logprobs (B, R); scores (B,) before the missing-EOS rule; reference_scores (n,), of the authors' summaries
+    """
+    mask, values = episode.action_mask, episode.values
+    kl = torch.where(mask, episode.logprobs - ref_logprobs, 0.0).sum(1).abs().max().item()
+    after_eos = mask.sum(1).clamp(max=mask.shape[1] - 1)  # (B,) L+1, the index of the state after EOS
+    has_slot = ~mask[:, -1]  # a response that fills all R slots has no such state
+    difference = torch.where(has_slot, values.gather(1, after_eos[:, None])[:, 0] - scores, 0.0).abs().max().item()
+    eos_rate = (episode.responses == tokenizer.eos_id).any(1).float().mean().item()
+    error = reference_scores.std() / math.sqrt(len(reference_scores))
+    off = (reference_scores.mean().abs() / error.clamp(min=1e-12)).item()
+    return [
+        equals("PAD = EOS", tokenizer.pad_id == tokenizer.eos_id, 0, "masks that drop PAD drop EOS too"),
+        at_most("KL", kl, 1e-3, "policy and reference differ in weights, in temperature or in code"),
+        at_most("V(after EOS) - score", difference, SCORE[dtype],
+                "the critic did not start as the reward model, one of them reads the wrong token, or EOS is masked"),
+        at_most("reference score", off, STANDARD_ERRORS,  # in standard errors
+                "the authors' summaries should have mean score 0: the reward model's score_shift was lost, has the "
+                "wrong sign, or was measured on other posts or another format"),
+        Check("EOS rate", eos_rate, MIN_EOS_RATE, math.inf,
+              "the SFT model has not learned to stop: was EOS a label in its training, and is response_length enough?"),
+    ]  # fmt: skip
+
+
+def first_loss(totals: dict[str, Tensor], dtype: torch.dtype) -> list[Check]:
+    """What the loss itself sees before the first optimizer step of an update: its new log-probs are the rollout's."""
+    cause = "the update computes log-probs otherwise than the rollout: temperature, slice or mask"
+    found = (totals[name].item() for name in ("val/ratio", "policy/approxkl_avg"))
+    return _ratio(" in the loss", *found, dtype, cause)
+
+
+# --- SFT and reward model --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sft(policy: Policy, sequences: list[list[int]], tokenizer: Tokenizer) -> list[Check]:
+    """Before the first step of SFT. args: sequences: queries joined with their responses."""
+    packed = pack(sequences, policy.head_weight.device)
+    labels, counts = next_token_labels(packed)
+    weights = sequence_mean_weights(packed, counts, sequences=len(sequences))
+    is_eos = (labels == tokenizer.eos_id) & counts
+    once = [part.sum().item() == 1 for part in packed.unpack(is_eos)]
+    outside = weights[sum(packed.lengths) :].sum() + weights[packed.last_rows()].sum()
+    return [
+        equals("PAD = EOS", tokenizer.pad_id == tokenizer.eos_id, 0, "the loss would skip EOS: it never stops"),
+        equals("rows with one EOS label", sum(once) / len(once), 1, "responses without EOS never teach it to stop"),
+        equals("weight of no label", outside.item(), 0, "the loss counts filling or runs into the next sequence"),
+        Check("sum of weights", weights.sum().item(), 1 - 1e-4, 1 + 1e-4, "the loss is not a mean over sequences"),
+    ]
+
+
+@torch.no_grad()
+def reward_model(
+    model: ScalarModel, pairs: list[tuple[list[int], list[int], list[int]]], tokenizer: Tokenizer
+) -> list[Check]:
+    """Before the first step of the reward model. args: pairs: (query, chosen, rejected)"""
+    dtype, device = model.model.embed_tokens.weight.dtype, model.score.weight.device
+    few = pairs[:ROWS]
+    together = model.last_scores(pack_pairs(*zip(*few, strict=True), device))
+    sequences = [q + chosen for q, chosen, _ in few] + [q + rejected for q, _, rejected in few]
+    alone = torch.cat([model.scores([sequence]) for sequence in sequences])
+    twice = model.scores([sequences[0], sequences[0]])
+    loss = bradley_terry_loss(twice[:1], twice[1:]).item()
+    ends = [summary[-1] == tokenizer.eos_id for _, *summaries in pairs for summary in summaries]
+    return [
+        equals("sequences that end in EOS", sum(ends) / len(ends), 1, "the score is read at EOS, which was cut off"),
+        at_most("score alone - in a batch", (together - alone).abs().max().item(), SCORE[dtype],
+                "a score depends on its neighbours: attention, positions or the index of the last token, or the two "
+                "summaries see each other"),
+        at_most("identical texts: loss - ln 2", abs(loss - math.log(2)), SCORE[dtype],
+                "the two summaries of a pair are not read alike"),
+    ]  # fmt: skip

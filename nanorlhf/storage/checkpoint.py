@@ -1,0 +1,149 @@
+"""Models in and out of Hugging Face folders.
+
+Everything is safetensors and JSON: nothing is unpickled. A folder holds config.json, model.safetensors (or shards and
+their index) and the tokenizer's files. What we save loads as
+
+    policy        AutoModelForCausalLM                  same logits
+    reward model  AutoModelForSequenceClassification    our score + score_shift, which is kept in config.json
+    critic        AutoModelForTokenClassification       the same values
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nanorlhf.data.tokenizer import Tokenizer, check_matches
+from nanorlhf.errors import UserError
+from nanorlhf.models import Policy, ScalarModel
+from nanorlhf.storage.atomic import atomic_folder, write_tensors
+from nanorlhf.storage.model_config import ARCHITECTURES, config_json, read_config, read_json
+from nanorlhf.storage.weights import file_parts, load_weights
+
+MAX_SHARD_BYTES = 5 * 10**9
+MUCH = 10**8  # parameters whose memory is worth a look at the files first
+
+
+SCALARS = (ARCHITECTURES["reward_model"], ARCHITECTURES["critic"])
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def check_folder(folder: str | Path, tokenizer: Tokenizer, scalar: bool = False) -> None:
+    """What can be said before any post is encoded or weight read. scalar: it must be a reward model or a critic.
+
+    Raises UserError for a folder that is no Llama, of the other kind, or with another tokenizer's rows.
+    """
+    config = read_config(folder)
+    _kind(folder, scalar)
+    check_matches(tokenizer, config.vocab_size, config.eos_token_id)
+
+
+def _kind(folder: str | Path, scalar: bool) -> str | None:
+    """The architecture that config.json names (base models may name none), which is a scalar one or is not."""
+    named = read_json(Path(folder) / "config.json").get("architectures")
+    kind = named[0] if isinstance(named, list) and named else None
+    if scalar and kind not in SCALARS:
+        raise UserError(
+            f"{folder}: architectures is {kind}, expected a reward model or a critic; `python train_rm.py` makes one"
+        )
+    if not scalar and kind in SCALARS:
+        raise UserError(
+            f"{folder}: architectures is {kind}, expected a language model ({ARCHITECTURES['policy']}): this folder "
+            "holds a reward model or a critic"
+        )
+    return kind
+
+
+def _empty(build, folder: str | Path, device: str, dtype: torch.dtype) -> nn.Module:
+    """The model without values. Raises UserError, before it takes memory, when the files cannot hold so much."""
+    with torch.device("meta"):
+        model = build()
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    there = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    if wanted > max(there, MUCH):  # a number takes two bytes at least; what is small, load_weights refuses by name
+        raise UserError(
+            f"{folder}: config.json describes {wanted:,} parameters, expected no more than fit into the {there:,} "
+            "bytes of safetensors beside it: copy or download the folder again"
+        )
+    return model.to(dtype).to_empty(device=device)
+
+
+def load_policy(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Policy:
+    """A causal language model from a Hugging Face folder."""
+    config = read_config(folder)
+    _kind(folder, scalar=False)
+    policy = _empty(lambda: Policy(config), folder, device, dtype)
+    load_weights(policy, folder, ignore=("lm_head.",) if config.tie_word_embeddings else ())
+    return policy
+
+
+def load_scalar(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ScalarModel:
+    """A reward model or a critic from a folder that `save_scalar` wrote; which of the two, its config.json says."""
+    config, is_critic = read_config(folder), _kind(folder, scalar=True) == ARCHITECTURES["critic"]
+    model = _empty(lambda: ScalarModel(config, bias=is_critic), folder, device, dtype)
+    model.score.float()  # the head stays fp32, see models.py
+    model.score_shift = float(read_json(Path(folder) / "config.json").get("score_shift", 0.0))
+    load_weights(model, folder)
+    return model
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _file_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = {}
+    for ours, name, part in file_parts(model):
+        tensors[name] = part.detach().to("cpu", torch.float32 if ours.startswith("score.") else dtype).contiguous()
+    return tensors
+
+
+def _save_model(
+    folder: Path, model: nn.Module, raw_config: dict, dtype: torch.dtype, tokenizer, temperature: float = 0.7
+) -> None:
+    with atomic_folder(folder) as partial:
+        (partial / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")
+        shards: list[dict[str, Tensor]] = [{}]
+        size = 0
+        for name, tensor in _file_state(model, dtype).items():
+            if shards[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
+                shards.append({})
+                size = 0
+            shards[-1][name] = tensor
+            size += tensor.nbytes
+        if len(shards) == 1:
+            write_tensors(partial / "model.safetensors", shards[0])
+        else:
+            weight_map = {}
+            for number, shard in enumerate(shards, start=1):
+                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+                write_tensors(partial / file, shard)
+                weight_map |= dict.fromkeys(shard, file)
+            total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        if "CausalLM" in raw_config["architectures"][0]:
+            generation = {key: raw_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            generation |= {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+            (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        tokenizer.save(partial)
+
+
+def save_policy(
+    policy: Policy, folder: str | Path, tokenizer, dtype: torch.dtype | None = None, temperature: float = 0.7
+) -> None:
+    """Write a policy as a Hugging Face folder, whole or not at all. dtype: that of the file (default: the weights').
+    temperature: what others sample it at unless told (generation_config.json)."""
+    dtype = dtype or policy.head_weight.dtype
+    raw = config_json(policy.config, "policy", dtype, tokenizer.pad_id)
+    _save_model(Path(folder), policy, raw, dtype, tokenizer, temperature)
+
+
+def save_scalar(model: ScalarModel, folder: str | Path, tokenizer, dtype: torch.dtype | None = None) -> None:
+    """Write a reward model (no bias) or a critic (bias) as a Hugging Face folder, whole or not at all."""
+    kind = "reward_model" if model.score.bias is None else "critic"
+    dtype = dtype or model.model.embed_tokens.weight.dtype
+    raw = config_json(model.config, kind, dtype, tokenizer.pad_id, model.score_shift)
+    _save_model(Path(folder), model, raw, dtype, tokenizer)

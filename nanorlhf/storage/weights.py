@@ -1,0 +1,210 @@
+"""Weights in: from safetensors files straight into a model's parameters, a piece at a time.
+
+A safetensors file is 8 bytes (the header's length), a JSON header (dtype, shape and place of each tensor), and the
+tensors' bytes. We read the bytes ourselves, because the usual way maps the file into memory, where every page that was
+touched stays resident until the file is closed: Llama-3.2-1B in bf16 then peaks at 2.06 times its size, and read like
+this at 1.0 times (`python -m experiments.llama_1b load`).
+
+Our q, k, v and gate, up are one matrix each; in the files they are Hugging Face's separate ones.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nanorlhf.errors import UserError
+from nanorlhf.llama import LlamaConfig
+from nanorlhf.storage.model_config import read_json
+
+PIECE_BYTES = 16 * 2**20  # read at a time where a tensor changes dtype or device on its way
+MAX_HEADER_BYTES = 100 * 10**6  # the format's own limit
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+AGAIN = "copy or download it again"
+
+
+class TensorFile:
+    """One safetensors file. `names` are its tensors'; `read` fills a tensor from it.
+
+    Raises UserError that names the file when it is missing, cut, or does not hold what its header says.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = open(path, "rb", buffering=0)
+        except FileNotFoundError:
+            raise UserError(f"{path}: not found, expected a file of the model: {AGAIN}") from None
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            self._entries, self._begin = self._read_header(size)
+        except (ValueError, RecursionError) as error:  # also bad JSON and bad UTF-8
+            self._file.close()
+            raise UserError(f"{path}: not a complete safetensors file ({error}), {AGAIN}") from None
+
+    def _read_header(self, size: int) -> tuple[dict[str, dict], int]:
+        """({tensor name: its entry}, where the tensors' bytes begin). Raises ValueError saying what is wrong."""
+        length = int.from_bytes(self._file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise ValueError(f"{size:,} bytes, with a header of {length:,}")
+        header = json.loads(self._file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is a JSON {type(header).__name__}")
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            try:
+                first, last = entry["data_offsets"]
+                numbers = [first, last, *entry["shape"]]
+                well_formed = isinstance(entry["dtype"], str) and all(type(n) is int and n >= 0 for n in numbers)
+            except (TypeError, KeyError, ValueError):
+                well_formed = False
+            if not well_formed:
+                raise ValueError(f"the header's entry of {name} is {str(entry)[:80]}")
+        end = 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = entry["data_offsets"]
+            if first != end or last < first:  # the format has neither gaps nor bytes that two tensors share
+                raise ValueError(f"{name} has the bytes {first:,} to {last:,}, expected it to begin at {end:,}")
+            end = last
+        if 8 + length + end != size:
+            raise ValueError(f"{size:,} bytes where its header promises {8 + length + end:,}")
+        return header, 8 + length
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def read(self, name: str, target: Tensor) -> None:
+        """Fill `target` (any float dtype and device, contiguous) with the tensor, cast. Raises UserError that names the
+        tensor when it has another shape or is no ordinary float."""
+        entry = self._entries[name]
+        shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+        if shape != tuple(target.shape):
+            raise UserError(
+                f"{self.path}: tensor {name} has shape {shape}, expected {tuple(target.shape)} for the config.json "
+                "beside it"
+            )
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise UserError(
+                f"{self.path}: tensor {name} is {entry['dtype']}, expected {', '.join(DTYPES)}: quantised weights "
+                "cannot be trained, take the model they were made from"
+            )
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise UserError(f"{self.path}: tensor {name} has {end - begin:,} bytes for shape {shape}, {AGAIN}")
+        flat, position = target.view(-1), self._begin + begin
+        if target.device.type == "cpu" and target.dtype == dtype:
+            self._fill(flat, position)
+            return
+        piece = torch.empty(min(PIECE_BYTES // dtype.itemsize, flat.numel()), dtype=dtype)
+        for part in flat.split(piece.numel()):
+            self._fill(piece[: part.numel()], position)
+            part.copy_(piece[: part.numel()])
+            position += part.numel() * dtype.itemsize
+
+    def _fill(self, flat: Tensor, position: int) -> None:
+        """Read a CPU tensor's bytes from a place of the file."""
+        view = memoryview(flat.view(torch.uint8).numpy())
+        self._file.seek(position)
+        while view:
+            count = self._file.readinto(view)  # may be less than asked for, above 2 GiB always
+            if count == 0:
+                raise UserError(f"{self.path}: became shorter while it was read, {AGAIN}")
+            view = view[count:]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _is_file_name(name) -> bool:
+    return isinstance(name, str) and Path(name).name.endswith(".safetensors")
+
+
+class TensorFolder:
+    """The tensors of a Hugging Face folder: model.safetensors, or shards and their index. A context manager."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files: dict[Path, TensorFile] = {}
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
+                raise UserError(
+                    f"{index}: weight_map is missing or names no files, expected a file for each tensor, {AGAIN}"
+                )
+            self.where = {name: folder / Path(file).name for name, file in weight_map.items()}
+        elif single.exists():
+            self.where = dict.fromkeys(self._open(single).names, single)
+        else:
+            others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pth", ".gguf"))
+            found = f" (but {others[0]}, which is not read: nothing is unpickled)" if others else ""
+            raise UserError(
+                f"{folder}: no model.safetensors and no model.safetensors.index.json{found}, expected a Hugging Face "
+                "model folder"
+            )
+
+    def _open(self, path: Path) -> TensorFile:
+        if path not in self._files:
+            self._files[path] = TensorFile(path)
+        return self._files[path]
+
+    def read(self, name: str, target: Tensor) -> None:
+        """Fill `target` with a tensor. Raises UserError that names it when it is missing or does not fit."""
+        if name not in self.where:
+            raise UserError(f"{self.folder}: tensor {name} is missing, expected it for the config.json beside it")
+        file = self._open(self.where[name])
+        if name not in file.names:
+            raise UserError(f"{file.path}: tensor {name} is missing, though the index says that it is here, {AGAIN}")
+        file.read(name, target)
+
+    def __enter__(self) -> "TensorFolder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def file_tensors(name: str, config: LlamaConfig) -> list[tuple[str, int | None]]:
+    """Where a parameter of ours lives in a Hugging Face file: [(tensor name, rows)], in order.
+
+    rows is None for the whole parameter.
+    """
+    for merged, parts, sizes in (
+        ("qkv_proj", ("q_proj", "k_proj", "v_proj"), config.qkv_sizes),
+        ("gate_up_proj", ("gate_proj", "up_proj"), (config.intermediate_size,) * 2),
+    ):
+        if merged in name:
+            return [(name.replace(merged, part), rows) for part, rows in zip(parts, sizes, strict=True)]
+    return [(name, None)]
+
+
+def file_parts(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """(our name, name in a file, the rows of the parameter that it is) for everything in a model."""
+    for ours, parameter in model.named_parameters():
+        begin = 0
+        for name, rows in file_tensors(ours, model.config):
+            yield ours, name, parameter if rows is None else parameter[begin : begin + rows]
+            begin += rows or 0
+
+
+def load_weights(model: nn.Module, folder: str | Path, ignore: tuple[str, ...] = ()) -> None:
+    """Fill a model's parameters from a folder, cast to each parameter's dtype.
+
+    Raises UserError that names the tensor when one is missing, misshapen, or in the file but in no parameter (unless it
+    starts with a prefix in `ignore`, or is a table of rotary frequencies as in Llama 2's files).
+    """
+    with TensorFolder(Path(folder)) as tensors, torch.no_grad():
+        unused = {name for name in tensors.where if "rotary_emb.inv_freq" not in name and not name.startswith(ignore)}
+        for _, name, part in file_parts(model):
+            tensors.read(name, part)
+            unused.discard(name)
+    if unused:
+        raise UserError(
+            f"{folder}: unexpected tensors {sorted(unused)[:4]}, expected exactly those of the config.json beside them"
+        )
