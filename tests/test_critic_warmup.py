@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file
 from stages import Killed, assert_same_weights, run, start
 
-from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.optim import MOMENTS
-from nanorlhf.storage.resume import latest_checkpoint, load_state
 from nanorlhf.run.run import Run, read_metrics
+from nanorlhf.storage.checkpoint import load_policy
+from nanorlhf.storage.resume import latest_checkpoint, load_state
+
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):

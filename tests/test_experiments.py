@@ -10,8 +10,8 @@ import train_ppo
 import train_rm
 import train_sft
 from experiments import demo_cost, seeds
-from nanorlhf.tiny.demo import BARS
 from nanorlhf.monitoring.flops import head_flops, trunk_flops
+from nanorlhf.tiny.demo import BARS
 
 GOOD = {
     "sft_rouge_over_base": 2.2, "rm_accuracy": 0.72, "preflight_ratio_error": 0.0, "preflight_kl_error": 0.0,

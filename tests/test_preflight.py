@@ -312,7 +312,7 @@ def test_what_costs_nothing_is_asked_before_anything_is_computed(setup, monkeypa
 
 @pytest.mark.parametrize("batch, expected", [(4, 64), (64, 64), (128, 128), (512, 256)])
 def test_as_many_references_are_scored_as_a_batch_has(batch, expected):
-    assert preflight.references(batch) == expected
+    assert preflight.how_many_references(batch) == expected
 
 
 def test_rounding_as_it_was_measured_stops_no_run():

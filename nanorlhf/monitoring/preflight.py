@@ -12,7 +12,7 @@ it starts. Each is a number with bounds and the likely cause when it is outside;
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from nanorlhf.models import Policy, ScalarModel
 from nanorlhf.packing import in_microbatches, pack
 from nanorlhf.pairs import pack_pairs
 from nanorlhf.ppo import Experience
+from nanorlhf.run.run import Run
 
 # By dtype. The bounds of bf16 are a few times what rounding does to SmolLM2-135M's real weights: every operation rounded
 # to bf16, in two orders of summation, on real posts and their summaries (bench/rounding.py; more on 128 posts).
@@ -128,6 +129,36 @@ def logprob_error(policy: Policy, sequences: list[list[int]], responses: Tensor,
 # --- PPO -------------------------------------------------------------------------------------------------------------
 
 
+def before_update(
+    run: Run, update: int, models: tuple[Policy, Policy, ScalarModel, ScalarModel], frozen: list[float],
+    episode: Experience, said, sampled_logprobs: Tensor, queries: Sequence[list[int]], references: Sequence[list[int]],
+    tokenizer: Tokenizer,
+) -> dict[str, float]:  # fmt: skip
+    """All checks that are due before the learning of this update -> their metrics; raises UserError for one that fails.
+
+    args: said: train_ppo.Scored; queries, references: of the training posts; the others as in `any_update`
+    """
+    cfg, when, checked = run.cfg, f"before update {update + 1}", {}
+    if update == 0:  # first what costs nothing
+        checked = report(first_responses(episode.responses, tokenizer), run.say, when)
+        run.say("        the others read the batch once more, and as many of the authors' summaries")
+    checks = any_update(models, frozen, episode, sampled_logprobs, cfg)
+    if update == 0:
+        n = how_many_references(cfg.batch_size)
+        known = [query + reference for query, reference in zip(queries[:n], references[:n], strict=True)]
+        (known_scores,) = in_microbatches(
+            lambda packed, _: [models[3].last_scores(packed)], known, cfg.microbatch_tokens, run.device
+        )
+        checks += first_update(episode, said.ref_logprobs, said.raw_scores, known_scores, run.dtype)
+    return checked | report(checks, run.say, when)
+
+
+def in_loss(run: Run, update: int, totals: dict[str, Tensor], checked: dict[str, float]) -> None:
+    """Adds to `checked` what the first loss of the policy in this update sees, before its optimizer step."""
+    if "val/ratio" in totals and "grad_norm" not in totals:
+        checked |= report(first_loss(totals, run.dtype), run.say, f"in update {update + 1}")
+
+
 def any_update(
     models: tuple[Policy, Policy, ScalarModel, ScalarModel],
     frozen: list[float],
@@ -212,7 +243,7 @@ def first_update(
     ]  # fmt: skip
 
 
-def references(batch_size: int) -> int:
+def how_many_references(batch_size: int) -> int:
     """Posts whose summaries are scored: as many as a batch has, so that it costs a quarter of scoring one, and in any
     case enough to know a mean by."""
     return min(MOST_REFERENCES, max(LEAST_REFERENCES, batch_size))
