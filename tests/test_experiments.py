@@ -44,6 +44,16 @@ def test_the_table_has_mean_deviation_worst_and_distance_of_every_bar():
     assert cells(text, "EOS" if "EOS" in text else "share of PPO's")[-1] == "-"  # no spread, no distance
 
 
+def test_a_result_is_green_when_every_bar_is_passed():
+    good, bad = rows(eos_rate=0.9)
+    assert seeds.passes(good) and not seeds.passes(bad)
+
+
+def test_the_figure_is_drawn_from_curves_of_different_lengths():
+    curve = {"explained_variance": [-1.0, 0.5, 0.6]}
+    assert seeds.figure([curve, curve], [{"explained_variance": [-1.9, -0.5]}]).startswith(b"\x89PNG")
+
+
 def test_every_result_is_a_line_in_the_order_of_seeds_and_roundings():
     lines = seeds.every_result(rows()).splitlines()[2:]
     assert [line.split("|")[1].strip() for line in lines] == ["1", "2"]
