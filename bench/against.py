@@ -245,7 +245,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trl_python", help="python of an environment with TRL")
     args = parser.parse_args()
-    cfg = train_ppo.Config(**train_ppo.PRESETS["tiny"] | {"batch_size": args.batch_size})
+    papers = {"num_ppo_epochs": 4, "num_minibatches": 1, "batch_size": args.batch_size}  # an update as in the paper
+    cfg = train_ppo.Config(**train_ppo.PRESETS["tiny"] | papers)
     sft_cfg = train_sft.Config(**train_sft.PRESETS["tiny"] | {"batch_size": min(64, args.batch_size)})
     tokenizer, posts = load_tokenizer(EMBEDDED / "sft"), load_posts(ensure_world("data/tiny"), "train")
     queries, summaries = encode_posts(posts[: args.batch_size], tokenizer, cfg.max_query_length)

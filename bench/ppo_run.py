@@ -25,14 +25,14 @@ import torch
 
 from bench.shapes import Shape, random_model, shape_for
 from bench.stand_ins import SPECIALS, write_llama3_tokenizer
-from nanorlhf.storage.checkpoint import save_policy, save_scalar
-from nanorlhf.run.device import pick_device, pick_dtype
 from nanorlhf.data.encoding import encode_posts
-from nanorlhf.models import Policy, reward_model_from
-from nanorlhf.run.run import read_metrics
-from nanorlhf.tiny.data import write_world
 from nanorlhf.data.tldr import format_query, load_posts
 from nanorlhf.data.tokenizer import Tokenizer, load_tokenizer
+from nanorlhf.models import Policy, reward_model_from
+from nanorlhf.run.device import pick_device, pick_dtype
+from nanorlhf.run.run import read_metrics
+from nanorlhf.storage.checkpoint import save_policy, save_scalar
+from nanorlhf.tiny.data import write_world
 
 ROOT = Path(__file__).parents[1]
 SMALL_VOCABULARY = 2048  # of the check on a CPU

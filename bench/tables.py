@@ -166,5 +166,6 @@ def tables(folder: Path) -> str:
             elif (kind := name.split("_")[0]) in TABLES:  # plan_80
                 head = f"`{COMMANDS.get(kind, f'python -m bench.{kind}')}`, commit {bench['commit']}: "
                 lines = TABLES[kind](bench["result"])
+                lines += ["", f"{bench['note'][0].upper()}{bench['note'][1:]}."] if bench.get("note") and lines else []
                 parts += [head + "\n".join(lines)] if lines else []
     return "\n\n".join(parts) + "\n"

@@ -90,9 +90,13 @@ def ppo(found: dict, _: Path) -> list[str]:
                   f"{len(rows)} updates in {run['s']:.0f} s, {speed:,.0f} tokens/s, peak {run['peak_gib']:.1f} GiB.", ""]  # fmt: skip
         columns = [[rows[i]["step"], *(rows[i].get(metric) for metric in PPO_COLUMNS.values())] for i in shown]
         lines += table(["update", *PPO_COLUMNS], columns)
-    lines += ["## Pre-flight of one PPO update", ""]
-    lines += [f"- {dtype}: {row['failed']}" for dtype, row in found["preflight"].items() if "failed" in row]
-    good = {dtype: row for dtype, row in found["preflight"].items() if "failed" not in row}
+    return [*lines, *(f"- went on without it: {why}" for why in found["refused"])]
+
+
+def preflight(found: dict, _: Path) -> list[str]:
+    lines = ["## Pre-flight of one PPO update", ""]
+    lines += [f"- {dtype}: {row['refused']}" for dtype, row in found.items() if "refused" in row]
+    good = {dtype: row for dtype, row in found.items() if "refused" not in row}
     names = list(next(iter(good.values()), {}))
     return lines + table(
         ["check", *good], [[n.removeprefix("preflight/"), *(row.get(n) for row in good.values())] for n in names]
@@ -171,4 +175,5 @@ def out_again(found: dict, _: Path) -> list[str]:
             f"{found['posts']} posts (PPO's folder, fp32)."]  # fmt: skip
 
 
-SECTIONS = {"lr": lr, "sft": sft, "rm": rm, "ppo": ppo, "eval": evaluation, "out_again": out_again}
+SECTIONS = {"lr": lr, "sft": sft, "rm": rm, "ppo": ppo, "eval": evaluation, "preflight": preflight,
+            "out_again": out_again}  # fmt: skip

@@ -116,6 +116,11 @@ def test_every_link_of_the_docs_leads_somewhere():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_every_page_stands_in_the_list_of_pages():
+    listed = set(re.findall(r"\]\(([\w.]+\.md)\)", (ROOT / "docs" / "README.md").read_text(encoding="utf-8")))
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+
 def test_the_readme_counts_as_this_page_does():
     statuses = [row[2] for row in rows() if number(row)[0] not in "UP"]
     count = {status: sum(s.startswith(status) for s in statuses) for status in STATUS}

@@ -10,8 +10,8 @@ import train_ppo
 import train_rm
 import train_sft
 from experiments import demo_cost, seeds
-from nanorlhf.tiny.demo import BARS
 from nanorlhf.monitoring.flops import head_flops, trunk_flops
+from nanorlhf.tiny.demo import BARS
 
 GOOD = {
     "sft_rouge_over_base": 2.2, "rm_accuracy": 0.72, "preflight_ratio_error": 0.0, "preflight_kl_error": 0.0,
@@ -42,6 +42,16 @@ def test_the_table_has_mean_deviation_worst_and_distance_of_every_bar():
     # an upper bar: the worst is the largest, the distance is counted downwards
     assert cells(text, "largest objective/kl")[2:] == ["3", "1.4", "4", f"{(10 - 3) / 1.41421:.1f}"]
     assert cells(text, "EOS" if "EOS" in text else "share of PPO's")[-1] == "-"  # no spread, no distance
+
+
+def test_a_result_is_green_when_every_bar_is_passed():
+    good, bad = rows(eos_rate=0.9)
+    assert seeds.passes(good) and not seeds.passes(bad)
+
+
+def test_the_figure_is_drawn_from_curves_of_different_lengths():
+    curve = {"explained_variance": [-1.0, 0.5, 0.6]}
+    assert seeds.figure([curve, curve], [{"explained_variance": [-1.9, -0.5]}]).startswith(b"\x89PNG")
 
 
 def test_every_result_is_a_line_in_the_order_of_seeds_and_roundings():

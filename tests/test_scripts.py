@@ -1,9 +1,8 @@
 """The scripts, end to end on the tiny world for a few steps: alone, resumed, into transformers, and with bad input."""
 
 import json
+import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,7 +41,7 @@ def test_each_stage_runs_alone_from_the_embedded_checkpoints_and_says_so(world, 
 
 
 def test_a_stage_continues_from_the_run_of_the_stage_before(world, capsys):
-    run("train_sft", world)
+    run("train_sft", world, "--lr 2e-3")  # in 4 steps it has to learn to stop
     run("train_rm", world)
     assert "the sft run" in capsys.readouterr().out
     run("train_ppo", world)
@@ -79,7 +78,8 @@ def test_before_the_first_update_ratio_is_one_and_kl_is_zero(world):
 
 
 def test_before_the_second_update_the_sampler_and_the_loss_still_agree(world, models):
-    second = read_metrics(run("train_ppo", world, f"{models['train_ppo']} --max_updates 2"))[1]
+    flags = f"{models['train_ppo']} --max_updates 2 --critic_warmup 0"
+    second = read_metrics(run("train_ppo", world, flags))[1]
     assert second["preflight/approxkl_of_the_sampler"] < 1e-6 and second["preflight/approxkl_in_the_loss"] < 1e-6
     assert second["objective/kl"] != 0 and "preflight/kl" not in second
 
@@ -108,7 +108,7 @@ def test_rlhf_reward_is_score_minus_kl_penalty_in_every_update(world):
     ],
 )
 def test_microbatch_tokens_change_no_metric_beyond_rounding(name, metrics, world, models):
-    flags = f"{models[name]} --max_updates 2"
+    flags = f"{models[name]} --max_updates 2" + (" --critic_warmup 0" if name == "train_ppo" else "")
     rows = [
         read_metrics(run(name, world, f"{flags} --run_name run_{tokens} --microbatch_tokens {tokens}"))
         for tokens in (150, 8192)
@@ -180,15 +180,15 @@ NUMBERS = [f"# {digit}" for digit in range(1, 10)]
         ("train_sft.py --preset llama-1b --device cpu", ["--data", "--preset tiny"]),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_status_2(command, words, tmp_path):
+def test_bad_input_is_one_sentence_and_exit_status_2(command, words, monkeypatch, capsys):
     script, *flags = command.split()
     preset = [] if "--preset" in flags else ["--preset", "tiny"]
-    done = subprocess.run(
-        [sys.executable, ROOT / script, *preset, *flags], cwd=tmp_path, capture_output=True, encoding="utf-8"
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
+    monkeypatch.setattr("sys.argv", [script, *preset, *flags])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")  # a process each would import torch again
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    assert all(word in said for word in words), said
     assert not Path("runs").exists()
 
 

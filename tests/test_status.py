@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_run import CONFIG
 
+import nanorlhf.__main__
 import nanorlhf.run.run
 from nanorlhf.errors import UserError
 from nanorlhf.run.run import Run
@@ -56,10 +57,15 @@ def test_a_living_run_says_how_much_is_left_at_its_usual_pace_and_a_finished_one
     assert status(run.folder).splitlines()[-1] == "done    it is through: nothing to resume"
 
 
-def test_a_folder_that_is_no_run_is_one_sentence_and_exit_status_2(tmp_path):
+def test_a_folder_that_is_no_run_is_one_sentence_and_exit_status_2(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="is no run folder"):
         status(tmp_path)
-    for words in (["status", str(tmp_path)], ["status"], [], ["frobnicate", "x"]):
-        command = [sys.executable, "-m", "nanorlhf", *words]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    command = [sys.executable, "-m", "nanorlhf", "status", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    for words in (["status", str(tmp_path)], ["status"], [], ["frobnicate", "x"]):  # the same without a process each
+        monkeypatch.setattr(sys, "argv", ["nanorlhf", *words])
+        with pytest.raises(SystemExit) as ended:
+            nanorlhf.__main__.main()
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
