@@ -165,5 +165,7 @@ def test_a_long_summary_is_scored_by_its_first_tokens_and_counted(reward_model):
 def test_a_score_that_is_not_finite_is_named_with_its_post(reward_model, monkeypatch):
     monkeypatch.setattr(reward_model, "scores", lambda sequences: torch.full((len(sequences),), torch.inf))
     judge = reward_model_judge(reward_model, TOKENIZER, 104, 4096)
-    with pytest.raises(UserError, match=r"reward model: its score of a summary of post tiny-valid-000000 is not finite"):
+    with pytest.raises(
+        UserError, match=r"reward model: its score of a summary of post tiny-valid-000000 is not finite"
+    ):
         judge.scores([tiny_post(0)], ["a"])

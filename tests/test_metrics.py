@@ -373,5 +373,7 @@ def test_length_control_refuses_what_makes_no_sense(outcomes, lengths):
 
 def test_texts_of_other_alphabets_are_counted_and_are_not_empty():
     assert without_words(["a", "", "...", "5"]) is None
-    assert without_words(["你好", "привет", "hi", ""]).startswith("warning 2 of 4 texts have no Latin letter and no digit")
+    assert without_words(["你好", "привет", "hi", ""]).startswith(
+        "warning 2 of 4 texts have no Latin letter and no digit"
+    )
     assert [is_empty(text) for text in ("你好", "a", "?!", " ")] == [False, False, True, True]
