@@ -44,6 +44,8 @@ LARGE_GPU_GB = 70  # what the llama-1b preset needs
 # How other projects (TRL, cleanrl, OpenRLHF) spell our flags.
 SPELLINGS = {
     "lr": "learning_rate init_lr",
+    "critic_lr": "critic_learning_rate",
+    "critic_warmup": "critic_warmup_steps freezing_actor_steps",
     "lr_schedule": "lr_scheduler_type scheduler",
     "batch_size": "per_device_train_batch_size train_batch_size rollout_batch_size",
     "microbatch_tokens": "gradient_accumulation_steps micro_batch_size local_micro_batch_size",
@@ -83,13 +85,21 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "total_episodes eval_posts eval_pairs shift_posts num_posts num_comparisons steps batch_tokens keep",
     ),
     ("at least 2", lambda x: x >= 2, "response_length"),
-    ("0 or more", lambda x: x >= 0, "seed save_every sample_every diversity_samples diversity_posts"),
+    (
+        "0 or more",
+        lambda x: x >= 0,
+        "seed save_every sample_every diversity_samples diversity_posts critic_warmup lr_warmup",
+    ),
     (
         "0 or more, and finite",
         lambda x: 0 <= x < math.inf,
         "kl_coef vf_coef temperature eval_temperature diversity_temperature warmup_steps",
     ),
-    ("greater than 0, and finite", lambda x: 0 < x < math.inf, "lr max_grad_norm stop_kl cliprange cliprange_value"),
+    (
+        "greater than 0, and finite",
+        lambda x: 0 < x < math.inf,
+        "lr critic_lr max_grad_norm stop_kl cliprange cliprange_value",
+    ),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam"),
     ("a finite number", math.isfinite, "missing_eos_score"),
 )
