@@ -6,7 +6,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 PY = .venv/bin/python
 
-.PHONY: demo demo-hack test test-oldest setup clean
+.PHONY: demo demo-hack test test-all test-oldest setup clean
 
 demo: .venv/run
 	@echo "== 1/4 SFT: the embedded base model learns to summarise" && $(PY) train_sft.py --preset tiny --run_name demo_sft --overwrite
@@ -20,13 +20,18 @@ demo: .venv/run
 TINY = nanorlhf/tiny/checkpoints
 demo-hack: .venv/run
 	@echo "== 1/2 PPO without a KL penalty, learning rate constant" && $(PY) train_ppo.py --preset tiny --run_name hack_ppo --overwrite \
-		--sft_model $(TINY)/sft --reward_model $(TINY)/rm --kl_coef 0 --lr 3e-4 --lr_schedule constant --total_episodes 6400
+		--sft_model $(TINY)/sft --reward_model $(TINY)/rm --kl_coef 0 --lr 3e-4 --lr_schedule constant --total_episodes 6400 \
+		--num_ppo_epochs 4 --num_minibatches 1 --critic_warmup 0 --lr_warmup 0 --critic_lr None
 	@echo "== 2/2 evaluation on held-out posts" && $(PY) eval.py --preset tiny --run_name hack_eval --overwrite \
 		--policy sft=$(TINY)/sft ppo=runs/hack_ppo/final --reward_model $(TINY)/rm
 	@$(PY) -m nanorlhf.tiny.demo_hack
 
+# A process a core. -m "not nightly" leaves out the long tests that repeat others with more cases; test-all has them.
 test: .venv/test
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist worksteal -m "not nightly"
+
+test-all: .venv/test
+	$(PY) -m pytest -n auto --dist worksteal
 
 # The oldest torch that pyproject.toml allows, and what a GPU would be given, in an environment of its own (4 GB with CUDA).
 OLDEST = 2.11.*

@@ -221,7 +221,7 @@ def in_turn(sides: dict[str, object], work: str, batch: Batch, repeats: int) -> 
 
 def trl(args: argparse.Namespace, threads: int, batch: Batch, cfg: train_ppo.Config) -> dict:
     """Seconds of one update of TRL's PPOTrainer on the same queries, in the environment that has it."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         json.dump(batch.queries, file)
         file.flush()
         fields = ("num_ppo_epochs", "response_length", "temperature", "kl_coef", "lam", "lr")
@@ -230,7 +230,7 @@ def trl(args: argparse.Namespace, threads: int, batch: Batch, cfg: train_ppo.Con
         # -P: or bench/kernels.py would stand for the package that transformers looks for
         command = [args.trl_python, "-P", program, "--threads", str(threads), "--batch_size", str(len(batch.queries))]
         command += ["--rows", str(args.rows), "--settings", settings, "--queries", file.name]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return {"error": f"{program.name} ended with status {done.returncode}: {last[:200]}"}
@@ -245,7 +245,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trl_python", help="python of an environment with TRL")
     args = parser.parse_args()
-    cfg = train_ppo.Config(**train_ppo.PRESETS["tiny"] | {"batch_size": args.batch_size})
+    papers = {"num_ppo_epochs": 4, "num_minibatches": 1, "batch_size": args.batch_size}  # an update as in the paper
+    cfg = train_ppo.Config(**train_ppo.PRESETS["tiny"] | papers)
     sft_cfg = train_sft.Config(**train_sft.PRESETS["tiny"] | {"batch_size": min(64, args.batch_size)})
     tokenizer, posts = load_tokenizer(EMBEDDED / "sft"), load_posts(ensure_world("data/tiny"), "train")
     queries, summaries = encode_posts(posts[: args.batch_size], tokenizer, cfg.max_query_length)

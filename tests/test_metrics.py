@@ -73,7 +73,7 @@ def test_rouge_equals_the_command_line_of_rouge_score(tmp_path):
         command = ["-m", "rouge_score.rouge", f"--target_filepattern={files['target']}", f"--output_filename={csv}"]
         command += [f"--prediction_filepattern={files['prediction']}", f"--use_stemmer={stemmer}", "--aggregate=false"]
         subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=60)
-        rows = [line.split(",") for line in csv.read_text().splitlines()]
+        rows = [line.split(",") for line in csv.read_text(encoding="utf-8").splitlines()]
         names = rows[0]
         theirs = {name: np.mean([float(row[names.index(f"{name}-F")]) for row in rows[1:]]) for name in ROUGE_NAMES}
         assert rouge(*map(list, zip(*pairs, strict=True)), stemmer=stemmer) == pytest.approx(theirs, abs=1e-6)

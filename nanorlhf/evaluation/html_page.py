@@ -35,7 +35,7 @@ def html_page(
     results: dict, samples: list[dict], images: dict[str, bytes], traces: list[dict] = (), about: str = ""
 ) -> str:
     """The whole report, in ASCII: other characters are written as &#...;, which no encoding can garble."""
-    style, script = (HERE / "report.css").read_text(), (HERE / "report.js").read_text()
+    style, script = (HERE / "report.css").read_text(encoding="utf-8"), (HERE / "report.js").read_text(encoding="utf-8")
     every, body, links = tables(results), [], []
     for id, (heading, kinds) in SECTIONS.items():
         pictures = [_figure(name, image) for name, image in images.items() if name.split("_")[0] in kinds]

@@ -24,6 +24,18 @@ def words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
+def is_empty(text: str) -> bool:
+    """Whether a text has no letter and no digit of any alphabet."""
+    return not any(c.isalnum() for c in text)
+
+
+def without_words(texts: Sequence[str]) -> str | None:
+    """A warning with the number of texts that say something and have no `words`: in Chinese, Greek or Arabic."""
+    count = sum(not words(text) and not is_empty(text) for text in texts)
+    of = f"warning {count:,} of {len(texts):,} texts have no Latin letter and no digit"
+    return f"{of}: ROUGE is 0 for them, and they count as 0 words" if count else None
+
+
 def ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
