@@ -6,9 +6,10 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 PY = .venv/bin/python
 
-.PHONY: demo demo-hack test test-all setup clean
+.PHONY: demo demo-hack test test-all test-oldest setup clean
 
 demo: .venv/run
+	@$(PY) -m bench.estimate
 	@echo "== 1/4 SFT: the embedded base model learns to summarise" && $(PY) train_sft.py --preset tiny --run_name demo_sft --overwrite
 	@echo "== 2/4 reward model" && $(PY) train_rm.py --preset tiny --run_name demo_rm --overwrite --sft_model runs/demo_sft/final
 	@echo "== 3/4 PPO" && $(PY) train_ppo.py --preset tiny --run_name demo_ppo --overwrite --sft_model runs/demo_sft/final --reward_model runs/demo_rm/final
@@ -32,6 +33,13 @@ test: .venv/test
 test-all: .venv/test
 	$(PY) -m pytest -n auto --dist worksteal
 
+# The oldest torch that pyproject.toml allows, and what a GPU would be given, in an environment of its own (4 GB with CUDA).
+OLDEST = 2.11.*
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest && .venv-oldest/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.venv-oldest/bin/python -m pip install --quiet $(PIP_FLAGS) --group test "torch==$(OLDEST)"
+	.venv-oldest/bin/python -m pytest tests/test_fake_gpu.py tests/test_syncs.py tests/test_plan.py tests/test_triton.py
+
 setup: .venv/run
 
 .venv/bin/python:
@@ -48,4 +56,4 @@ setup: .venv/run
 	@touch $@
 
 clean:
-	rm -rf .venv runs data/tiny
+	rm -rf .venv .venv-oldest runs data/tiny

@@ -24,6 +24,7 @@ out, with a line that says so. Left out: bars to pass (nanorlhf/tiny/demo.py has
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a GPU's memory in pieces that can grow
 
 import json
 import time
@@ -64,7 +65,7 @@ from nanorlhf.data.tokenizer import check_matches, load_tokenizer
 @dataclass
 class Config:
     # -- run
-    preset: str = "auto"  # auto, llama-1b, paper or tiny: which of the three sets of defaults below
+    preset: str = "auto"  # auto, llama-1b, paper, smollm2 or tiny: which of the four sets of defaults below
     run_name: str = "eval"  # folder under runs/
     overwrite: bool = False  # delete an earlier run of this name first
     seed: int = 1  # of the sampled summaries and of the bootstrap
@@ -99,10 +100,12 @@ class Config:
 PRESETS = {
     "llama-1b": {},
     "paper": {},
-    # Temperature 0.7 is the one PPO samples at: a win rate then compares what was trained. With 512 posts its standard
-    # error is 0.02.
+    # SmolLM2-135M: lengths as in train_sft.py
+    "smollm2": dict(max_query_length=544, response_length=56, microbatch_tokens=16384),
+    # Temperature 0.7 is the one PPO samples at: a win rate then compares what was trained. With 1024 posts its standard
+    # error is 0.014.
     "tiny": dict(
-        num_posts=512, temperature=0.7, max_query_length=104, response_length=32, diversity_posts=64,
+        num_posts=1024, temperature=0.7, max_query_length=104, response_length=32, diversity_posts=32,
         microbatch_tokens=8192, judge="gold"
     ),
 }  # fmt: skip

@@ -22,6 +22,7 @@ model (N+ details 10 to 16). Left out: margins, ensembles. Next: train_ppo.py.
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a GPU's memory in pieces that can grow
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ from nanorlhf.storage.checkpoint import check_folder, load_policy, save_scalar
 @dataclass
 class Config:
     # -- run
-    preset: str = "auto"  # auto, llama-1b, paper or tiny: which of the three sets of defaults below
+    preset: str = "auto"  # auto, llama-1b, paper, smollm2 or tiny: which of the four sets of defaults below
     run_name: str = "rm"  # folder under runs/
     overwrite: bool = False  # delete an earlier run of this name first
     resume: bool | Literal["auto"] = False  # continue this run from its last checkpoint; auto: begin if there is none
@@ -92,10 +93,12 @@ class Config:
 PRESETS = {
     "llama-1b": {},
     "paper": {},
-    # The tiny model is a thousand times smaller, so its learning rate is several hundred times larger; the rest is the
-    # sizes of its world.
-    "tiny": dict(lr=1.5e-3, max_grad_norm=1.0, max_query_length=104, microbatch_tokens=4096, shift_posts=1024,
-                 eval_pairs=1024, save_every=80),
+    # SmolLM2-135M: lengths as in train_sft.py
+    "smollm2": dict(lr=3e-5, max_grad_norm=1.0, max_query_length=544, microbatch_tokens=8192, save_every=100),
+    # The tiny model is a thousand times smaller, so its learning rate is several hundred times larger. Small batches: it
+    # needs the steps more than the pairs (docs/robustness.md). The rest is the sizes of its world.
+    "tiny": dict(lr=1.5e-3, batch_size=16, max_updates=344, max_grad_norm=1.0, max_query_length=104,
+                 microbatch_tokens=4096, shift_posts=1024, eval_pairs=256, save_every=86),
 }  # fmt: skip
 
 

@@ -3,12 +3,14 @@
     python -m bench.kernels                 at the shape of Llama-3.2-1B on a GPU; small, references only, without one
     python -m bench.kernels --rows 6784     one PPO batch: 128 responses of 53 tokens [default: that and 8,192]
     python -m bench.kernels --tokens 12896  the body's kernels: that many packed tokens [default: 32 sequences]
+    python -m bench.kernels --compile       also torch.compile of each reference: half a minute more on a GPU
     python -m bench.kernels --tiles         other tiles and chunks than the ones that ship, to tune a new card
 
-Each operation is timed beside its PyTorch reference, torch.compile of that reference, torch's own fused cross-entropy
-and norm, and Liger's kernels where it is installed, in turn in one process. The ceilings, a copy and a matmul
+Each operation is timed beside its PyTorch reference, torch's own fused cross-entropy and norm, and Liger's kernels
+where it is installed, in turn in one process; torch.compile comes last. The ceilings, a copy and a matmul
 in bf16, are measured in the same run. Times are medians over at least a fifth of a second, with a cold L2; memory is
-the peak above the operands. One JSON line last. Needs torch and triton, nothing else.
+the peak above the operands. --rows_to FILE writes one JSON line a measurement as it is made, so that a visit that is
+cut short keeps what it has. One JSON line last. Needs torch and triton, nothing else.
 """
 
 import argparse
@@ -267,6 +269,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[6784, 8192] if GPU else [256], help="rows M")
     parser.add_argument("--tokens", type=int, default=12_896 if GPU else 256, help="packed tokens N of the body")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of each reference too, last")
+    parser.add_argument("--rows_to", metavar="FILE", help="append one JSON line a measurement here")
     parser.add_argument("--tiles", action="store_true", help="other tiles and chunks than those that ship")
     flags = parser.parse_args()
     device = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
@@ -282,24 +286,33 @@ def main() -> None:
             results += tiles(rows, flags.tokens, ceiling) if what == "rows" else []
             continue
         print(f"| {rows} {what} | who | ms | rate | of ceiling | GB |\n|---|---|---|---|---|---|")
-        for name, (ours, reference, leaves, unit, work) in build(rows).items():
-            contenders = {"ours": ours, "PyTorch": reference} if GPU else {"PyTorch": ours}
-            if GPU and not name.startswith("sample"):  # a search over a cumulative sum is nothing to fuse
-                contenders["torch.compile"] = torch.compile(reference)
-            contenders = {who: with_gradient(f, leaves) if leaves else f for who, f in contenders.items()}
-            for who, function in (contenders | rivals(name, rows)).items():
-                try:
-                    seconds, gigabytes = measure(function)
-                except RuntimeError as error:  # out of memory, or a compiler that is not there: said, not hidden
-                    print(f"| {name} | {who} | {type(error).__name__}: {str(error).splitlines()[0][:60]} | | | |")
+        for compiled in (False, True) if flags.compile and GPU else (False,):
+            for name, (ours, reference, leaves, unit, work) in build(rows).items():
+                if not compiled:
+                    contenders = {"ours": ours, "PyTorch": reference} if GPU else {"PyTorch": ours}
+                elif name.startswith("sample"):  # a search over a cumulative sum is nothing to fuse
                     continue
-                rate = work / seconds
-                share, unit_name = rate / ceiling[unit], f"{unit}/s"
-                memory = f"{gigabytes:.2f}" if GPU else ""
-                print(f"| {name} | {who} | {seconds * 1e3:.3f} | {rate:.3g} {unit_name} | {share:.0%} | {memory} |")
-                row = {what: rows, "op": name, "who": who, "ms": seconds * 1e3, unit_name: rate, "of_ceiling": share}
-                results.append(row | ({"gb": gigabytes} if GPU else {}))
-            torch._dynamo.reset()
+                else:
+                    contenders = {"torch.compile": torch.compile(reference)}
+                contenders = {who: with_gradient(f, leaves) if leaves else f for who, f in contenders.items()}
+                contenders |= {} if compiled else rivals(name, rows)
+                for who, function in contenders.items():
+                    try:
+                        seconds, gigabytes = measure(function)
+                    except RuntimeError as error:  # out of memory, or a compiler that is not there: said, not hidden
+                        print(f"| {name} | {who} | {type(error).__name__}: {str(error).splitlines()[0][:60]} | | | |")
+                        continue
+                    rate = work / seconds
+                    share, unit_name = rate / ceiling[unit], f"{unit}/s"
+                    memory = f"{gigabytes:.2f}" if GPU else ""
+                    numbers = f"{seconds * 1e3:.3f} | {rate:.3g} {unit_name} | {share:.0%} | {memory}"
+                    print(f"| {name} | {who} | {numbers} |", flush=True)
+                    row = {what: rows, "op": name, "who": who, "ms": seconds * 1e3, unit_name: rate}
+                    results.append(row | {"of_ceiling": share} | ({"gb": gigabytes} if GPU else {}))
+                    if flags.rows_to:
+                        with open(flags.rows_to, "a") as file:
+                            file.write(json.dumps(results[-1]) + "\n")
+                torch._dynamo.reset() if compiled else None
         print()
     print(json.dumps({"bench": "kernels", "device": device, "torch": torch.__version__, "ceilings": ceiling,
                       "results": results}))  # fmt: skip

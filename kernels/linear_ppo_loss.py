@@ -128,7 +128,7 @@ def _forward(
     losses, logprobs, entropy, clipped = (hidden.new_zeros(M, dtype=dtype) for _ in range(4))
     with_grad = of_hidden or of_weight
     grad_hidden = torch.empty_like(hidden) if of_hidden else hidden.new_empty(0)
-    grad_weight = torch.zeros_like(weight, dtype=dtype) if of_weight else weight.new_empty(0, dtype=dtype)
+    grad_weight = torch.empty_like(weight, dtype=dtype) if of_weight else weight.new_empty(0, dtype=dtype)
     slices = chunks(M, V)
     size = slices[0].stop if slices else 0
     logits_buffer = hidden.new_empty(size, V, dtype=dtype)
@@ -146,7 +146,7 @@ def _forward(
         if of_hidden:
             torch.mm(grad_buffer[:n], weight, out=grad_hidden[rows])  # dh = dz W
         if of_weight:
-            addmm_wide(grad_weight, grad_buffer[:n].T, hidden[rows])  # dW += dz^T h
+            addmm_wide(grad_weight, grad_buffer[:n].T, hidden[rows], first=rows.start == 0)  # dW += dz^T h
     return losses.sum(), logprobs, entropy, clipped.sum(), grad_hidden, grad_weight
 
 
@@ -163,10 +163,13 @@ def _save(ctx, inputs, output):
     *_, ctx.of_hidden, ctx.of_weight = inputs
     ctx.weight_dtype = inputs[1].dtype
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or each gets a gradient of zeros: that of the weight's gradient is 1.05 GB
     ctx.save_for_backward(output[4], output[5])
 
 
 def _gradient(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 10
     grad_hidden, grad_weight = ctx.saved_tensors
     of_hidden = grad_hidden * grad_loss if ctx.of_hidden else None  # 0-dim: stays in the dtype of grad_hidden
     of_weight = None

@@ -56,19 +56,16 @@ def _apart(pairs: PackedPairs) -> Attend:
 def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # imported here: it needs a CUDA build of torch
 
-    grouped = {}
-    if _takes_groups():
-        grouped["enable_gqa"] = q.shape[1] != k.shape[1]
-    else:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (N, H, Dh)
+    # Query heads share a key/value head; nothing is expanded. torch 2.11 takes that as it is, later ones ask for a flag.
+    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if _has_flag() else {}
     cu = F.pad(packed.cu_seqlens, (0, 1), value=q.shape[0])  # (B+2,): the filling is a sequence of its own
     longest = max(packed.max_length, packed.filling)
     return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **grouped)  # nothing to the right
 
 
 @cache
-def _takes_groups() -> bool:
-    """Whether query heads may share a key/value head: from torch 2.12 on."""
+def _has_flag() -> bool:
+    """Whether varlen_attn has `enable_gqa`: from torch 2.12 on."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in signature(varlen_attn).parameters

@@ -19,11 +19,12 @@ from torch import Tensor
 from kernels import decode_attention, linear_fp32, sample_head
 from nanorlhf.attention import Attend, causal
 from nanorlhf.models import Policy
-from nanorlhf.packing import Packed, pack, split_by_tokens
+from nanorlhf.packing import Packed, pack, split_by_tokens, to_device
 
-# Tokens a forward pass of the prefill. Large enough to fill a GPU; small enough that on a CPU no activation of the tiny
-# model reaches 32 MB, from where on glibc asks the system for every tensor's memory, zeroed page by page.
-PREFILL_TOKENS = 4096
+# Tokens a forward pass of the prefill. An H200 needs 20 ms for 4,096 tokens of a 1B model, and the host as long to ask
+# for their 300 kernels: so four times as many. On a CPU no activation of the tiny model may reach 32 MB, from where on
+# glibc asks the system for every tensor's memory, zeroed page by page.
+PREFILL_TOKENS = {"cuda": 16384, "cpu": 4096}
 # S is a multiple of it. The GPU's kernel never reads a slot that is empty, and with fewer sizes fewer graphs are
 # captured; on a CPU every slot is read.
 ROUND_SLOTS = {"cuda": 64, "cpu": 8}
@@ -59,8 +60,8 @@ class KVCache:
         """Ordinary causal attention that leaves k and v in the cache, of sequences `first`, first + 1, ..."""
         n = sum(packed.lengths)  # tokens without the filling
         lengths = torch.tensor(packed.lengths)
-        sequence = torch.repeat_interleave(torch.arange(first, first + len(lengths)), lengths)  # (n,)
-        rows = self.first_rows[sequence.to(self.first_rows.device)] + packed.positions[:n, None]  # (n, Hkv)
+        sequence = torch.arange(first, first + len(lengths)).repeat_interleave(lengths, output_size=n)  # (n,)
+        rows = self.first_rows[to_device(sequence, self.first_rows.device)] + packed.positions[:n, None]  # (n, Hkv)
         attend = causal(packed)
 
         def store_and_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ class Decoder:
         if use_graph and self.device.type == "cuda" and self.responses.shape[1] > 1:
             step = self.captured(policy).replay
         self.cache.clear()
-        self.noise.copy_(noise)
+        self.noise.copy_(to_device(noise, self.device))
         self.t.zero_()
         self.write(policy, self.prefill(policy, queries))
         for _ in range(self.responses.shape[1] - 1):
@@ -132,11 +133,11 @@ class Decoder:
         """All queries through the model, into the cache. -> hidden states of their last tokens (B, D)"""
         lengths = [len(query) for query in queries]
         hidden = []
-        for group in split_by_tokens(lengths, PREFILL_TOKENS):
+        for group in split_by_tokens(lengths, PREFILL_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]):
             packed = pack([queries[i] for i in group], device=self.device)
             states = policy.model(packed.tokens, packed.positions, self.cache.prefill(packed, first=group[0]))
             hidden.append(states[packed.last_rows()])
-        self.positions.copy_(torch.tensor(lengths))  # of the first response token
+        self.positions.copy_(to_device(torch.tensor(lengths), self.device))  # of the first response token
         return torch.cat(hidden)
 
     def step(self, policy: Policy) -> None:

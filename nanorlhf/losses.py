@@ -13,7 +13,7 @@ def next_token_labels(packed: Packed) -> tuple[Tensor, Tensor]:
     -> labels (N,) int64: the token that follows; counts (N,) bool
     """
     counts = torch.ones_like(packed.tokens, dtype=torch.bool)
-    counts[packed.last_rows()] = False
+    counts.index_fill_(0, packed.last_rows(), False)  # counts[...] = False would copy a number over, and wait
     counts[counts.shape[0] - packed.filling :] = False
     return packed.tokens.roll(-1), counts
 

@@ -6,6 +6,8 @@ pass reads is rewritten in place. A model in fp32 is its own master.
 """
 
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -38,32 +40,44 @@ class AdamW:
 
     Betas 0.9 and 0.999 and weight decay 0.01 are torch's defaults, which the paper never sets; eps 1e-5 it does.
 
-    args: models: their parameters are trained together; a parameter that two models share is an error.
+    args: models: their parameters are trained together, each model at a learning rate of its own if `step` is given
+    several; a parameter that two models share is an error.
     """
 
     def __init__(self, models: list[nn.Module], lr: float, eps: float = 1e-5, beta2: float = 0.999):
-        self.names, self.labels, self.parameters = [], [], []
+        self.names, self.labels, self.parameters, sizes = [], [], [], []
         self.skipped, self.last_skip = 0, ""  # steps not taken, and why the last one was not
         for index, model in enumerate(models):
+            sizes.append(len(list(model.parameters())))
             for name, parameter in model.named_parameters():
                 self.names.append(f"{index}.{name}")
                 self.labels.append(f"{type(model).__name__}.{name}")  # what an error calls it
                 self.parameters.append(parameter)
-        places = {id(p) if p.is_meta else p.data_ptr() for p in self.parameters}
+        places = {p.untyped_storage()._cdata for p in self.parameters}  # tensors without data have a storage too
         assert len(places) == len(self.parameters), "two models share a parameter"
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is not parameter:
                 parameter.register_post_accumulate_grad_hook(lambda p, m=master: _move_gradient(p, m))
-        self.adam = torch.optim.AdamW(self.masters, lr=lr, eps=eps, betas=(0.9, beta2), fused=True)
+        ends = list(accumulate(sizes))
+        of_models = [self.masters[end - size : end] for size, end in zip(sizes, ends, strict=True)]  # a group a model
+        groups = [{"params": masters} for masters in of_models]
+        self.adam = torch.optim.AdamW(groups, lr=lr, eps=eps, betas=(0.9, beta2), fused=True)
 
-    def step(self, lr: float, max_grad_norm: float | None = None, on_nan: str = "stop") -> Tensor:
+    def step(
+        self, lr: float | Sequence[float], max_grad_norm: float | None = None, on_nan: str = "stop"
+    ) -> Tensor:
         """One optimizer step on the accumulated gradients, which it clears. Returns their norm before clipping, ().
 
+        A parameter without a gradient keeps weight and moments as they are, weight decay included.
+
+        args: lr: of all models, or one for each
         When the norm is not finite, weights and moments stay as they are. on_nan: stop raises NotFinite, which names
         the tensors; skip counts the step in `skipped`.
         """
-        self.adam.param_groups[0]["lr"] = lr
+        groups = self.adam.param_groups
+        for group, rate in zip(groups, lr if isinstance(lr, Sequence) else [lr] * len(groups), strict=True):
+            group["lr"] = rate
         gradients = [master.grad for master in self.masters if master.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
@@ -143,7 +157,12 @@ def not_finite(tensors: dict[str, Tensor]) -> str:
 
 
 def _move_gradient(parameter: Tensor, master: Tensor) -> None:
-    """After each backward pass: add the bf16 gradient to the fp32 one, so that many microbatches lose no low bits."""
-    gradient = parameter.grad.float()
-    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+    """After each backward pass: add the bf16 gradient to the fp32 one, so that many microbatches lose no low bits.
+
+    The sum reads bf16 and writes fp32 in one operation: a copy in fp32 first would be 1.05 GB for Llama 3's embedding.
+    """
+    if master.grad is None:
+        master.grad = parameter.grad.float()
+    else:
+        master.grad.add_(parameter.grad)
     parameter.grad = None

@@ -55,7 +55,8 @@ class Config:
         return 3  # not part of any help text
 
 
-PRESETS = {"llama-1b": {}, "paper": dict(batch_size=512, lr=3e-6), "tiny": dict(lr=2e-4, whiten_rewards=True)}
+PRESETS = {"llama-1b": {}, "paper": dict(batch_size=512, lr=3e-6), "smollm2": {},
+           "tiny": dict(lr=2e-4, whiten_rewards=True)}  # fmt: skip
 DOC = """PPO on TL;DR: improve a summariser.
 
     python train_ppo.py --batch_size 128 --lr 1.5e-6
@@ -112,10 +113,10 @@ def test_hyphens_are_accepted_and_the_last_of_two_equal_flags_counts():
 def test_auto_is_tiny_without_a_large_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cfg = flags("")
-    assert (cfg.preset, cfg.preset_reason, cfg.lr) == ("tiny", "no CUDA device with 70 GB or more", 2e-4)
+    assert (cfg.preset, cfg.preset_reason, cfg.lr) == ("tiny", "no CUDA device", 2e-4)
 
 
-@pytest.mark.parametrize("gigabytes, preset", [(141, "llama-1b"), (24, "tiny")])
+@pytest.mark.parametrize("gigabytes, preset", [(141, "llama-1b"), (24, "smollm2")])
 def test_auto_depends_on_the_memory_of_the_gpu(monkeypatch, gigabytes, preset):
     card = SimpleNamespace(name="Card", total_memory=gigabytes * 10**9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -131,7 +132,7 @@ def test_auto_is_tiny_when_the_cpu_is_asked_for(monkeypatch):
 
 
 def test_an_unknown_preset_lists_the_presets():
-    assert refusal("--preset tini") == "preset tini is not one of auto, llama-1b, paper, tiny: see --help"
+    assert refusal("--preset tini") == "preset tini is not one of auto, llama-1b, paper, smollm2, tiny: see --help"
 
 
 def test_a_preset_with_a_misspelt_field_is_our_own_error():

@@ -44,6 +44,8 @@ def test_an_update_by_hand():
     total = flops.ppo_update_flops(LLAMA_1B, [403] * 128, [403] * 128, 53, epochs=4)
     assert total == pytest.approx(trunk * (1 + 4 + 24) + head * (1 + 2 + 12))
     assert 4 * 3 * (2 * trunk + head) == pytest.approx(2.49e15, rel=0.01)  # the learning phase alone
+    of_critic = flops.ppo_update_flops(LLAMA_1B, [403] * 128, [403] * 128, 53, epochs=4, warming=True)
+    assert total - of_critic == pytest.approx(4 * 3 * (trunk + head))  # the policy does not learn
 
 
 def test_mfu_where_the_peak_is_known(monkeypatch):

@@ -79,3 +79,67 @@ def test_a_model_loads_without_torchs_compiler():
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+# The house, from the ground up. A file imports from its own floor and from those below it; files on one floor may use
+# one another, but never in a circle.
+LESSON = {"llama", "attention", "packing", "pairs", "models", "decoder", "rollout", "losses", "ppo", "optim"}
+FLOORS = ["kernels", "errors", "data", "lesson", "storage", "run", "evaluation", "monitoring", "tiny", "scripts"]
+ASK_THE_TINY_WORLD = {  # for its data and its truth, where they are wanted
+    ("nanorlhf.run.inputs", "nanorlhf.tiny.data"),
+    ("nanorlhf.evaluation.judge", "nanorlhf.tiny.gold"),
+    ("nanorlhf.evaluation.judge", "nanorlhf.tiny.posts"),
+    ("nanorlhf.monitoring.monitor", "nanorlhf.tiny.gold"),
+}
+HOUSE = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in SCRIPTS + PACKAGE + KERNELS}
+
+
+def floor(module: str) -> str:
+    first, *rest = module.split(".")
+    if first == "kernels":
+        return "kernels"
+    if first != "nanorlhf" or rest == ["__main__"]:
+        return "scripts"
+    return "lesson" if rest[0] in LESSON else rest[0]
+
+
+def edges() -> set[tuple[str, str]]:
+    """(importing file, imported file), imports inside functions included; types of arguments (TYPE_CHECKING) too."""
+    found = set()
+    for module, path in HOUSE.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            found |= {(module, name) for name in names if name in HOUSE}
+    return found
+
+
+def test_the_lesson_stands_alone_beside_its_folders():
+    beside = {path.stem for path in (ROOT / "nanorlhf").glob("*.py")} - {"__init__", "__main__", "errors"}
+    assert beside == LESSON
+
+
+def test_imports_between_folders_point_one_way():
+    up = {(a, b) for a, b in edges() if FLOORS.index(floor(b)) > FLOORS.index(floor(a))}
+    assert up == ASK_THE_TINY_WORLD
+
+
+def test_no_file_imports_itself_in_a_circle():
+    left = edges()
+    while left:  # what imports nothing that is left cannot stand in a circle
+        ends = {b for _, b in left} - {a for a, _ in left}
+        assert ends, f"circles among {sorted({a for a, _ in left} & {b for _, b in left})}"
+        left = {(a, b) for a, b in left if b not in ends}
+
+
+ROOMS = [ROOT / "nanorlhf" / name for name in FLOORS if (ROOT / "nanorlhf" / name).is_dir()]
+
+
+@pytest.mark.parametrize("folder", [*ROOMS, ROOT / "experiments", ROOT / "faults"], ids=name)
+def test_a_folder_has_a_door_sign_and_nothing_behind_it(folder):
+    tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree) and len(tree.body) == 1, "one paragraph, no re-exports"

@@ -38,7 +38,9 @@ def gradients(function, hidden, weight):
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     outputs = function(hidden, weight)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    cotangents = [torch.linspace(0.5, 1.5 + i, out.numel()).view_as(out) for i, out in enumerate(outputs)]
+    cotangents = [
+        torch.linspace(0.5, 1.5 + i, out.numel(), device=out.device).view_as(out) for i, out in enumerate(outputs)
+    ]
     loss = sum((out * cotangent).sum() for out, cotangent in zip(outputs, cotangents, strict=True))
     loss.backward()
     return [out.detach() for out in outputs], [hidden.grad, weight.grad]

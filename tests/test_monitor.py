@@ -73,6 +73,12 @@ def test_golden_learning_masked_and_as_the_papers_code_logs_it(steps):
     assert metrics == pytest.approx(expected, abs=1e-5)
 
 
+def test_in_a_critic_warmup_only_what_the_critic_learned_is_averaged():
+    totals = {"loss/value_avg": torch.tensor(0.8), "grad_norm": torch.tensor(6.0)}
+    metrics = monitor.learning(totals, 4, ACTION)
+    assert metrics == pytest.approx({"loss/value_avg": 0.2, "grad_norm": 1.5})
+
+
 def test_the_papers_averages_are_means_over_all_slots_with_the_padded_ones_neutral():
     log_ratio = torch.where(ACTION, NEW_LOGPROBS - LOGPROBS, 0.0).double()
     metrics = monitor.learning(golden_totals(1), 1, ACTION)
@@ -235,3 +241,5 @@ def test_speed_is_tokens_of_the_update_over_its_seconds_and_mfu_where_the_peak_i
     monkeypatch.setattr(monitor, "mfu", lambda flops, seconds, device: flops / seconds)
     expected = ppo_update_flops(make_config(), [30, 20], [28, 20], 8, 4) / 2.0
     assert monitor.speed(*numbers, torch.device("cpu"))["perf/mfu"] == expected > 0
+    of_critic = ppo_update_flops(make_config(), [30, 20], [28, 20], 8, 4, warming=True) / 2.0
+    assert monitor.speed(*numbers, torch.device("cpu"), warming=True)["perf/mfu"] == of_critic < expected

@@ -8,7 +8,7 @@ from torch import nn
 
 from nanorlhf.errors import NotFinite, UserError
 from nanorlhf.models import ScalarModel
-from nanorlhf.optim import SCHEDULES, AdamW, constant_lr, cosine_lr, linear_lr
+from nanorlhf.optim import MOMENTS, SCHEDULES, AdamW, constant_lr, cosine_lr, linear_lr
 from nanorlhf.storage.resume import load_state, save_state
 
 
@@ -68,6 +68,35 @@ def test_five_steps_equal_those_of_torchs_adamw(max_grad_norm):
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
         assert mine.grad is None
+
+
+def test_each_model_has_its_own_learning_rate_and_only_that():
+    """Two models trained at once, each at its rate, end as each alone does, bit for bit: where no gradient is clipped
+    the other model changes nothing."""
+    together, alone = [make_model(0), make_model(1)], [make_model(0), make_model(1)]
+    optimizer, rates = AdamW(together, lr=1.0), (1e-2, 3e-3)
+    apart = [AdamW([model], lr=1.0) for model in alone]
+    for step in range(3):
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        for model in (*together, *alone):
+            model(x).pow(2).mean().backward()
+        optimizer.step(rates)
+        for one, rate in zip(apart, rates, strict=True):
+            one.step(rate)
+    for mine, other in zip(together, alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), other.parameters(), strict=True))
+    with pytest.raises(ValueError):
+        optimizer.step((1e-2,))  # one rate for two models
+
+
+def test_a_model_without_gradients_keeps_its_weights_and_has_no_moments():
+    idle, busy = make_model(0), make_model(1)
+    before, optimizer = [p.clone() for p in idle.parameters()], AdamW([idle, busy], lr=1e-2)
+    train(busy, optimizer, range(2))
+    assert all(torch.equal(a, b) for a, b in zip(before, idle.parameters(), strict=True))  # no weight decay either
+    state = optimizer.state()
+    assert {name.rsplit(".", 1)[1] for name in state if name.startswith("0.")} == {"master"}
+    assert {name.rsplit(".", 1)[1] for name in state if name.startswith("1.")} == {"master", *MOMENTS}
 
 
 def test_defaults_are_the_papers():

@@ -72,11 +72,12 @@ class Setup:
         episode, ref_logprobs, scores = measured or self.measure()
         models = self.policy, self.reference, self.critic, self.reward_model
         sampled = episode.logprobs if self.sampled_logprobs is None else self.sampled_logprobs
+        dtype = self.policy.head_weight.dtype
+        free = preflight.first_responses(episode.responses, self.tokenizer)
+        found = preflight.report(free, self.table.append, "before update 1")
         checks = preflight.any_update(models, self.frozen, episode, sampled, CFG)
-        checks += preflight.first_update(
-            episode, ref_logprobs, scores, self.reference_scores, self.tokenizer, self.policy.head_weight.dtype
-        )
-        return preflight.report(checks, self.table.append, "before update 1")
+        checks += preflight.first_update(episode, ref_logprobs, scores, self.reference_scores, dtype)
+        return found | preflight.report(checks, self.table.append, "before update 1")
 
 
 @pytest.fixture
@@ -294,10 +295,50 @@ def test_a_ratio_whose_mean_is_1_does_not_hide_a_policy_that_is_another():
 
 
 def test_a_failed_check_is_marked_in_the_table_and_the_others_are_still_shown(setup):
-    setup.tokenizer.pad_id = EOS
+    setup.ref_temperature = 1.0
     with pytest.raises(UserError, match="--no_preflight goes on all the same"):
         setup.check()
-    assert [line.split()[-1] for line in setup.table] == ["ok"] * 6 + ["FAILED"] + ["ok"] * 4
+    assert [line.split()[-1] for line in setup.table] == ["ok"] * 8 + ["FAILED"] + ["ok"] * 2
+
+
+def test_what_costs_nothing_is_asked_before_anything_is_computed(setup, monkeypatch):
+    """A model that never stops is found in its responses: 15 minutes of scoring on an old CPU are not waited for."""
+    measured = setup.measure()
+    setup.responses[setup.responses == EOS] = 5
+    monkeypatch.setattr(setup.policy.model, "forward", lambda *_: pytest.fail("a forward pass"))
+    with stopped_by("EOS rate is 0"):
+        setup.check(measured)
+
+
+@pytest.mark.parametrize("batch, expected", [(4, 64), (64, 64), (128, 128), (512, 256)])
+def test_as_many_references_are_scored_as_a_batch_has(batch, expected):
+    assert preflight.references(batch) == expected
+
+
+def test_rounding_as_it_was_measured_stops_no_run():
+    """V(after EOS) and the score come from two passes: their difference has the rms that real weights show in bf16
+    (preflight.py), at scores of any size; the largest of 128 differences is three to five times that."""
+    generator, zeros = torch.Generator().manual_seed(0), torch.zeros(128, R)
+    mask = torch.arange(R).repeat(128, 1) < 3
+    for size in (0.4, 1.0, 5.0):
+        for _ in range(50):
+            scores = size * torch.randn(128, generator=generator)
+            noise = max(1.0, size) * 0.047 * torch.randn(128, generator=generator)
+            values = zeros.index_add(1, torch.tensor([3]), (scores + noise)[:, None])
+            episode = Experience([], zeros.long(), mask, mask, zeros, values, zeros, zeros)
+            checks = preflight.first_update(episode, zeros, scores, scores - scores.mean(), torch.bfloat16)
+            found = preflight.report(checks, print, "before update 1")
+            assert found["preflight/v_after_eos_score"] < checks[1].high / 2
+
+
+def test_a_value_read_at_the_wrong_token_is_far_outside_the_bound_in_bf16(make_policy, make_sequences, monkeypatch):
+    setup = Setup(make_policy, make_sequences, torch.bfloat16)
+    right = Packed.response_rows
+    monkeypatch.setattr(Packed, "response_rows", lambda packed, R: (right(packed, R) - 1).clamp(min=0))
+    with pytest.raises(UserError, match=VALUE) as stopped:
+        setup.check()
+    off = float(str(stopped.value).split(" is ")[1].split()[0])
+    assert off > 3 * preflight.SCORE[torch.bfloat16]
 
 
 # --- SFT and the reward model ----------------------------------------------------------------------------------------

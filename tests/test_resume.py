@@ -156,8 +156,20 @@ def test_a_run_says_what_its_saves_take_and_does_not_start_where_they_do_not_fit
         "saves   checkpoints: 10.0 MB every 8 steps, 1 kept; at most 23.0 MB of the 24.0 MB free"
     )
     disk(monkeypatch, 22_000_000)
-    with pytest.raises(UserError, match="22.0 MB are free .*, expected 23.0 MB for checkpoints of 10.0 MB"):
+    with pytest.raises(UserError) as stopped:
         check_disk(run, **sizes)
+    assert str(stopped.value).startswith("disk: 22.0 MB are there for the run in ")
+    assert str(stopped.value).endswith(
+        ", expected 23.0 MB: 2 checkpoints of 10.0 MB (1 kept, one being written) and the final models, 3.0 MB: free "
+        "some space, or make runs/ a link to a larger disk, or pass --save_every 0, without checkpoints to resume from,"
+        ": 3.0 MB"
+    )
+    with pytest.raises(UserError, match="expected 43.0 MB: 4 checkpoints.*, or pass --keep 1: 23.0 MB, or pass --save"):
+        check_disk(run, **sizes | {"keep": 3})
+    disk(monkeypatch, 2_000_000)
+    with pytest.raises(UserError, match="expected 3.0 MB: the final models, 3.0 MB: free some space, or make runs/[^,]*$"):
+        check_disk(run, **sizes | {"save_every": 0})
+    disk(monkeypatch, 22_000_000)
     assert "none" in check_disk(run, **sizes | {"save_every": 0})
     checkpoint = run / "checkpoints" / "step_1"  # what a resumed run has on the disk counts as its own
     checkpoint.mkdir(parents=True)

@@ -14,9 +14,11 @@ from torch.utils._pytree import tree_leaves
 import train_ppo
 import train_rm
 import train_sft
+from nanorlhf import decoder
 from nanorlhf.models import Policy, ScalarModel
 from nanorlhf.optim import AdamW
 from nanorlhf.ppo import Experience
+from nanorlhf.rollout import generate
 
 R, GPU = 5, torch.cuda.is_available()
 NEEDS_GPU = pytest.mark.skipif(not GPU, reason="no CUDA device")
@@ -33,7 +35,11 @@ class Lists(TorchFunctionMode):
         result = function(*args, **(kwargs or {}))
         made = function in (torch.tensor, torch.as_tensor) and result.device.type != "cpu"
         indexing = function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and args[0].device.type != "cpu"
-        if made or (indexing and any(isinstance(x, list | np.ndarray) for x in (args[1], *tree_leaves(args[1])))):
+        listed = indexing and any(isinstance(x, list | np.ndarray) for x in (args[1], *tree_leaves(args[1])))
+        # x[rows] = 0: the number becomes a tensor on the host and is copied over (x[2:] = 0 rides in the launch)
+        scattered = indexing and len(args) > 2 and not isinstance(args[2], torch.Tensor)
+        scattered &= any(isinstance(x, torch.Tensor) for x in tree_leaves(args[1:2]))
+        if made or listed or scattered:
             self.found.append(function.__name__)
         return result
 
@@ -115,6 +121,14 @@ def test_scoring_asks_the_device_for_nothing(make_config, make_sequences):
     assert scored.values.shape == (3, R)
 
 
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_a_rollout_waits_for_no_copy(make_config, make_sequences, monkeypatch, temperature):
+    """Its prefill in several passes too: 128 queries of Llama-3.2-1B are three of them on a GPU."""
+    policy, _ = models(make_config, "meta")
+    monkeypatch.setattr(decoder, "PREFILL_TOKENS", {"cuda": 80})
+    assert waits(lambda: generate(policy, make_sequences([40, 9, 77]), R, temperature)) == []
+
+
 @pytest.mark.parametrize(
     "ask",
     [
@@ -139,8 +153,9 @@ def test_each_way_to_ask_the_device_raises_on_meta(ask):
         lambda x: x[np.array([1, 0])],
         lambda x: x[[1, 0]],
         lambda x: x.copy_(torch.ones(3)),
+        lambda x: x.__setitem__(x.long(), 0.0),
     ],
-    ids=["to", "tensor", "numpy index", "list index", "copy_"],
+    ids=["to", "tensor", "numpy index", "list index", "copy_", "number at an index"],
 )
 def test_each_way_to_copy_and_wait_is_listed(copy):
     assert waits(lambda: copy(torch.ones(3, device="meta"))) != []

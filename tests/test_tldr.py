@@ -39,6 +39,9 @@ class Characters:
     def encode(self, text):
         return [3 + ord(character) for character in text]
 
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids):
         return "".join(chr(i - 3) for i in ids if i > 2)
 

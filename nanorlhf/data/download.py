@@ -22,8 +22,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanorlhf.errors import UserError, one_sentence
 from nanorlhf.data.tldr import json_rows
+from nanorlhf.errors import UserError, one_sentence
 
 SOURCE = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
 DOWNLOADED = Path("data/openai")

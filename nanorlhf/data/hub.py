@@ -11,11 +11,12 @@ import re
 import time
 from pathlib import Path
 
-from nanorlhf.errors import UserError
 from nanorlhf.data.tokenizer import FILES
+from nanorlhf.errors import UserError
 
 LLAMA = "meta-llama/Llama-3.2-1B"  # gated: Meta's licence has to be accepted once
 UNGATED = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"  # a base model of that size, Apache 2.0
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M"  # ungated, Apache 2.0: what the preset smollm2 starts from
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 WANTED = ("config.json", "generation_config.json", *WEIGHTS, *FILES)
 SERIOUS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # the disk's, not the network's: the script says so

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanorlhf.errors import UserError
 from nanorlhf.data.tokenizer import Tokenizer
+from nanorlhf.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 CNNDM_BATCHES = ("batch0_cnndm", "cnndm0", "cnndm2")
@@ -102,6 +102,11 @@ def fit_query(tokenizer: Tokenizer, subreddit: str, title: str, post: str, max_l
     whole = [tokenizer.bos_id, *tokenizer.encode(format_query(subreddit, title, post))]
     if len(whole) <= max_length:
         return whole, len(post)
+    return cut_query(tokenizer, subreddit, title, post, max_length)
+
+
+def cut_query(tokenizer: Tokenizer, subreddit: str, title: str, post: str, max_length: int) -> tuple[list[int], int]:
+    """`fit_query` for a post that is known to be too long."""
     length = _fitting_length(tokenizer, FRAME.format(subreddit=subreddit, title=title), post, max_length)
     if length is None:
         empty = 1 + len(tokenizer.encode(format_query(subreddit, title, "")))
@@ -139,10 +144,15 @@ def _fitting_length(tokenizer: Tokenizer, frame: str, post: str, max_length: int
     return None
 
 
-def encode_response(tokenizer: Tokenizer, summary: str) -> list[int]:
-    """One space, the summary, EOS; no BOS (N+ detail 3). The space is added only where the text does not bring it:
+def response_text(summary: str) -> str:
+    """The text of a response: one space, the summary. The space is added only where the text does not bring it:
     authors' summaries have none, comparison texts have one (N+ trap T2)."""
-    return [*tokenizer.encode(summary if summary.startswith(" ") else " " + summary), tokenizer.eos_id]
+    return summary if summary.startswith(" ") else " " + summary
+
+
+def encode_response(tokenizer: Tokenizer, summary: str) -> list[int]:
+    """The response's ids and EOS; no BOS (N+ detail 3)."""
+    return [*tokenizer.encode(response_text(summary)), tokenizer.eos_id]
 
 
 # ---------------------------------------------------------------------------------------------------------- data order

@@ -1,12 +1,13 @@
-"""Text <-> token ids, for the two kinds of Llama tokenizer, behind one small interface.
+"""Text <-> token ids, for the three kinds of Llama tokenizer, behind one small interface.
 
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode(" a summary") + [tokenizer.eos_id]
     text = tokenizer.decode(ids)
 
-Llama 3 is byte-level BPE run by tiktoken; Llama 2, TinyLlama and our tiny model are sentencepiece models. `encode`
-never adds a special token and never produces one: "</s>" in a Reddit post is four ordinary characters. Left out: chat
-templates, training a tokenizer, offsets.
+Llama 3 is byte-level BPE run by tiktoken; Llama 2, TinyLlama and our tiny model are sentencepiece models; SmolLM2 and
+other byte-level BPE is run by Hugging Face's own library (tokenizer_json.py). `encode` never adds a special
+token and never produces one: "</s>" in a Reddit post is four ordinary characters. Left out: chat templates, training a
+tokenizer, offsets.
 """
 
 import base64
@@ -14,12 +15,13 @@ import binascii
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 import tiktoken
 
+from nanorlhf.data import tokenizer_json
 from nanorlhf.errors import UserError
 
 FILES = (  # what `save` copies, where it exists
@@ -55,6 +57,7 @@ class Tokenizer:
         pad_id: int,
         dummy_prefix: bool,
         files: dict[str, bytes],
+        encode_batch: Callable[[Sequence[str]], list[list[int]]] | None = None,
     ):
         if pad_id == eos_id:
             raise UserError(
@@ -64,19 +67,25 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
         self.vocab_size = len(tokens)
         self._encode = encode
+        self._encode_batch = encode_batch or (lambda texts: [encode(text) for text in texts])
         self._tokens = tokens  # bytes of each id; empty for special ids
         self._dummy_prefix = dummy_prefix
         self._files = files  # kept in memory: the source folder may be gone when the run ends
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without any special id. Half a surrogate pair (JSON allows it) becomes U+FFFD."""
-        if not text:
-            return []
+        return self._encode(self._prepared(text)) if text else []
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """[encode(text) for text in texts], in one call of the library where it has one."""
+        return self._encode_batch([self._prepared(text) for text in texts])
+
+    def _prepared(self, text: str) -> str:
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if self._dummy_prefix and not text.startswith((" ", "▁")):
+        if self._dummy_prefix and text and not text.startswith((" ", "▁")):
             text = " " + text
-        return self._encode(text)
+        return text
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`. Special ids are skipped; bytes that are no UTF-8 and ids without a token become U+FFFD."""
@@ -102,7 +111,7 @@ class Tokenizer:
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face model folder, from `tokenizer.model` (sentencepiece or tiktoken: the content
-    decides, not the name), `tokenizer.json` (Llama 3 only) or `original/tokenizer.model`, in this order.
+    decides, not the name), `tokenizer.json` (byte-level BPE) or `original/tokenizer.model`, in this order.
 
     Raises UserError when none is there or when the one that is there is damaged or not a Llama's.
     """
@@ -114,8 +123,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             continue
         path = folder / name
         if name == "tokenizer.json":
-            ranks, specials = _read_json(path, content)
-            return _tiktoken(path, ranks, specials, files)
+            data = _read_json(path, content)
+            if not _is_llama3(data):
+                return Tokenizer(**tokenizer_json.read(path, data, files))
+            return _tiktoken(path, *_ranks_of(path, data), files)
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", content):  # "IQ== 0": one token and its rank a line
             ranks = _read_ranks(path, content)
             return _tiktoken(path, ranks, llama3_specials(len(ranks)), files)
@@ -278,32 +289,35 @@ def _read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def _read_json(path: Path, content: bytes) -> tuple[dict[bytes, int], dict[str, int]]:
-    """A Llama 3 tokenizer.json: ranks of the ordinary tokens, ids of the special ones.
-
-    tiktoken merges by rank, so only files whose ids are ranks mean the same to it: byte-level BPE, Llama 3's split
-    regex, whole words looked up first. Others (GPT-2, Qwen, a sentencepiece model converted to JSON) are refused.
-    """
+def _read_json(path: Path, content: bytes) -> dict:
+    """A tokenizer.json as far as both readers ask for it. Raises UserError for one that is cut or something else."""
     try:
         data = json.loads(content)
-        model, added = data["model"], {token["content"]: token["id"] for token in data["added_tokens"]}
-        kind, vocab, ignore_merges = model["type"], model["vocab"], model.get("ignore_merges")
-        steps = (data["pre_tokenizer"] or {}).get("pretokenizers", [])
-        splits = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
-        tokens = list(vocab.items())
+        added, vocab = data["added_tokens"], data["model"]["vocab"]
+        whole = data["model"]["type"] != "BPE" or (type(vocab) is dict and type(data["model"]["merges"]) is list)
+        whole = whole and all(type(t["content"]) is str and type(t["special"]) is bool and "id" in t for t in added)
+        _is_llama3(data)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a complete tokenizer.json ({error!r}): fetch the file again") from error
-    if kind != "BPE" or not ignore_merges or splits != [LLAMA3_SPLIT] or data.get("normalizer") is not None:
-        raise UserError(
-            f"{path}: a {kind} tokenizer that is not Llama 3's: for Llama 2 and TinyLlama put the model's "
-            "tokenizer.model into the folder; other families are not supported"
-        )
-    # tokenizer.json spells every byte as a printable character: 188 as themselves, the other 68 from U+0100 on.
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    byte_of = {chr(b): b for b in printable}
-    byte_of |= {chr(0x100 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
+    if not whole:
+        raise UserError(f"{path}: not a complete tokenizer.json (vocab, merges or added_tokens): fetch the file again")
+    return data
+
+
+def _is_llama3(data: dict) -> bool:
+    """Whether tiktoken means the same: it merges by rank, so ids must be ranks, whole words be looked up first, and the
+    text be cut by Llama 3's expression."""
+    model, steps = data["model"], (data.get("pre_tokenizer") or {}).get("pretokenizers", [])
+    splits = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
+    whole_words = model["type"] == "BPE" and model.get("ignore_merges")
+    return bool(whole_words) and splits == [LLAMA3_SPLIT] and data.get("normalizer") is None
+
+
+def _ranks_of(path: Path, data: dict) -> tuple[dict[bytes, int], dict[str, int]]:
+    """Of a Llama 3 tokenizer.json: ranks of the ordinary tokens, ids of the special ones."""
+    added, byte_of = {token["content"]: token["id"] for token in data["added_tokens"]}, tokenizer_json.byte_of_character()
     try:
-        ranks = {bytes(byte_of[c] for c in token): i for token, i in tokens if token not in added}
+        ranks = {bytes(byte_of[c] for c in token): i for token, i in data["model"]["vocab"].items() if token not in added}
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{path}: a token contains {error}, expected byte-level tokens: fetch the file again"

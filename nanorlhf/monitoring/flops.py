@@ -26,17 +26,19 @@ def head_flops(config: LlamaConfig, rows: int) -> float:
 
 
 def ppo_update_flops(
-    config: LlamaConfig, lengths: list[int], finished: list[int], response_length: int, epochs: int
-) -> float:
+    config: LlamaConfig, lengths: list[int], finished: list[int], response_length: int, epochs: int,
+    warming: bool = False,
+) -> float:  # fmt: skip
     """All of one PPO update: rollout, scores, and `epochs` passes of learning.
 
     args: lengths: tokens of each query with its R response tokens; finished: the same up to EOS, which is what the
-    reward model reads
+    reward model reads; warming: only the critic learns
     """
     trunk, head = trunk_flops(config, lengths), head_flops(config, len(lengths) * response_length)
     rollout = trunk + head  # prefill and decoding: each token once
     score = 3 * trunk + 2 * head + trunk_flops(config, finished)  # policy, reference, critic; reward model
-    learn = 3 * epochs * (2 * trunk + head)  # policy and critic, forward and twice that backward
+    learned = trunk if warming else 2 * trunk + head  # the critic, or policy and critic
+    learn = 3 * epochs * learned  # forward and twice that backward
     return rollout + score + learn
 
 

@@ -52,8 +52,11 @@ def objective(
 
 
 def learning(totals: dict[str, Tensor], optimizer_steps: int, action_mask: Tensor) -> dict[str, float]:
-    """Averages over the optimizer steps of an update, from their sums. action_mask (B, R)."""
+    """Averages over the optimizer steps of an update, from their sums; in a --critic_warmup those of the critic alone.
+    action_mask (B, R)."""
     metrics = {name: (total / optimizer_steps).item() for name, total in totals.items()}
+    if "val/ratio" not in metrics:
+        return metrics
     metrics["val/ratio_var"] = metrics.pop("val/ratio_squared") - metrics["val/ratio"] ** 2
     counted = action_mask.float().mean().item()  # share of the B*R slots that count
     metrics["policy/approxkl_avg_paper"] = metrics["policy/approxkl_avg"] * counted
@@ -86,10 +89,13 @@ def speed(
     epochs: int,
     seconds: float,
     device: torch.device,
+    warming: bool = False,
 ) -> dict[str, float]:
-    """What an update cost. sequences: queries with their R tokens; finished: up to EOS; seconds: of the update."""
+    """What an update cost. sequences: queries with their R tokens; finished: up to EOS; seconds: of the update;
+    warming: it trained the critic alone."""
     lengths = [len(sequence) for sequence in sequences]
-    flops = ppo_update_flops(config, lengths, [len(sequence) for sequence in finished], response_length, epochs)
+    until_eos = [len(sequence) for sequence in finished]
+    flops = ppo_update_flops(config, lengths, until_eos, response_length, epochs, warming)
     share = mfu(flops, seconds, device)
     metrics = {"perf/tokens_per_s": sum(lengths) / seconds, "perf/peak_gib": peak_gib(device)}
     return metrics if share is None else metrics | {"perf/mfu": share}

@@ -44,6 +44,8 @@ LARGE_GPU_GB = 70  # what the llama-1b preset needs
 # How other projects (TRL, cleanrl, OpenRLHF) spell our flags.
 SPELLINGS = {
     "lr": "learning_rate init_lr",
+    "critic_lr": "critic_learning_rate",
+    "critic_warmup": "critic_warmup_steps freezing_actor_steps",
     "lr_schedule": "lr_scheduler_type scheduler",
     "batch_size": "per_device_train_batch_size train_batch_size rollout_batch_size",
     "microbatch_tokens": "gradient_accumulation_steps micro_batch_size local_micro_batch_size",
@@ -83,13 +85,21 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "total_episodes eval_posts eval_pairs shift_posts num_posts num_comparisons steps batch_tokens keep",
     ),
     ("at least 2", lambda x: x >= 2, "response_length"),
-    ("0 or more", lambda x: x >= 0, "seed save_every sample_every diversity_samples diversity_posts"),
+    (
+        "0 or more",
+        lambda x: x >= 0,
+        "seed save_every sample_every diversity_samples diversity_posts critic_warmup lr_warmup",
+    ),
     (
         "0 or more, and finite",
         lambda x: 0 <= x < math.inf,
         "kl_coef vf_coef temperature eval_temperature diversity_temperature warmup_steps",
     ),
-    ("greater than 0, and finite", lambda x: 0 < x < math.inf, "lr max_grad_norm stop_kl cliprange cliprange_value"),
+    (
+        "greater than 0, and finite",
+        lambda x: 0 < x < math.inf,
+        "lr critic_lr max_grad_norm stop_kl cliprange cliprange_value",
+    ),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma lam"),
     ("a finite number", math.isfinite, "missing_eos_score"),
 )
@@ -272,7 +282,7 @@ def _nearest(name: str, comments: dict[str, str]) -> str:
 
 
 def _resolve_preset(presets: dict[str, dict], flags: list[tuple[str, ...]]) -> tuple[str, str]:
-    """(name, reason): the preset asked for, or llama-1b where its GPU is present, else tiny."""
+    """(name, reason): the preset asked for, or llama-1b where its GPU is present, smollm2 on a smaller GPU, else tiny."""
     typed = {flag: values[0] for flag, *values in flags}  # the last one counts, as everywhere on a command line
     preset = typed.get("--preset", "auto")
     if preset != "auto":
@@ -284,11 +294,11 @@ def _resolve_preset(presets: dict[str, dict], flags: list[tuple[str, ...]]) -> t
     import torch  # here: --help with an explicit preset should not wait for it
 
     if not torch.cuda.is_available():
-        return "tiny", f"no CUDA device with {LARGE_GPU_GB} GB or more"
+        return "tiny", "no CUDA device"
     card = torch.cuda.get_device_properties(device if re.fullmatch(r"cuda:\d+", device) else "cuda")
     size = card.total_memory / 1e9
     if size < LARGE_GPU_GB:
-        return "tiny", f"{card.name} has {size:.0f} GB, llama-1b needs {LARGE_GPU_GB}"
+        return "smollm2", f"{card.name} has {size:.0f} GB, llama-1b needs {LARGE_GPU_GB}"
     return "llama-1b", f"{card.name} has {size:.0f} GB"
 
 

@@ -1,9 +1,10 @@
 """Where a script finds its data and its models, in this order:
 
     1. the flag                       --data, --model, --sft_model, --reward_model: a folder; a model also by hub id
-    2. the run of the stage before    runs/sft/final, runs/rm/final            (of the tiny world, or not, as this one)
+    2. the run of the stage before    runs/sft/final, runs/rm/final            (where its model is that of this preset)
     3. the preset's own               tiny: nanorlhf/tiny/checkpoints, data/tiny
                                       llama-1b, paper: meta-llama/Llama-3.2-1B from the hub, data/openai as downloaded
+                                      smollm2: HuggingFaceTB/SmolLM2-135M from the hub, data/openai as downloaded
     4. an error that says what to type
 
 So every script runs alone on a fresh clone, and says which of the three it took.
@@ -13,11 +14,12 @@ import json
 from pathlib import Path
 
 from nanorlhf.data.download import DOWNLOADED
-from nanorlhf.data.hub import LLAMA, fetch, is_hub_id
+from nanorlhf.data.hub import LLAMA, SMOLLM2, fetch, is_hub_id
 from nanorlhf.errors import UserError
 from nanorlhf.tiny.data import ensure_world
 
 EMBEDDED = Path(__file__).parents[1] / "tiny" / "checkpoints"
+BASES = {"llama": LLAMA, "smollm2": SMOLLM2}  # model of a preset -> hub id of the base model
 UPSTREAM = {"sft": "sft", "rm": "rm", "ppo": "ppo"}  # stage -> the run folder it writes by default
 
 
@@ -50,16 +52,21 @@ def find_model(
         raise UserError(f"{flag_name}: {flag} is not a folder, expected a Hugging Face model folder or a hub id")
     if stage in UPSTREAM:
         run = Path(runs) / UPSTREAM[stage]
-        if (run / "final").is_dir() and (_preset_of(run) == "tiny") == (preset == "tiny"):
+        if (run / "final").is_dir() and _model_of(_preset_of(run)) == _model_of(preset):
             return run / "final", f"the {stage} run"
     if preset == "tiny":
         return EMBEDDED / stage, "embedded"
     if stage not in UPSTREAM:
-        return fetch(LLAMA), f"{LLAMA} on the hub"
+        return fetch(BASES[_model_of(preset)]), f"{BASES[_model_of(preset)]} on the hub"
     raise UserError(
         f"{flag_name}: no {stage} model found, expected a Hugging Face folder: run `python train_{stage}.py` first, or "
         f"pass --{flag_name} DIR, or --preset tiny"
     )
+
+
+def _model_of(preset: str | None) -> str:
+    """Presets of one model read each other's runs: llama-1b and paper do, tiny and smollm2 stand alone."""
+    return preset if preset in ("tiny", "smollm2") else "llama"
 
 
 def _preset_of(run: Path) -> str | None:

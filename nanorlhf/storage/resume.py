@@ -135,17 +135,21 @@ def clear_leftovers(run_folder: Path) -> None:
 def check_disk(run_folder: Path, state_bytes: int, model_bytes: int, keep: int, save_every: int) -> str:
     """The line a run prints before it starts: what its saves take. Raises UserError when the disk has no room for them.
 
-    Needed are `keep` checkpoints, the one being written, and the final models; what the run has already counts.
+    Needed are `keep` checkpoints, the one being written, and the final models; what the run has already counts. One
+    that is kept goes only when the next is whole: with less, a kill during a save would lose the run.
     """
     folder = next(path for path in (run_folder, *run_folder.resolve().parents) if path.exists())
     there = sum(path.stat().st_size for old in checkpoints(run_folder) for path in old.iterdir())
     needed = model_bytes + ((keep + 1) * state_bytes if save_every else 0)
     free = shutil.disk_usage(folder).free
     if free + there < needed:
+        ways = {"--keep 1": model_bytes + 2 * state_bytes} if save_every and keep > 1 else {}
+        ways |= {"--save_every 0, without checkpoints to resume from,": model_bytes} if save_every else {}
         raise UserError(
-            f"disk: {gigabytes(free)} are free in {folder}, expected {gigabytes(needed)} for checkpoints of "
-            f"{gigabytes(state_bytes)} ({keep} kept, one being written) and the final models: free some space"
-            + (", or --save_every 0 for no checkpoints" if save_every else "")
+            f"disk: {gigabytes(free + there)} are there for the run in {folder}, expected {gigabytes(needed)}: "
+            + (f"{keep + 1} checkpoints of {gigabytes(state_bytes)} ({keep} kept, one being written) and " * bool(save_every))
+            + f"the final models, {gigabytes(model_bytes)}: free some space, or make runs/ a link to a larger disk"
+            + "".join(f", or pass {way}: {gigabytes(size)}" for way, size in ways.items())
         )
     every = f"{gigabytes(state_bytes)} every {save_every} steps, {keep} kept" if save_every else "none (--save_every 0)"
     return f"saves   checkpoints: {every}; at most {gigabytes(needed)} of the {gigabytes(free)} free"

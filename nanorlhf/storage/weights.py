@@ -78,6 +78,9 @@ class TensorFile:
     def names(self) -> list[str]:
         return list(self._entries)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entries[name]["shape"])
+
     def read(self, name: str, target: Tensor) -> None:
         """Fill `target` (any float dtype and device, contiguous) with the tensor, cast. Raises UserError that names the
         tensor when it has another shape or is no ordinary float."""
@@ -152,6 +155,9 @@ class TensorFolder:
         if path not in self._files:
             self._files[path] = TensorFile(path)
         return self._files[path]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._open(self.where[name]).shape(name)
 
     def read(self, name: str, target: Tensor) -> None:
         """Fill `target` with a tensor. Raises UserError that names it when it is missing or does not fit."""

@@ -1,0 +1,288 @@
+"""The real rung: SmolLM2-135M on real Reddit posts, SFT -> reward model -> PPO -> evaluation, in the minutes there are.
+
+    python -m bench.stand_ins smollm2 models/smollm2                     where no hub can be reached
+    python -m experiments.small_model --model models/smollm2 --data ../shared/data --minutes 4
+    python -m experiments.small_model                                    hub, data/openai, one hour
+    ... the same command again                                           goes on where it was stopped
+
+The parts, each with its share of the time that is left; a part that is done is not done again:
+
+    lr     SFT with each of --sft_lrs for a few steps: which loss on held-out posts?
+    sft    the base model on the posts, the best of these learning rates
+    rm     the reward model on the comparisons (split by post as published)
+    ppo    PPO with each of --ppo_lrs, and one update in fp32 and in bf16 for the pre-flight's figures
+    eval   eval.py on held-out posts, the reward model as judge
+    out_again    does transformers write the same greedy text from the policy's folder?
+
+All of them are the real scripts with the preset smollm2, called in this process, so that CUDA starts and Triton
+compiles once. How many steps a part may take is measured: its script runs for three steps, then the rest of its share
+is filled. Writes runs/<name>_*, and into --out: results.json, report.md, metrics of each stage, samples.jsonl.
+"""
+
+import argparse
+import gc
+import json
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import eval as evaluation
+import train_ppo
+import train_rm
+import train_sft
+from experiments.small_model_report import report
+from nanorlhf.data.encoding import encode_posts
+from nanorlhf.data.tldr import load_posts
+from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.errors import UserError, check, one_sentence
+from nanorlhf.evaluation.metrics import rouge
+from nanorlhf.rollout import generate
+from nanorlhf.run.config import parse
+from nanorlhf.run.device import device_name, peak_gib, pick_device, pick_dtype
+from nanorlhf.run.inputs import find_data, find_model
+from nanorlhf.run.run_folder import git
+from nanorlhf.storage.checkpoint import load_policy
+from nanorlhf.storage.jsonl import read_jsonl, write_whole
+
+SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo, "eval": evaluation}
+SHARES = {"lr": 4, "sft": 3, "rm": 2, "ppo": 8, "eval": 3, "out_again": 1}  # of the time that is left, part by part
+PROBE_STEPS = 3  # on a GPU the first compiles
+LR_STEPS = 24  # of the comparison of learning rates, at most
+MOST_EPOCHS = 2  # of SFT and the reward model; PPO goes on for as long as there is time
+GREEDY_POSTS = 6
+# What a step holds: as the preset has it on a GPU; on a CPU an eighth of it and less, of posts cut to 192 tokens.
+ON_A_GPU = {
+    "sft": {"eval_posts": 386, "batch_size": 128},
+    "rm": {"batch_size": 32, "shift_posts": 4096},
+    "ppo": {"batch_size": 128},
+    "eval": {"num_posts": 386, "diversity_posts": 64},
+}
+ON_A_CPU = {
+    "sft": {"eval_posts": 32, "batch_size": 16, "max_query_length": 192, "microbatch_tokens": 2048},
+    "rm": {"batch_size": 8, "shift_posts": 64, "max_query_length": 192, "microbatch_tokens": 2048},
+    "ppo": {"batch_size": 8, "max_query_length": 192, "microbatch_tokens": 2048, "sample_every": 0},
+    "eval": {"num_posts": 32, "diversity_samples": 0, "max_query_length": 192, "microbatch_tokens": 4096},
+}
+
+
+class Clock:
+    """What of the budget is left, and how much of it the next part may take."""
+
+    def __init__(self, minutes: float):
+        self.began, self.budget = time.monotonic(), 60 * minutes
+
+    @property
+    def left(self) -> float:
+        return self.budget - (time.monotonic() - self.began)
+
+    def share(self, part: str) -> float:
+        """Seconds of a part: of what is left, by the shares of it and of those after it."""
+        parts = list(SHARES)
+        return max(0.0, self.left) * SHARES[part] / sum(SHARES[p] for p in parts[parts.index(part) :])
+
+
+class Done(NamedTuple):
+    folder: Path
+    seconds: float
+    peak_gib: float
+
+    @property
+    def rows(self) -> list[dict]:
+        return read_jsonl(self.folder / "metrics.jsonl")
+
+
+def run(stage: str, on: torch.device, **flags) -> Done:
+    """One run of a script with the preset smollm2. The command is printed as one would type it."""
+    words = ["--preset", "smollm2"]
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    script, began = SCRIPTS[stage], time.monotonic()
+    print(f"\n$ python {Path(script.__file__).name} {' '.join(words)}", flush=True)
+    script.main(parse(script.Config, script.PRESETS, script.__doc__, words))
+    done = Done(Path("runs") / flags["run_name"], time.monotonic() - began, peak_gib(on))
+    gc.collect()
+    if on.type == "cuda":  # give the memory back, and count the peak anew
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(on)
+    return done
+
+
+class Experiment:
+    """The parts. Each is a method that returns what results.json keeps of it; `state` holds those that are done."""
+
+    def __init__(self, args: argparse.Namespace, out: Path):
+        self.args, self.out, self.clock = args, out, Clock(args.minutes)
+        self.data = str(find_data(args.data, "smollm2")[0].resolve())
+        self.model = str(find_model("base", args.model, "model", "smollm2")[0].resolve())
+        self.device = pick_device(args.device)
+        self.sizes = ON_A_GPU if self.device.type == "cuda" else ON_A_CPU
+        self.probe_steps = PROBE_STEPS if self.device.type == "cuda" else 2
+        self.measured: dict[str, dict] = {}  # stage -> seconds a step, and around all of them
+        self.path = out / "results.json"
+        self.state: dict = json.loads(self.path.read_text()) if self.path.is_file() else {"seconds": {}}
+        dtype = str(pick_dtype(args.dtype, self.device)).removeprefix("torch.")
+        about = {"device": device_name(self.device), "dtype": dtype, "torch": torch.__version__, "git": git()}
+        about |= {"minutes": args.minutes, "seed": args.seed, "sizes": self.sizes, "data": Path(self.data).name}
+        self.state.setdefault("about", about | {"started": time.strftime("%Y-%m-%d %H:%M:%S")})
+
+    def flags(self, stage: str) -> dict:
+        own = {"data": self.data, "seed": self.args.seed, "device": self.args.device, "dtype": self.args.dtype}
+        return own | self.sizes[stage]
+
+    def name(self, stage: str) -> str:
+        return f"{self.args.name}_{stage}"
+
+    def do(self, part: str) -> None:
+        """A part, unless it is done. One that fails says why in results.json and the others go on."""
+        if part in self.state and "failed" not in self.state[part]:
+            print(f"found   {part}: done before", flush=True)
+            return
+        began, seconds = time.monotonic(), self.clock.share(part)
+        print(f"\n==== {part}: {seconds:.0f} s of the {self.clock.left:.0f} s left ====", flush=True)
+        try:
+            self.state[part] = getattr(self, part)(seconds)
+        except UserError as error:
+            self.state[part] = {"failed": str(error)}
+            print(f"failed  {part}: {error}", flush=True)
+        self.state["seconds"][part] = round(time.monotonic() - began, 1)
+        self.state["about"]["total_s"] = round(time.monotonic() - self.clock.began, 1)
+        write_whole(self.path, json.dumps(self.state, indent=1) + "\n")
+
+    # --- parts
+
+    def lr(self, seconds: float) -> dict:
+        lrs, losses = self.args.sft_lrs, {}
+        flags = self.flags("sft") | {"model": self.model, "run_name": self.name("lr"), "save_every": 0}
+        flags |= {"eval_posts": min(128, flags["eval_posts"]), "overwrite": True}
+        if len(lrs) < 2:
+            return {"chosen": lrs[0], "steps": 0, "runs": {}}
+        steps = min(LR_STEPS, self.steps_for(seconds / len(lrs), "sft", flags)[0])
+        for lr in lrs:
+            last = run("sft", self.device, **flags, lr=lr, max_updates=steps).rows[-1]
+            losses[f"{lr:g}"] = {name: last[f"validation/sft/{name}"] for name in ("loss", "rouge/rougeL", "eos_rate")}
+        return {"chosen": float(min(losses, key=lambda lr: losses[lr]["loss"])), "steps": steps, "runs": losses}
+
+    def sft(self, seconds: float) -> dict:
+        flags = self.flags("sft") | {"model": self.model, "lr": self.state["lr"]["chosen"]}
+        return self.train("sft", seconds, flags | {"num_epochs": MOST_EPOCHS})
+
+    def rm(self, seconds: float) -> dict:
+        flags = self.flags("rm") | {"sft_model": self.final("sft"), "lr": self.args.rm_lr}
+        return self.train("rm", seconds, flags | {"num_epochs": MOST_EPOCHS})
+
+    def ppo(self, seconds: float) -> dict:
+        ends = time.monotonic() + seconds
+        found, lrs = {"runs": {}, "preflight": {}}, self.args.ppo_lrs
+        flags = self.flags("ppo") | {"sft_model": self.final("sft"), "reward_model": self.final("rm")}
+        for dtype in ("float32", "bfloat16"):  # the checks before and in one update; this is where a bound may be wrong
+            checked = flags | {"dtype": dtype, "max_updates": 1, "overwrite": True, "preflight": True}
+            checked |= {"batch_size": min(32, flags["batch_size"]), "run_name": self.name(f"preflight_{dtype}")}
+            try:
+                (row,) = run("ppo", self.device, **checked).rows
+                found["preflight"][dtype] = {k: v for k, v in row.items() if k.startswith("preflight/")}
+                if self.device.type == "cpu" and dtype == self.state["about"]["dtype"]:  # minutes, and nothing compiles
+                    step = sum(row[f"time/{phase}"] for phase in ("rollout", "score", "learn"))
+                    self.measured["ppo"] = {"s_per_step": step, "s_around": 0.0}
+            except UserError as error:
+                found["preflight"][dtype] = {"failed": str(error)}
+                flags["preflight"] = False
+        for i, lr in enumerate(lrs):
+            name = "ppo" if i == 0 else f"ppo_{lr:g}"
+            own = flags | {"lr": lr, "total_episodes": 10**9}
+            found["runs"][name] = self.train(name, (ends - time.monotonic()) / (len(lrs) - i), own)
+        return found
+
+    def eval(self, _: float) -> dict:
+        policies = [f"base={self.model}", f"sft={self.final('sft')}"]
+        policies += [f"{name}={self.final(name)}" for name in self.state["ppo"].get("runs", ())]
+        flags = self.flags("eval") | {"policy": policies, "reward_model": self.final("rm"), "judge": "rm"}
+        done = run("eval", self.device, **flags, run_name=self.name("eval"), overwrite=True)
+        shutil.copy(done.folder / "samples.jsonl", self.out / "samples.jsonl")
+        found, rows = json.loads((done.folder / "metrics.json").read_text()), read_jsonl(done.folder / "samples.jsonl")
+        for name, row in found["policies"].items():
+            if name != "reference":
+                row["stemmed"] = rouge([r[name] for r in rows], [r["reference"] for r in rows], stemmer=True)
+        return {key: found[key] for key in ("about", "policies", "reward_model", "win_rates")} | {"s": done.seconds}
+
+    def out_again(self, _: float) -> dict:
+        """Greedy text of our decoder and of transformers' `generate`, in fp32, from the folder that PPO wrote."""
+        from transformers import AutoModelForCausalLM
+
+        folder, same = self.final("ppo"), []
+        tokenizer, policy = load_tokenizer(folder), load_policy(folder, self.device, torch.float32)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.device)
+        queries, _ = encode_posts(load_posts(self.data, "valid")[:GREEDY_POSTS], tokenizer, 256)
+        responses, _ = generate(policy, list(queries), 40, temperature=0.0)
+        for query, ours in zip(queries, responses.tolist(), strict=True):
+            asked = torch.tensor([query], device=self.device)
+            written = theirs.generate(asked, max_new_tokens=40, do_sample=False)[0, len(query) :].tolist()
+            same.append(written == ours[: len(written)])  # theirs stops at EOS
+        return {"posts": len(same), "same_greedy_text": sum(same)}
+
+    # --- what they share
+
+    def final(self, name: str) -> str:
+        return str(Path("runs") / self.name(name) / "final")
+
+    def steps_for(self, seconds: float, stage: str, flags: dict) -> tuple[int, dict]:
+        """How many steps of a stage fit into so many seconds, at least 1, by a run of three, made once a stage."""
+        began = time.monotonic()
+        if stage not in self.measured:
+            own = {"run_name": self.name(f"{stage}_probe"), "max_updates": self.probe_steps, "overwrite": True}
+            probe = run(stage, self.device, **flags | own)
+            times = [row["time"] for row in probe.rows][: self.probe_steps]
+            step = statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
+            around = max(0.0, probe.seconds - (times[-1] - times[0]) - step)  # loading, encoding, the evaluation
+            self.measured[stage] = {"s_per_step": step, "s_around": around}
+        step, around = self.measured[stage].values()
+        steps = max(1, int((seconds - (time.monotonic() - began) - around) / step))
+        print(f"plan    {stage}: {step:.2f} s a step and {around:.1f} s around them: {steps} steps in {seconds:.0f} s")
+        return steps, self.measured[stage]
+
+    def train(self, name: str, seconds: float, flags: dict) -> dict:
+        """A stage trained to its end, or on from where it was stopped; its metrics go to --out."""
+        stage, folder = name.partition("_")[0], Path("runs") / self.name(name)
+        if (folder / "config.json").is_file():
+            measured, done = {}, run(stage, self.device, run_name=folder.name, device=self.args.device, resume=True)
+        else:
+            steps, measured = self.steps_for(seconds, stage, flags)
+            done = run(stage, self.device, **flags, max_updates=steps, run_name=folder.name)
+        shutil.copy(folder / "metrics.jsonl", self.out / f"{name}_metrics.jsonl")
+        return measured | {"s": round(done.seconds, 1), "peak_gib": done.peak_gib, "rows": done.rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.small_model", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="folder or hub id of the base model [HuggingFaceTB/SmolLM2-135M]")
+    parser.add_argument("--data", help="folder with tldr/ and comparisons/ in OpenAI's formats [data/openai]")
+    parser.add_argument("--minutes", type=float, default=60, help="of wall time for all parts together [60]")
+    parser.add_argument("--name", default="small", help="runs are called <name>_sft, <name>_rm ... [small]")
+    parser.add_argument("--out", type=Path, help="where results go [runs/<name>_results]")
+    parser.add_argument("--sft_lrs", type=float, nargs="+", default=[train_sft.PRESETS["smollm2"]["lr"]])
+    parser.add_argument("--rm_lr", type=float, default=train_rm.PRESETS["smollm2"]["lr"])
+    parser.add_argument("--ppo_lrs", type=float, nargs="+", default=[train_ppo.PRESETS["smollm2"]["lr"]])
+    parser.add_argument("--parts", nargs="+", choices=list(SHARES), default=list(SHARES), help="only these")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    args = parser.parse_args()
+    with one_sentence("type the same command again"):
+        check(args.minutes > 0, "minutes", args.minutes, "greater than 0")
+        out = args.out or Path("runs") / f"{args.name}_results"
+        out.mkdir(parents=True, exist_ok=True)
+        experiment = Experiment(args, out)
+        for part in args.parts:
+            experiment.do(part)
+        write_whole(out / "report.md", report(experiment.state, out))
+        print(f"\nreport  {out / 'report.md'}: {experiment.state['about']['total_s']:.0f} s in all", flush=True)
+
+
+if __name__ == "__main__":
+    main()

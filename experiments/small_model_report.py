@@ -1,0 +1,170 @@
+"""The tables of experiments/small_model.py: results.json and samples.jsonl -> markdown."""
+
+import math
+from pathlib import Path
+
+from nanorlhf.data.tldr import Post
+from nanorlhf.evaluation.hacks import TITLE_SHARES
+from nanorlhf.evaluation.metrics import accuracy_interval, bootstrap_interval, title_copy
+from nanorlhf.storage.jsonl import read_jsonl
+
+TEXTS = 10  # posts shown with what each policy wrote
+# Published ROUGE-L of SFT on OpenAI's TL;DR: other posts, other models, other decoding. For orientation only.
+PUBLISHED = "Pythia-1B, N+ paper: ROUGE-L 0.2471; the report this project grew from (Llama-3.2-1B): 0.2694"
+PPO_COLUMNS = {  # column -> metric of train_ppo.py
+    "score": "objective/scores",
+    "KL": "objective/kl",
+    "entropy": "objective/entropy",
+    "EOS": "val/eos_rate",
+    "words": "hack/length",
+    "title": "hack/title_copy",
+    "title >= 80%": "hack/title_copy_80",
+    "clipfrac": "policy/clipfrac_avg",
+    "s": "s",
+}
+
+
+def table(head: list[str], rows: list[list]) -> list[str]:
+    """A markdown table; numbers with four digits."""
+
+    def cell(value) -> str:
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return lines + [f"| {' | '.join(map(cell, row))} |" for row in rows] + [""]
+
+
+def report(state: dict, out: Path) -> str:
+    """Everything that was reached, and by name what was not."""
+    about = state["about"]
+    commit = (about.get("git") or {}).get("commit", "unknown")
+    lines = ["# SmolLM2-135M on real posts", ""]
+    lines += [f"{about['device']}, {about['dtype']}, torch {about['torch']}, commit {commit}, seed {about['seed']}: "
+              f"{about.get('total_s', 0):.0f} s in all, of a budget of {60 * about['minutes']:.0f} s.", ""]  # fmt: skip
+    failed = {part: row["failed"] for part, row in state.items() if isinstance(row, dict) and "failed" in row}
+    lines += [f"- not reached: {part}: {why}" for part, why in failed.items()]
+    for part, section in SECTIONS.items():
+        if part in state and part not in failed:
+            lines += ["", *section(state[part], out)]
+    return "\n".join(lines) + "\n"
+
+
+def lr(found: dict, _: Path) -> list[str]:
+    if not found["runs"]:
+        return [f"SFT's learning rate {found['chosen']:g} was given, not compared."]
+    rows = [[name, row["loss"], row["rouge/rougeL"], row["eos_rate"]] for name, row in found["runs"].items()]
+    return [f"## Learning rate of SFT, {found['steps']} steps each", "",
+            *table(["lr", "held-out loss", "ROUGE-L", "EOS rate"], rows)]  # fmt: skip
+
+
+def sft(found: dict, _: Path) -> list[str]:
+    *steps, last = found["rows"]
+    speed = sorted(row["perf/tokens_per_s"] for row in steps)[len(steps) // 2]
+    loss = [row["train/sft/loss"] for row in steps]
+    return ["## SFT", "",
+            f"{len(steps)} steps in {found['s']:.0f} s with loading and evaluation, {speed:,.0f} tokens/s, peak "
+            f"{found['peak_gib']:.1f} GiB. Loss {loss[0]:.3f} to {loss[-1]:.3f}; held out "
+            f"{last['validation/sft/loss']:.3f}."]  # fmt: skip
+
+
+def rm(found: dict, _: Path) -> list[str]:
+    *steps, last = found["rows"]
+    speed = sorted(row["perf/tokens_per_s"] for row in steps)[len(steps) // 2]
+    return ["## Reward model", "",
+            f"{len(steps)} steps in {found['s']:.0f} s, {speed:,.0f} tokens/s, peak {found['peak_gib']:.1f} GiB. Loss "
+            f"{steps[0]['train/rm/loss']:.3f} to {steps[-1]['train/rm/loss']:.3f}; accuracy on held-out pairs "
+            f"{last['eval/rm/validation/accuracy']:.3f}, where the longer text wins "
+            f"{last['eval/rm/validation/accuracy_longer_wins']:.3f} of them."]  # fmt: skip
+
+
+def ppo(found: dict, _: Path) -> list[str]:
+    lines = []
+    for name, run in found["runs"].items():
+        rows = [row for row in run["rows"] if "objective/kl" in row]
+        for row in rows:
+            row["s"] = sum(row[f"time/{phase}"] for phase in ("rollout", "score", "learn"))
+        every = max(1, len(rows) // 12)
+        shown = sorted({0, *range(every - 1, len(rows), every), len(rows) - 1})
+        speed = sorted(row["perf/tokens_per_s"] for row in rows)[len(rows) // 2]
+        lines += [f"## PPO: {name}, lr {rows[0]['lr']:g} at the start", "",
+                  f"{len(rows)} updates in {run['s']:.0f} s, {speed:,.0f} tokens/s, peak {run['peak_gib']:.1f} GiB.", ""]  # fmt: skip
+        columns = [[rows[i]["step"], *(rows[i].get(metric) for metric in PPO_COLUMNS.values())] for i in shown]
+        lines += table(["update", *PPO_COLUMNS], columns)
+    lines += ["## Pre-flight of one PPO update", ""]
+    lines += [f"- {dtype}: {row['failed']}" for dtype, row in found["preflight"].items() if "failed" in row]
+    good = {dtype: row for dtype, row in found["preflight"].items() if "failed" not in row}
+    names = list(next(iter(good.values()), {}))
+    return lines + table(["check", *good], [[n.removeprefix("preflight/"), *(row.get(n) for row in good.values())] for n in names])
+
+
+def evaluation(found: dict, out: Path) -> list[str]:
+    policies, lines = found["policies"], ["## On held-out posts", ""]
+    head = ["policy", "loss", "ROUGE-1", "ROUGE-2", "ROUGE-L", "stemmed 1", "2", "L", "EOS", "words", "score", "KL"]
+    rows = []
+    for name, row in policies.items():
+        plain, stemmed = ([of.get(f"rouge{n}") for n in "12L"] for of in (row, row.get("stemmed", {})))
+        last = [row.get(key) for key in ("eos_rate", "length", "score", "objective/kl_full")]
+        rows.append([name, row.get("loss"), *plain, *stemmed, *last])
+    lines += [f"{found['about']['posts']} posts; loss in nats a token of the authors' summaries. {PUBLISHED}.", ""]
+    lines += table(head, rows)
+    card = found["reward_model"]
+    n, hits = card["comparisons"], round(card["accuracy"] * card["comparisons"])
+    low, high = accuracy_interval(hits, n)
+    lines += [f"Reward model: {hits} of {n} held-out pairs, {hits / n:.3f} (95% {low:.3f} to {high:.3f}); the longer text "
+              f"wins {card['length_baseline']:.3f}. With {n} pairs a difference below about 0.13 is noise.", ""]  # fmt: skip
+    rows = [[f"{row['ours']} over {row['theirs']}", row["rate"], _interval(row["interval"])] for row in found["win_rates"]]
+    lines += ["Judged by the reward model that PPO was trained on: what it likes, not what people like.", ""]
+    lines += table(["", "win rate", "95%"], rows)
+    path = out / "samples.jsonl"
+    if path.is_file():
+        texts = read_jsonl(path)
+        lines += titles(texts, list(policies)) + samples(texts[:TEXTS], list(policies))
+    return lines
+
+
+def _interval(pair) -> str:
+    return f"{pair[0]:.3f} to {pair[1]:.3f}"
+
+
+def titles(rows: list[dict], names: list[str]) -> list[str]:
+    posts = [Post(r["id"], r["subreddit"], r["title"], r["post"], "") for r in rows]
+    lines, _ = title_table({name: ([r[name] for r in rows], posts) for name in names})
+    return ["## Title copying", "", *lines]
+
+
+def copies_of(texts: list[str], posts: list[Post]) -> list[float]:
+    """`title_copy` of each text whose post has a title."""
+    copies = [title_copy(text, post.title) for text, post in zip(texts, posts, strict=True)]
+    return [copy for copy in copies if not math.isnan(copy)]
+
+
+def title_table(texts: dict[str, tuple[list[str], list[Post]]]) -> tuple[list[str], dict[str, dict]]:
+    """{name: (texts, their posts)} -> how much of a title is copied, with bootstrap intervals over posts, as markdown
+    and as numbers."""
+    lines, numbers = [], {}
+    for name, (written, posts) in texts.items():
+        copies = copies_of(written, posts)
+        least = {f"at least {share}%": [float(copy >= share / 100 - 1e-9) for copy in copies] for share in TITLE_SHARES}
+        numbers[name] = {"n": len(copies)}
+        for what, values in ({"mean": copies} | least).items():
+            numbers[name][what] = (sum(values) / len(values), *bootstrap_interval(values, seed=1))
+        shown = (f"{mean:.3f} ({low:.3f} to {high:.3f})" for mean, low, high in list(numbers[name].values())[1:])
+        lines.append([name, len(copies), *shown])
+    return table(["text", "n", "share of the title, mean", *list(least)], lines), numbers
+
+
+def samples(rows: list[dict], names: list[str]) -> list[str]:
+    lines = [f"## {len(rows)} posts and what was written", ""]
+    for row in rows:
+        post = " ".join(row["post"].split())
+        lines += [f"**r/{row['subreddit']}: {row['title']}** {post[:400]}{'...' if len(post) > 400 else ''}", ""]
+        lines += [f"- {name}: {' '.join(row[name].split()) or '(nothing)'}" for name in names] + [""]
+    return lines
+
+
+def out_again(found: dict, _: Path) -> list[str]:
+    return [f"transformers writes the same greedy text as our decoder for {found['same_greedy_text']} of "
+            f"{found['posts']} posts (PPO's folder, fp32)."]  # fmt: skip
+
+
+SECTIONS = {"lr": lr, "sft": sft, "rm": rm, "ppo": ppo, "eval": evaluation, "out_again": out_again}
