@@ -228,7 +228,7 @@ def in_turn(sides: dict[str, object], work: str, batch: Batch, repeats: int) -> 
 
 def trl(args: argparse.Namespace, threads: int, batch: Batch, cfg: train_ppo.Config) -> dict:
     """Seconds of one update of TRL's PPOTrainer on the same queries, in the environment that has it."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         json.dump(batch.queries, file)
         file.flush()
         fields = ("num_ppo_epochs", "response_length", "temperature", "kl_coef", "lam", "lr")
@@ -237,7 +237,7 @@ def trl(args: argparse.Namespace, threads: int, batch: Batch, cfg: train_ppo.Con
         # -P: or bench/kernels.py would stand for the package that transformers looks for
         command = [args.trl_python, "-P", program, "--threads", str(threads), "--batch_size", str(len(batch.queries))]
         command += ["--rows", str(args.rows), "--settings", settings, "--queries", file.name]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return {"error": f"{program.name} ended with status {done.returncode}: {last[:200]}"}
@@ -258,8 +258,9 @@ def main() -> None:
     parser.add_argument("--work", nargs="+", choices=WORK, default=WORK, help="only these")
     args = parser.parse_args()
     preset = "tiny" if args.sft_model == TINY_SFT else "smollm2"
-    lengths = {"max_query_length": args.max_query_length} if args.max_query_length else {}
-    cfg = train_ppo.Config(**train_ppo.PRESETS[preset] | {"batch_size": args.batch_size} | lengths)
+    changes = {"num_ppo_epochs": 4, "num_minibatches": 1, "batch_size": args.batch_size}  # an update as in the paper
+    changes |= {"max_query_length": args.max_query_length} if args.max_query_length else {}
+    cfg = train_ppo.Config(**train_ppo.PRESETS[preset] | changes)
     sft_cfg = train_sft.Config(**train_sft.PRESETS[preset] | {"batch_size": min(64, args.batch_size)})
     posts = load_posts(args.data or ensure_world("data/tiny"), "train")
     tokenizer = load_tokenizer(args.sft_model)

@@ -128,7 +128,7 @@ class Experiment:
         self.probe_steps = PROBE_STEPS if self.device.type == "cuda" else 2
         self.measured: dict[str, dict] = {}  # stage -> seconds a step, and around all of them
         self.path = out / "results.json"
-        self.state: dict = json.loads(self.path.read_text()) if self.path.is_file() else {"seconds": {}}
+        self.state: dict = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {"seconds": {}}
         dtype = str(pick_dtype(args.dtype, self.device)).removeprefix("torch.")
         about = {"device": device_name(self.device), "dtype": dtype, "torch": torch.__version__, "git": git()}
         about |= {"minutes": args.minutes, "seed": args.seed, "sizes": self.sizes, "data": Path(self.data).name}
@@ -202,7 +202,10 @@ class Experiment:
         flags = self.flags("eval") | {"policy": policies, "reward_model": self.final("rm"), "judge": "rm"}
         done = run("eval", self.device, **flags, run_name=self.name("eval"), overwrite=True)
         shutil.copy(done.folder / "samples.jsonl", self.out / "samples.jsonl")
-        found, rows = json.loads((done.folder / "metrics.json").read_text()), read_jsonl(done.folder / "samples.jsonl")
+        found, rows = (
+            json.loads((done.folder / "metrics.json").read_text(encoding="utf-8")),
+            read_jsonl(done.folder / "samples.jsonl"),
+        )
         for name, row in found["policies"].items():
             if name != "reference":
                 row["stemmed"] = rouge([r[name] for r in rows], [r["reference"] for r in rows], stemmer=True)

@@ -98,7 +98,9 @@ def preflight(found: dict, _: Path) -> list[str]:
     lines += [f"- {dtype}: {row['refused']}" for dtype, row in found.items() if "refused" in row]
     good = {dtype: row for dtype, row in found.items() if "refused" not in row}
     names = list(next(iter(good.values()), {}))
-    return lines + table(["check", *good], [[name, *(row.get(name) for row in good.values())] for name in names])
+    return lines + table(
+        ["check", *good], [[n.removeprefix("preflight/"), *(row.get(n) for row in good.values())] for n in names]
+    )
 
 
 def evaluation(found: dict, out: Path) -> list[str]:
@@ -116,7 +118,9 @@ def evaluation(found: dict, out: Path) -> list[str]:
     low, high = accuracy_interval(hits, n)
     lines += [f"Reward model: {hits} of {n} held-out pairs, {hits / n:.3f} (95% {low:.3f} to {high:.3f}); the longer text "
               f"wins {card['length_baseline']:.3f}. With {n} pairs a difference below about 0.13 is noise.", ""]  # fmt: skip
-    rows = [[f"{row['ours']} over {row['theirs']}", row["rate"], _interval(row["interval"])] for row in found["win_rates"]]
+    rows = [
+        [f"{row['ours']} over {row['theirs']}", row["rate"], _interval(row["interval"])] for row in found["win_rates"]
+    ]
     lines += ["Judged by the reward model that PPO was trained on: what it likes, not what people like.", ""]
     lines += table(["", "win rate", "95%"], rows)
     path = out / "samples.jsonl"

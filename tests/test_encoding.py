@@ -112,7 +112,7 @@ def test_a_worker_that_is_killed_is_one_sentence_and_no_hang(tokenizer, monkeypa
     monkeypatch.setattr(encoding, "PARALLEL_FROM", 1)
     monkeypatch.setattr(encoding, "PIECE", 10)
     parent = os.getpid()
-    monkeypatch.setattr(encoding, "encode_responses", lambda *_: os._exit(9) if os.getpid() != parent else None)
+    monkeypatch.setattr(encoding, "response_text", lambda *_: os._exit(9) if os.getpid() != parent else None)
     with pytest.raises(UserError, match="a worker process was killed"):
         encode_posts(POSTS, tokenizer, 40)
 
@@ -144,7 +144,7 @@ def test_whatever_the_ids_depend_on_makes_a_new_file(tokenizer, tmp_path, monkey
     encode_posts(POSTS, tokenizer, 40)
     assert len(saved()) == 7
     code = tmp_path / "encoding.py"
-    code.write_text("changed")
+    code.write_text("changed", encoding="utf-8")
     monkeypatch.setattr(encoding, "CODE", [code])
     encode_posts(POSTS, tokenizer, 40)
     assert len(saved()) == 8

@@ -9,6 +9,7 @@ again. Left out: the CNN/DM rows of the comparisons (they are counted), padding 
 
 import json
 import re
+import shlex
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,9 @@ SLACK = 16
 # there, and the tokens of a shorter post counted from the last such place on.
 BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z0-9.,!?]) (?=[A-Za-z])")
 PART = 400  # characters
+# Tokens of a response that are read, EOS included, wherever one is learned from or scored: what stands in a file of
+# samples, or a post's first sentence in a probe of the reward model, has no end of its own. Summaries have about 50.
+MAX_RESPONSE = 512
 
 
 def format_query(subreddit: str, title: str, post: str) -> str:
@@ -99,23 +103,14 @@ def encode_query(tokenizer: Tokenizer, subreddit: str, title: str, post: str, ma
 
 def fit_query(tokenizer: Tokenizer, subreddit: str, title: str, post: str, max_length: int) -> tuple[list[int], int]:
     """`encode_query`, and how many characters of the post are in it."""
-    return next(fit_queries(tokenizer, [(subreddit, title, post)], max_length))
+    whole = [tokenizer.bos_id, *tokenizer.encode(format_query(subreddit, title, post))]
+    if len(whole) <= max_length:
+        return whole, len(post)
+    return cut_query(tokenizer, subreddit, title, post, max_length)
 
 
-def fit_queries(
-    tokenizer: Tokenizer, posts: Sequence[tuple[str, str, str]], max_length: int
-) -> Iterator[tuple[list[int], int]]:
-    """`fit_query` of many (subreddit, title, post), their whole texts in one call of the tokenizer."""
-    texts = tokenizer.encode_batch([format_query(*post) for post in posts])
-    for post, text in zip(posts, texts, strict=True):
-        whole = [tokenizer.bos_id, *text]
-        if len(whole) <= max_length:
-            yield whole, len(post[2])
-        else:
-            yield _cut_query(tokenizer, *post, max_length)
-
-
-def _cut_query(tokenizer: Tokenizer, subreddit: str, title: str, post: str, max_length: int) -> tuple[list[int], int]:
+def cut_query(tokenizer: Tokenizer, subreddit: str, title: str, post: str, max_length: int) -> tuple[list[int], int]:
+    """`fit_query` for a post that is known to be too long."""
     length = _fitting_length(tokenizer, FRAME.format(subreddit=subreddit, title=title), post, max_length)
     if length is None:
         empty = 1 + len(tokenizer.encode(format_query(subreddit, title, "")))
@@ -153,16 +148,20 @@ def _fitting_length(tokenizer: Tokenizer, frame: str, post: str, max_length: int
     return None
 
 
-def encode_response(tokenizer: Tokenizer, summary: str) -> list[int]:
-    """One space, the summary, EOS; no BOS (N+ detail 3). The space is added only where the text does not bring it:
+def response_text(summary: str) -> str:
+    """The text of a response: one space, the summary. The space is added only where the text does not bring it:
     authors' summaries have none, comparison texts have one (N+ trap T2)."""
-    return encode_responses(tokenizer, [summary])[0]
+    return summary if summary.startswith(" ") else " " + summary
 
 
-def encode_responses(tokenizer: Tokenizer, summaries: Sequence[str]) -> list[list[int]]:
-    """`encode_response` of many, in one call of the tokenizer."""
-    texts = [summary if summary.startswith(" ") else " " + summary for summary in summaries]
-    return [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+def encode_response(tokenizer: Tokenizer, summary: str) -> list[int]:
+    """The response's ids and EOS; no BOS (N+ detail 3). At most MAX_RESPONSE ids."""
+    return end_response(tokenizer, tokenizer.encode(response_text(summary)))[0]
+
+
+def end_response(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], bool]:
+    """The ids of `response_text` with EOS, and whether they lost their end to the limit."""
+    return [*ids[: MAX_RESPONSE - 1], tokenizer.eos_id], len(ids) >= MAX_RESPONSE
 
 
 # ---------------------------------------------------------------------------------------------------------- data order
@@ -196,7 +195,7 @@ def load_posts(data: str | Path, split: str) -> list[Post]:
     if path is None:
         raise UserError(
             f"data: no {paths[0]} (or {paths[1]}), expected one post a line: get it with "
-            f"`python -m nanorlhf download --data {data}`"
+            f"`python -m nanorlhf download --data {shlex.quote(str(data))}`"
         )
     posts = []
     for where, row in json_rows(path):
@@ -221,7 +220,7 @@ def load_comparisons(data: str | Path, split: str, stats: ComparisonStats | None
     if not paths:
         raise UserError(
             f"data: no {folder}/batch*.json, expected one comparison a line: get them with "
-            f"`python -m nanorlhf download --data {data}`"
+            f"`python -m nanorlhf download --data {shlex.quote(str(data))}`"
         )
     stats = ComparisonStats() if stats is None else stats
     comparisons = []
