@@ -6,7 +6,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 PY = .venv/bin/python
 
-.PHONY: demo demo-hack test test-oldest setup clean
+.PHONY: demo demo-hack test test-all test-oldest setup clean
 
 demo: .venv/run
 	@echo "== 1/4 SFT: the embedded base model learns to summarise" && $(PY) train_sft.py --preset tiny --run_name demo_sft --overwrite
@@ -26,8 +26,12 @@ demo-hack: .venv/run
 		--policy sft=$(TINY)/sft ppo=runs/hack_ppo/final --reward_model $(TINY)/rm
 	@$(PY) -m nanorlhf.tiny.demo_hack
 
+# A process a core. -m "not nightly" leaves out the long tests that repeat others with more cases; test-all has them.
 test: .venv/test
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist worksteal -m "not nightly"
+
+test-all: .venv/test
+	$(PY) -m pytest -n auto --dist worksteal
 
 # The oldest torch that pyproject.toml allows, and what a GPU would be given, in an environment of its own (4 GB with CUDA).
 OLDEST = 2.11.*

@@ -168,7 +168,7 @@ def main(cfg: Config) -> None:
     folder, sft_from = find_model("sft", cfg.sft_model, "sft_model", cfg.preset)
     cfg.data, cfg.sft_model = str(data), str(folder)  # what --resume goes on with
     tokenizer = load_tokenizer(folder)
-    check_folder(folder, tokenizer)
+    notes = check_folder(folder, tokenizer)
     stats = ComparisonStats()
     train, held_out = load_comparisons(data, "train", stats), load_comparisons(data, "valid")
     valid = without_posts_of(train, held_out)
@@ -185,13 +185,14 @@ def main(cfg: Config) -> None:
     show = ["train/rm/loss", "train/rm/accuracy", "train/rm/margin", "lr", "perf/tokens_per_s"]
     with Run("rm", cfg, total_steps=total_steps, show=show, kernels=kernels.chosen()) as run:
         run.say(f"data    {data} ({data_from}): {stats}; {len(valid):,} held out")
+        run.say_all(notes)
         if shared:
             run.say(f"note    {shared:,} held-out comparisons are left out: the training split has their posts too")
         queries, chosen, rejected = encode_comparisons(train, tokenizer, cfg.max_query_length, run.progress)
         run.say(f"tokens  {length_report(queries, [chosen, rejected])}")
 
         # 2. model and optimizer
-        policy = load_policy(folder, run.device, run.dtype)
+        policy = load_policy(folder, run.device, run.dtype, tokenizer)
         model = reward_model_from(policy, cfg.seed)
         del policy
         model.model.activation_checkpointing = cfg.activation_checkpointing

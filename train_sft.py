@@ -33,7 +33,7 @@ from nanorlhf.data.encoding import encode_posts, length_report
 from nanorlhf.data.tldr import Post, batch_indices, load_posts
 from nanorlhf.data.tokenizer import Tokenizer, load_tokenizer
 from nanorlhf.errors import check
-from nanorlhf.evaluation.metrics import rouge
+from nanorlhf.evaluation.metrics import rouge, without_words
 from nanorlhf.losses import next_token_labels, sequence_mean_weights
 from nanorlhf.models import Policy, parameter_count
 from nanorlhf.monitoring import preflight
@@ -140,7 +140,7 @@ def main(cfg: Config) -> None:
     folder, model_from = find_model("base", cfg.model, "model", cfg.preset)
     cfg.data, cfg.model = str(data), str(folder)  # what --resume goes on with
     tokenizer = load_tokenizer(folder)
-    check_folder(folder, tokenizer)
+    notes = check_folder(folder, tokenizer)
     train, valid = load_posts(data, "train"), load_posts(data, "valid")[: cfg.eval_posts]
     total_steps = cfg.num_epochs * (len(train) // cfg.batch_size)
     total_steps = min(total_steps, cfg.max_updates or total_steps)
@@ -149,11 +149,12 @@ def main(cfg: Config) -> None:
     show = ["train/sft/loss", "lr", "perf/tokens_per_s"]
     with Run("sft", cfg, total_steps=total_steps, show=show, kernels=kernels.chosen()) as run:
         run.say(f"data    {data} ({data_from}): {len(train):,} posts, {len(valid):,} held out")
+        run.say_all(notes)
         queries, responses = encode_posts(train, tokenizer, cfg.max_query_length, run.progress)
         run.say(f"tokens  {length_report(queries, [responses], cfg.response_length)}")
 
         # 2. model and optimizer
-        policy = load_policy(folder, run.device, run.dtype)
+        policy = load_policy(folder, run.device, run.dtype, tokenizer)
         policy.model.activation_checkpointing = cfg.activation_checkpointing
         optimizer = AdamW([policy], lr=cfg.lr)
         run.say(f"model   {folder} ({model_from}): {parameter_count(policy):,} parameters")
@@ -183,6 +184,8 @@ def main(cfg: Config) -> None:
 
         # 5. measure on held-out posts
         metrics, summaries = measure(policy, valid, tokenizer, cfg, run.progress)
+        if unseen := without_words([post.summary for post in valid]):
+            run.say(unseen)
         if metrics["validation/sft/eos_rate"] < preflight.MIN_EOS_RATE:
             run.say("note    it has hardly learned to stop: PPO's pre-flight will refuse it")
         run.log(total_steps, metrics)

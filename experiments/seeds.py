@@ -45,7 +45,7 @@ def script(name: str, run: str, seed: int, rounding: dict[str, str], *flags: str
     if done and not _unfinished(folder):
         return
     command = [sys.executable, name, "--preset", "tiny", "--run_name", run, "--seed", str(seed), "--overwrite", *flags]
-    with open(f"{folder}.log", "w") as log:
+    with open(f"{folder}.log", "w", encoding="utf-8") as log:
         status = subprocess.run(command, env=os.environ | rounding, stdout=log, stderr=subprocess.STDOUT).returncode
     if status:
         raise SystemExit(f"{' '.join(command)} ended with status {status}: see {folder}.log")
@@ -54,7 +54,7 @@ def script(name: str, run: str, seed: int, rounding: dict[str, str], *flags: str
 def _unfinished(folder: Path) -> bool:
     """Whether the run of this folder was stopped: its log does not end with "done"."""
     log = Path(f"{folder}.log")
-    return not log.is_file() or not log.read_text().rstrip().rsplit("\n", 1)[-1].startswith("done")
+    return not log.is_file() or not log.read_text(encoding="utf-8").rstrip().rsplit("\n", 1)[-1].startswith("done")
 
 
 def models(seed: int) -> None:
@@ -139,7 +139,7 @@ def main() -> None:
     there = {(row["seed"], row["rounding"]) for row in rows}
     missing = [(seed, name) for name in ROUNDINGS for seed in args.seeds if (seed, name) not in there]
     if missing and not args.table:
-        commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], text=True).strip()
+        commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], encoding="utf-8").strip()
         Path("runs").mkdir(exist_ok=True)
         args.results.parent.mkdir(parents=True, exist_ok=True)
 

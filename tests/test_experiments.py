@@ -72,12 +72,12 @@ def test_an_experiment_that_was_stopped_runs_only_what_is_missing(tmp_path, monk
 
     monkeypatch.setattr(seeds, "result", result)
     there = rows()[0] | {"seed": 1, "rounding": "avx2"}
-    found.write_text(json.dumps(there) + "\n")
+    found.write_text(json.dumps(there) + "\n", encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["seeds", "--seeds", "1", "2", "--processes", "1", "--results", str(found)])
     seeds.main()
     assert trained == [1, 2]
     assert ran == [(seed, name) for name in seeds.ROUNDINGS for seed in (1, 2) if (seed, name) != (1, "avx2")]
-    assert len(found.read_text().splitlines()) == 2 * len(seeds.ROUNDINGS)
+    assert len(found.read_text(encoding="utf-8").splitlines()) == 2 * len(seeds.ROUNDINGS)
     ran.clear()
     seeds.main()
     assert ran == [] and json.loads(capsys.readouterr().out.splitlines()[-1])["results"] == 6
@@ -88,9 +88,9 @@ def test_a_run_is_made_again_unless_its_log_says_that_it_ended(ends, again, tmp_
     monkeypatch.chdir(tmp_path)
     final = Path("runs/x/final")
     final.mkdir(parents=True)
-    (final / "config.json").write_text("{}")
+    (final / "config.json").write_text("{}", encoding="utf-8")
     if ends:
-        Path("runs/x.log").write_text(f"step 1\n{ends}\n")
+        Path("runs/x.log").write_text(f"step 1\n{ends}\n", encoding="utf-8")
     calls = []
 
     def run(command, env, **_):
