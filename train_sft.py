@@ -92,8 +92,8 @@ PRESETS = {
                     save_every=100),
     # The tiny model is a thousand times smaller, so its learning rate is several hundred times larger. Small batches:
     # it needs the steps more than the posts (docs/robustness.md). The rest is the sizes of its world.
-    "tiny": dict(lr=1.5e-3, batch_size=16, max_updates=240, max_grad_norm=1.0, max_query_length=104, response_length=32,
-                 microbatch_tokens=4096, eval_posts=256, save_every=80),
+    "tiny": dict(lr=1.5e-3, batch_size=16, max_updates=224, max_grad_norm=1.0, max_query_length=104, response_length=32,
+                 microbatch_tokens=4096, eval_posts=128, save_every=56),
 }  # fmt: skip
 
 
