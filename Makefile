@@ -21,7 +21,8 @@ demo: .venv/run
 TINY = nanorlhf/tiny/checkpoints
 demo-hack: .venv/run
 	@echo "== 1/2 PPO without a KL penalty, learning rate constant" && $(PY) train_ppo.py --preset tiny --run_name hack_ppo --overwrite \
-		--sft_model $(TINY)/sft --reward_model $(TINY)/rm --kl_coef 0 --lr 3e-4 --lr_schedule constant --total_episodes 6400
+		--sft_model $(TINY)/sft --reward_model $(TINY)/rm --kl_coef 0 --lr 3e-4 --lr_schedule constant --total_episodes 6400 \
+		--num_ppo_epochs 4 --num_minibatches 1 --critic_warmup 0 --lr_warmup 0 --critic_lr None
 	@echo "== 2/2 evaluation on held-out posts" && $(PY) eval.py --preset tiny --run_name hack_eval --overwrite \
 		--policy sft=$(TINY)/sft ppo=runs/hack_ppo/final --reward_model $(TINY)/rm
 	@$(PY) -m nanorlhf.tiny.demo_hack

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 def faults(flags: str) -> dict:
     """What the harness counted; it ends with status 1 when something did not survive."""
     command = [sys.executable, "-m", "faults", *flags.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(runtime.triton is None, reason="Triton is not in
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     environment = os.environ | environment
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, timeout=1200, encoding="utf-8"
     )
 
 
