@@ -9,6 +9,7 @@ PY = .venv/bin/python
 .PHONY: demo demo-hack test test-all test-oldest setup clean
 
 demo: .venv/run
+	@$(PY) -m bench.estimate
 	@echo "== 1/4 SFT: the embedded base model learns to summarise" && $(PY) train_sft.py --preset tiny --run_name demo_sft --overwrite
 	@echo "== 2/4 reward model" && $(PY) train_rm.py --preset tiny --run_name demo_rm --overwrite --sft_model runs/demo_sft/final
 	@echo "== 3/4 PPO" && $(PY) train_ppo.py --preset tiny --run_name demo_ppo --overwrite --sft_model runs/demo_sft/final --reward_model runs/demo_rm/final

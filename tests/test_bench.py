@@ -10,13 +10,14 @@ import torch
 
 import train_ppo
 import train_sft
-from bench import against, all, scaling, tables, update
+from bench import against, all, estimate, scaling, tables, update
 from bench.shapes import shape_for
 from nanorlhf.data.encoding import encode_posts
 from nanorlhf.data.tldr import load_posts
 from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.run.inputs import EMBEDDED
-from nanorlhf.tiny.data import ensure_world
+from nanorlhf.storage.checkpoint import load_policy
+from nanorlhf.tiny.data import ensure_world, write_world
 
 
 def test_drawn_lengths_are_those_the_cost_model_assumes():
@@ -101,6 +102,36 @@ def test_an_sft_step_of_both_sides_moves_the_weights_alike(both_sides):
     moved, other = ours.student.model.norm.weight - before, theirs.student.model.norm.weight - before
     assert moved.abs().max() > 0
     torch.testing.assert_close(moved, other, atol=0.02 * ours.sft_cfg.lr, rtol=0)
+
+
+# --- the demo's estimate
+
+
+def test_the_estimate_of_the_demo_is_its_operations_at_the_rate_of_this_machine(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(estimate, "ensure_world", lambda folder: write_world(tmp_path / "world", {"train": 64}, {"train": 1}))
+    monkeypatch.setattr(estimate, "demo_flops", lambda *_: 7e12)
+    monkeypatch.setattr(estimate, "rate", lambda *_: 7e12 * estimate.SLOWER / 480)
+    estimate.main()
+    assert capsys.readouterr().out.endswith("and the demo is 7.0 TFLOP: about 8 minutes\n")
+    assert [estimate.minutes(s) for s in (10, 60, 91)] == ["less than a minute", "about a minute", "about 2 minutes"]
+
+
+def test_the_operations_of_the_demo_follow_the_presets(monkeypatch):
+    policy = load_policy(EMBEDDED / "sft")
+    texts = [[5] * 100] * 4, [[6] * 20] * 4
+    before = estimate.demo_flops(policy, *texts)
+    assert estimate.demo_flops(policy, *(2 * x for x in texts)) == pytest.approx(before)  # of the mean post
+    tiny = train_sft.PRESETS["tiny"]
+    monkeypatch.setitem(tiny, "max_updates", tiny["max_updates"] + 10)
+    more = estimate.demo_flops(policy, *texts) - before
+    assert more == pytest.approx(10 * tiny["batch_size"] / 4 * estimate.learning_flops(policy, [[5] * 120] * 4))
+
+
+def test_the_rate_is_operations_by_seconds():
+    clock = iter([0.0, 0.0, 0.4, 0.8, 1.2, 1.5])  # began; asked before each of three passes and after; asked at the end
+    policy = load_policy(EMBEDDED / "sft")
+    found = estimate.rate(policy, [[5] * 30] * 2, clock=lambda: next(clock))
+    assert found == pytest.approx(3 * estimate.learning_flops(policy, [[5] * 30] * 2) / 1.5)
 
 
 # --- a visit ---------------------------------------------------------------------------------------------------------

@@ -84,3 +84,20 @@ def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused(final, tmp_pa
     (final[0] / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(UserError, match="pre_tokenizer is .*, expected that of smollm"):
         gguf_from_folder(final[0], tmp_path / "model.gguf", "f16")
+
+
+def test_llama_cpp_writes_the_same_greedy_text(final, tmp_path):
+    """llama.cpp itself, as the package xllamacpp ships it, asked with the ids of a query."""
+    llama_cpp = pytest.importorskip("xllamacpp", reason="no llama.cpp: pip install xllamacpp (Linux, macOS; 34 MB)")
+    folder, tokenizer = final
+    gguf_from_folder(folder, tmp_path / "model.gguf", "f32")
+    params = llama_cpp.CommonParams()
+    params.model.path = str(tmp_path / "model.gguf")
+    params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.warmup = 512, 1, 1, False
+    server = llama_cpp.Server(params)
+    query = [tokenizer.bos_id, *tokenizer.encode(QUERY)]
+    (ours,), _ = generate(load_policy(folder), [query], 12, temperature=0.0)
+    asked = {"prompt": query, "n_predict": 12, "temperature": 0.0, "cache_prompt": False}
+    (choice,) = server.handle_completions(asked)["choices"]
+    written, expected = (text.replace("\ufffd", "") for text in (choice["text"], tokenizer.decode(ours.tolist())))
+    assert written == expected and len(written) > 5  # half characters are shown in two ways

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 
 from nanorlhf.evaluation.metrics import title_copy
-from nanorlhf.evaluation.tables import Table, display, number, sample_table, tables, worst_tables
+from nanorlhf.evaluation.tables import EXPLAINED, Table, display, number, sample_table, tables, worst_tables
 
 HERE = Path(__file__).parent
 SAMPLES_SHOWN = 300  # samples.jsonl has all
@@ -62,7 +62,7 @@ def html_page(
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <style>{style}</style></head>
-<body><h1>nanorlhf: evaluation</h1><p class=note>{html.escape(about)}</p><nav>{nav}</nav>
+<body><h1>nanorlhf: evaluation</h1><p class=note>{html.escape(about)}</p><p class=note>{EXPLAINED}</p><nav>{nav}</nav>
 {chr(10).join(body)}
 <script>{script}</script></body></html>
 """

@@ -40,6 +40,7 @@ import tyro
 from nanorlhf.errors import UserError, check, one_sentence
 from nanorlhf.run.streams import lasting_streams
 
+EXPLAINED = "What a run logs is explained in docs/metrics.md"
 LARGE_GPU_GB = 70  # what the llama-1b preset needs
 
 # How other projects (TRL, cleanrl, OpenRLHF) spell our flags.
@@ -144,7 +145,7 @@ def parse(Config: type, presets: dict[str, dict], doc: str, argv: list[str] | No
     nested = tyro.cli(
         make_dataclass("Flags", boxes),
         args=words + ["--help"] * wants_help,
-        description=f"{_summary(doc)}\n\nDefaults below: preset {preset} ({reason}).",
+        description=f"{_summary(doc)}\n\nDefaults below: preset {preset} ({reason}). {EXPLAINED}.",
         use_underscores=True,
     )
     values = {name: value for group in asdict(nested).values() for name, value in group.items()}

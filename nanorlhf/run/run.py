@@ -122,6 +122,7 @@ class Run:
         repeats = ", deterministic" if deterministic else ""
         self.say(f"device  {device_name(self.device)}, {dtype}{with_kernels}, seed {cfg.seed}{repeats}")
         self.say(f"folder  {self.folder}" + (" (resumed)" if self.resuming else ""))
+        self.say("metrics explained in docs/metrics.md")
 
     def _may_begin(self, locked: bool = False) -> dict:
         cfg = self.cfg
