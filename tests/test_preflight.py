@@ -212,7 +212,7 @@ def test_a_nan_is_stopped_wherever_it_comes_from(setup, where, named):
         with torch.no_grad():
             setup.policy.model.norm.weight[0] = math.nan
     else:
-        tensors = {"ref_logprobs": ref_logprobs, "scores": scores} | episode._asdict()
+        tensors = episode._asdict() | {"ref_logprobs": ref_logprobs, "scores": scores}
         # One number of row 0, which has its EOS at 2: a token's log-prob, and the state after EOS.
         tensors[where].view(len(scores), -1)[0, 3 if where == "values" else 0] = math.nan
     with stopped_by(f"{named} nan"):
