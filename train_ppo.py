@@ -266,21 +266,21 @@ def main(cfg: Config) -> None:
     cfg.data, cfg.sft_model, cfg.reward_model = str(data), str(sft_folder), str(rm_folder)  # what --resume goes on with
     tokenizer = load_tokenizer(sft_folder)
     check_same(tokenizer, load_tokenizer(rm_folder), "the reward model")
-    check_folder(sft_folder, tokenizer)
-    check_folder(rm_folder, tokenizer, scalar=True)
+    notes = check_folder(sft_folder, tokenizer) + check_folder(rm_folder, tokenizer, scalar=True)
     posts = load_posts(data, "train")
     eos_id, B, R, T = tokenizer.eos_id, cfg.batch_size, cfg.response_length, cfg.temperature
 
     show = ["objective/scores", "objective/kl", "objective/gold", "val/eos_rate", "policy/clipfrac_avg"]
     with Run("ppo", cfg, total_steps=total_updates, unit="update", show=show, kernels=kernels.chosen()) as run:
         run.say(f"data    {data} ({data_from}): {len(posts):,} posts")
+        run.say_all(notes)
         queries, references = encode_posts(posts, tokenizer, cfg.max_query_length, run.progress)
         run.say(f"tokens  {length_report(queries, [references], R)}")
 
         # 2. models
-        policy = load_policy(sft_folder, run.device, run.dtype)
-        reference = load_policy(sft_folder, run.device, run.dtype).requires_grad_(False)
-        reward_model = load_scalar(rm_folder, run.device, run.dtype).requires_grad_(False)
+        policy = load_policy(sft_folder, run.device, run.dtype, tokenizer)
+        reference = load_policy(sft_folder, run.device, run.dtype, tokenizer).requires_grad_(False)
+        reward_model = load_scalar(rm_folder, run.device, run.dtype, tokenizer).requires_grad_(False)
         critic = critic_from(reward_model).requires_grad_(True)
         models, frozen = (policy, reference, critic, reward_model), preflight.fingerprint([reference, reward_model])
         for trained in (policy, critic):

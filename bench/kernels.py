@@ -322,7 +322,7 @@ def main() -> None:
                     row = {what: rows, "op": name, "who": who, "ms": seconds * 1e3, unit_name: rate}
                     results.append(row | {"of_ceiling": share} | ({"gb": gigabytes} if GPU else {}))
                     if flags.rows_to:
-                        with open(flags.rows_to, "a") as file:
+                        with open(flags.rows_to, "a", encoding="utf-8") as file:
                             file.write(json.dumps(results[-1]) + "\n")
                 torch._dynamo.reset() if compiled else None
         print()

@@ -154,11 +154,13 @@ def tables(folder: Path) -> str:
     """The tables of all files of results in a folder, in Markdown."""
     parts = []
     for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         parts.append(heading(found))
         for name, bench in found["benches"].items():
             if failed := bench.get("failed_since"):
-                parts.append(f"`{name}`: {failed['error']} at commit {failed['commit']}; what it measured before stays.")
+                parts.append(
+                    f"`{name}`: {failed['error']} at commit {failed['commit']}; what it measured before stays."
+                )
             if "result" not in bench:
                 parts.append(f"`{name}`: {bench.get('error') or bench['skipped']}.")
             elif (kind := name.split("_")[0]) in TABLES:  # plan_80

@@ -35,6 +35,7 @@ RATIO = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the mean ratio
 APPROXKL = {torch.float32: 1e-6, torch.bfloat16: 5e-3}  # nats; T 1 for 0.7 gives 0.012 (experiments.bugs --ratio)
 SCORE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # rms between two ways to compute a score or value, of about 1
 SHIFT = {torch.float32: 0.0, torch.bfloat16: 0.1}  # of a mean score
+OF_SCORE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest score: a number near 1e6 moves in steps of 0.1
 KERNEL = {torch.float32: 1e-4, torch.bfloat16: 1e-3}  # nats, of a log-prob from the same hidden state
 MIN_EOS_RATE = 0.1  # an SFT model that has learned to stop is above 0.9
 LEAST_REFERENCES, MOST_REFERENCES = 64, 256  # posts whose summaries must have a mean score of 0
@@ -80,6 +81,11 @@ def equals(name: str, value: float, expected: float, cause: str) -> Check:
 def rms(differences: Tensor) -> float:
     """Root mean square. Of many roundings the largest grows with their number, and this does not."""
     return differences.float().square().mean().sqrt().item()
+
+
+def rounding(scores: Tensor, dtype: torch.dtype) -> float:
+    """How far two computations of such scores may lie apart for their size alone, however little they differ."""
+    return OF_SCORE[dtype] * scores.abs().max().item()
 
 
 def report(checks: Iterable[Check], say: Callable[[str], None], when: str) -> dict[str, float]:
@@ -230,7 +236,7 @@ def first_update(
     kl = torch.where(mask, episode.logprobs - ref_logprobs, 0.0).sum(1).abs().max().item()
     after_eos = mask.sum(1).clamp(max=mask.shape[1] - 1)  # (B,) L+1, the index of the state after EOS
     has_slot = ~mask[:, -1]  # a response that fills all R slots has no such state
-    allowed = SCORE[dtype] * max(1.0, scores.std(unbiased=False).item())  # rounding is relative
+    allowed = max(SCORE[dtype] * max(1.0, scores.std(unbiased=False).item()), rounding(scores, dtype))
     difference = torch.where(has_slot, values.gather(1, after_eos[:, None])[:, 0] - scores, 0.0)  # (B,)
     # Standard errors from 0. The shift that should have made it 0 was itself a mean, perhaps of no more posts: twice
     # the variance. And it was perhaps measured in fp32, where a trunk in bf16 moves all scores alike by up to 0.06.
@@ -294,7 +300,7 @@ def reward_model(
     ends = [summary[-1] == tokenizer.eos_id for _, *summaries in pairs for summary in summaries]
     return [
         equals("sequences that end in EOS", sum(ends) / len(ends), 1, "the score is read at EOS, which was cut off"),
-        at_most("score alone - in a batch", rms(together - alone), SCORE[dtype],
+        at_most("score alone - in a batch", rms(together - alone), max(SCORE[dtype], rounding(alone, dtype)),
                 "a score depends on its neighbours: attention, positions or the index of the last token, or the two "
                 "summaries see each other"),
         at_most("identical texts: loss - ln 2", abs(loss - math.log(2)), SCORE[dtype],
