@@ -55,8 +55,8 @@ FAULTS = {mutation.name: mutation for mutation in MUTATIONS}
 
 def shown(token: int) -> str:
     """A token as one can see it: its blanks as ␣."""
-    if token == tokenizer.eos_id:
-        return "<EOS>"
+    if token in (tokenizer.bos_id, tokenizer.eos_id):
+        return "<BOS>" if token == tokenizer.bos_id else "<EOS>"
     return tokenizer.decode([token]).replace(" ", "␣").replace("\n", "⏎") or f"<{token}>"
 
 
@@ -97,7 +97,7 @@ reference = load_policy(EMBEDDED / "sft").requires_grad_(False)
 reward_model = load_scalar(EMBEDDED / "rm").requires_grad_(False)
 critic = critic_from(reward_model).requires_grad_(True)
 
-B = 32
+B = 24
 posts = [make_post("valid", i) for i in range(B)]  # the first held-out posts
 queries = [tldr.encode_query(tokenizer, p.subreddit, p.title, p.post, cfg.max_query_length) for p in posts]
 responses, sampled_logprobs = generate(policy, queries, R, T, seed=cfg.seed)  # (B, R) each
@@ -256,10 +256,10 @@ book.code(losses.next_token_labels, losses.sequence_mean_weights)
 book.table(
     ["label", "p of the label", "by hand: w (p - 1)", "autograd"],
     [
-        [f"`{shown(labels[i].item())}`", fixed(p[i]), digits(weights[i] * (p[i] - 1)), digits(logits.grad[i, labels[i]])]
+        [f"`{shown(labels[i].item())}`", fixed(p[i]), *row([1000 * weights[i] * (p[i] - 1), 1000 * logits.grad[i, labels[i]]])]
         for i in range(first, first + 5)
     ],
-    note=f"The first tokens of the author's summary under the SFT model; w = 1/{int(counts.sum())}.",
+    note=f"The first tokens of the author's summary under the SFT model. Gradients in thousandths; w = 1/{int(counts.sum())}.",
 )
 book.say(f"Loss on this post: {fixed(sft_loss(base))} by the base model, {fixed(sft_loss(sft))} by the SFT model.")
 
@@ -301,7 +301,7 @@ book.code(losses.bradley_terry_loss, ScalarModel.last_scores)
 book.table(
     ["", "head", "minus the shift: score", "by hand", "autograd", "summary"],
     [
-        [who, fixed(score + reward_model.score_shift), fixed(score), digits(by_hand), digits(gradient), text]
+        [who, fixed(score + reward_model.score_shift), fixed(score), fixed(by_hand, 4), fixed(gradient, 4), text.strip()]
         for who, score, by_hand, gradient, text in zip(
             ("chosen", "rejected"), pair_scores, (sigma - 1, 1 - sigma), leaf.grad, (chosen, rejected), strict=True
         )
@@ -312,8 +312,7 @@ book.table(
 right = pair_scores[0] > pair_scores[1]
 book.say(
     f"""The reward model agrees with the annotator here, who errs at times too.""" if right else
-    """The reward model disagrees with the annotator here; it is wrong in about a quarter of such pairs, and so, at times,
-    is the annotator."""
+    """The reward model disagrees with the annotator here, who errs at times, as it does."""
 )  # fmt: skip
 
 # %%
@@ -326,7 +325,7 @@ book.question(
     "bradley_terry_swapped",
     "Chosen and rejected change places in the loss. How do the two losses differ, exactly?",
     f"""{fixed(swapped.item())} in place of {fixed(healthy_loss)}: `-log sigmoid(-d) = -log sigmoid(d) + d`, so by the
-    margin. The gradient of the chosen score becomes {digits(leaf.grad[0])}: it is pushed *down*. Such a model ends with an accuracy
+    margin. The gradient of the chosen score becomes {fixed(leaf.grad[0], 4)}: it is pushed *down*. Such a model ends with an accuracy
     as far below one half as it should be above. [The planted faults](details.md#the-planted-faults).""",
 )
 
@@ -353,7 +352,7 @@ book.code(uniforms, sample)
 book.table(
     ["token", "p at T = 1", f"p at T = {T}", "its stretch", ""],
     [
-        [f"`{shown(i)}`", fixed(warm[i]), fixed(cold[i]), f"{fixed(ends[i] - cold[i], 4)} to {fixed(ends[i], 4)}",
+        [f"`{shown(i)}`", digits(warm[i], 3), digits(cold[i], 3), f"{fixed(ends[i] - cold[i], 4)} to {fixed(ends[i], 4)}",
          "drawn" if i == chosen_token else ""]
         for i in listed
     ],
@@ -380,15 +379,13 @@ book.question(
         ["over the batch", "as it should be", "with the fault"],
         [
             ["tokens that differ", "", f"{differ:.0%}"],
-            ["largest u that can be reached", "1.0", "0.9"],
             ["mean log-prob of a drawn token", fixed(sampled_logprobs[action_mask].mean()),
              fixed(narrow_logprobs[ppo.action_mask(narrow, tokenizer.eos_id)].mean())],
             ["minus mean entropy, its expectation", fixed(-entropy[action_mask].mean()), ""],
         ],
     ),  # fmt: skip
     """No log-prob is wrong, so ratio and approxkl stay perfect. But the tokens are no longer drawn from the distribution
-    that the log-probs describe, and k1, an average over draws, is biased: with nothing to stop it, KL can come out below 0. [What to
-    look for](bugs.md).""",
+    that the log-probs describe, so k1, an average over draws, no longer estimates the KL. [What to look for](bugs.md).""",
 )
 
 # %% [markdown]
@@ -527,9 +524,10 @@ book.question(
             for name, (r, a) in {"as it should be": (rewards, raw_advantages), **three}.items()
         ],
     ),
-    f"""With the score at EOS the sum is the same and two rewards move. The return of the last action stays, but the state
-    after EOS, whose value says {fixed(values[mine, L + 1])}, is now followed by nothing, so its advantage is minus its
-    value, and a share lambda of that flows back to every token before it. The other two are in bugs.md:
+    f"""With the score at EOS the sum is the same and two rewards move, but all advantages do. The state after EOS, whose value
+    says {fixed(values[mine, L + 1])}, is now followed by nothing: its advantage is minus its value. At L the reward has
+    grown by the score, and lambda times that value is lost: here the two nearly cancel, because this critic says just the
+    score there. A critic that is never trained there says anything. The other two are in bugs.md:
     [the sign](bugs.md#3-the-kl-penalty-has-the-wrong-sign) and [the whole row](bugs.md#5-the-score-stands-on-every-token).""",
 )
 
@@ -593,8 +591,8 @@ book.question(
         ],
         states,
     ),
-    """Only the last one stays. Every other becomes the whole of the future rewards minus the critic's guess: without bias,
-    and with all the noise of the future in it. [The planted faults](details.md#the-planted-faults).""",
+    """The last one stays, and with this critic, whose last delta is 0, that of EOS too. Every advantage is now the whole
+    of the future rewards minus the critic's guess: without bias, and with all the noise of the future in it. [The planted faults](details.md#the-planted-faults).""",
 )
 
 # %% [markdown]
@@ -790,12 +788,12 @@ expected = before * (1 - cfg.lr * 0.01) - cfg.lr * clipped / (abs(clipped) + 1e-
 assert abs(expected - after) < 1e-3 * cfg.lr + 1e-7 * abs(before), (expected, after)
 with torch.no_grad():
     stepped, _ = policy.response_logprobs(packed, responses, T)
-book.code(AdamW.step)
+book.code(AdamW.step, AdamW.__init__)
 book.table(
     ["", "value"],
     [
-        ["norm of all gradients", f"{digits(norm, 4)}, clipped to {cfg.max_grad_norm:g} in this preset"],
-        ["gradient of the weight, then clipped", f"{digits(gradient, 4)}, {digits(clipped, 4)}"],
+        ["norm of all gradients", f"{digits(norm, 3)}, clipped to {cfg.max_grad_norm:g} in this preset"],
+        ["gradient of the weight, then clipped", f"{digits(gradient, 3)}, {digits(clipped, 3)}"],
         ["weight before", fixed(before, 6)],
         ["after, by hand", fixed(expected, 6)],
         ["after, as the optimizer left it", fixed(after, 6)],
@@ -809,8 +807,8 @@ book.table(
         for t in actions
     ],
     actions,
-    note="Mostly, but not always, tokens with A > 0 have become likelier: all tokens share the same weights. "
-    f"Of the batch's {int(n)} it is so for {((stepped - logprobs) * advantages > 0)[action_mask].float().mean().item():.0%}.",
+    note="All tokens share the same weights, so not every one moves as its A asks. Of those of the batch with |A| above 1, "
+    f"{((stepped - logprobs) * advantages > 0)[action_mask & (advantages.abs() > 1)].float().mean().item():.0%} do.",
 )
 
 # %%
@@ -824,8 +822,8 @@ book.question(
     "adam_eps",
     "eps is 1e-8, the default of every library, in place of 1e-5. Which weights notice?",
     f"""Those whose gradient is not much larger than 1e-5. Ours moved by {digits(after - before, 3)}, and with the fault by
-    {digits(after_1e8 - before, 3)}. Together they move the policy further: approxkl after this one step is {digits(approxkl_1e8, 3)} in place of
-    {digits(healthy_approxkl, 3)}. [The planted faults](details.md#the-planted-faults).""",
+    {digits(after_1e8 - before, 3)}. Together they change how far the policy goes: approxkl after this one step is {fixed(approxkl_1e8, 4)} in place of
+    {fixed(healthy_approxkl, 4)}. [The planted faults](details.md#the-planted-faults).""",
 )
 
 # %% [markdown]

@@ -79,16 +79,14 @@ def pipeline(shapes: dict[str, str]) -> str:
     parts.append(arrow((76, 130), (76, 60), (210, 60)))
     parts.append(text(84, 52, "sample R tokens", "small soft"))
     parts.append(arrow((210, 90), (160, 90), (160, 345), (132, 345)))
-    parts.append(text(164, 124, "3", "small soft"))
     for top in tops[1:]:
         parts.append(arrow((132, 366), (185, 366), (185, top + 32), (210, top + 32)))
     outs = ["logprobs", "ref_logprobs", "scores", "values"]
     for top, name in zip(tops, outs, strict=True):
-        parts.append(arrow((380, top + 32), (520, top + 32)))
+        parts.append(arrow((380, 182), (585, 182), (585, 112)) if top == 150 else arrow((380, top + 32), (520, top + 32)))
         parts.append(text(390, top + 24, name, "mono"))
         parts.append(text(390, top + 48, shapes[name], "small soft"))
     box(520, 56, 130, 56, "KL a token", "log-prob differences")
-    parts.append(arrow((520, 182), (585, 182), (585, 112)))
     box(520, 262, 130, 62, "rewards", "-kl_coef KL, score", "one step after EOS")
     parts.append(arrow((650, 84), (690, 84), (690, 240), (600, 240), (600, 262)))
     box(520, 376, 130, 56, "GAE, whitening", shapes["rewards"])

@@ -61,7 +61,7 @@ def markdown(book: Book) -> str:
             parts.append(cell.source)
         parts += map(markdown_block, book.of_cell(index))
     script = f"docs/{book.script.name}"
-    made = f"<!-- Made by `python -m docs.{book.script.stem}` from {script}: change that. -->"
+    made = f"<!-- Made by `python -m docs.walk` from {script}: change that. -->"
     return made + "\n\n" + "\n\n".join(parts) + "\n"
 
 
