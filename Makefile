@@ -6,9 +6,10 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 PY = .venv/bin/python
 
-.PHONY: demo demo-hack test test-oldest setup clean
+.PHONY: demo demo-hack test test-all test-oldest setup clean
 
 demo: .venv/run
+	@$(PY) -m bench.estimate
 	@echo "== 1/4 SFT: the embedded base model learns to summarise" && $(PY) train_sft.py --preset tiny --run_name demo_sft --overwrite
 	@echo "== 2/4 reward model" && $(PY) train_rm.py --preset tiny --run_name demo_rm --overwrite --sft_model runs/demo_sft/final
 	@echo "== 3/4 PPO" && $(PY) train_ppo.py --preset tiny --run_name demo_ppo --overwrite --sft_model runs/demo_sft/final --reward_model runs/demo_rm/final
@@ -20,13 +21,18 @@ demo: .venv/run
 TINY = nanorlhf/tiny/checkpoints
 demo-hack: .venv/run
 	@echo "== 1/2 PPO without a KL penalty, learning rate constant" && $(PY) train_ppo.py --preset tiny --run_name hack_ppo --overwrite \
-		--sft_model $(TINY)/sft --reward_model $(TINY)/rm --kl_coef 0 --lr 3e-4 --lr_schedule constant --total_episodes 6400
+		--sft_model $(TINY)/sft --reward_model $(TINY)/rm --kl_coef 0 --lr 3e-4 --lr_schedule constant --total_episodes 6400 \
+		--num_ppo_epochs 4 --num_minibatches 1 --critic_warmup 0 --lr_warmup 0 --critic_lr None
 	@echo "== 2/2 evaluation on held-out posts" && $(PY) eval.py --preset tiny --run_name hack_eval --overwrite \
 		--policy sft=$(TINY)/sft ppo=runs/hack_ppo/final --reward_model $(TINY)/rm
 	@$(PY) -m nanorlhf.tiny.demo_hack
 
+# A process a core. -m "not nightly" leaves out the long tests that repeat others with more cases; test-all has them.
 test: .venv/test
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist worksteal -m "not nightly"
+
+test-all: .venv/test
+	$(PY) -m pytest -n auto --dist worksteal
 
 # The oldest torch that pyproject.toml allows, and what a GPU would be given, in an environment of its own (4 GB with CUDA).
 OLDEST = 2.11.*

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import kernels
 from nanorlhf.evaluation import rm_card
-from nanorlhf.storage.checkpoint import load_scalar
+from nanorlhf.storage.checkpoint import check_folder, load_scalar
 from nanorlhf.evaluation.claude import MODEL, ClaudeJudge
 from nanorlhf.errors import UserError, check
 from nanorlhf.run.config import cli
@@ -52,14 +52,15 @@ from nanorlhf.evaluation.judge import (
     of_tiny_world,
     reward_model_judge,
 )
-from nanorlhf.evaluation.metrics import bootstrap_interval, mean
+from nanorlhf.evaluation.metrics import bootstrap_interval, mean, without_words
 from nanorlhf.evaluation.report import write_report
 from nanorlhf.run.run import Run
 from nanorlhf.evaluation.summaries import Plan, check_not_silent, read_samples, write
 from nanorlhf.tiny.annotator import ceilings
 from nanorlhf.evaluation.tables import console, sample_table, tables
 from nanorlhf.data.tldr import Comparison, batch_indices, load_comparisons, load_posts
-from nanorlhf.data.tokenizer import check_matches, load_tokenizer
+from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.storage.weights import check_weights
 
 
 @dataclass
@@ -165,9 +166,11 @@ def main(cfg: Config) -> None:
         run.say(f"model   rm: {rm_folder} ({rm_from})" if rm_folder else f"model   rm: {rm_from}")
 
         def load_judge(folder: Path):
-            scalar, tokenizer = load_scalar(folder, run.device, run.dtype), load_tokenizer(folder)
-            check_matches(tokenizer, scalar.config.vocab_size, scalar.config.eos_token_id)
-            return reward_model_judge(scalar, tokenizer, cfg.max_query_length, cfg.microbatch_tokens, run.progress)
+            tokenizer = load_tokenizer(folder)
+            run.say_all(check_folder(folder, tokenizer, scalar=True))
+            scalar = load_scalar(folder, run.device, run.dtype, tokenizer)
+            limits = cfg.max_query_length, cfg.microbatch_tokens
+            return reward_model_judge(scalar, tokenizer, *limits, run.progress, run.say)
 
         reward_model = load_judge(rm_folder) if rm_folder else None
         match cfg.judge:
@@ -180,6 +183,9 @@ def main(cfg: Config) -> None:
                 options = dict(batch=cfg.batch, yes=cfg.yes, say=run.say, progress=run.progress)
                 judge = ClaudeJudge(cache, cfg.judge_model or MODEL, **options)
         written = {name: read_samples(path, name, posts) for name, path in files.items()}
+        for folder, _ in models.values():  # before the first one is asked to write
+            run.say_all(check_folder(folder, load_tokenizer(folder)))
+            check_weights(folder)
 
         # 2. summaries
         generated, generation_began = 0, time.monotonic()
@@ -208,6 +214,8 @@ def main(cfg: Config) -> None:
 
         # 3. describe them
         texts = {REFERENCE: [post.summary for post in posts]} | {name: w.texts for name, w in written.items()}
+        if unseen := without_words([text for some in texts.values() for text in some]):
+            run.say(unseen)
         scores = {name: reward_model.scores(posts, texts[name]) for name in texts} if reward_model else {}
         gold = {name: gold_scores(posts, texts[name]) for name in texts} if with_gold else {}
         described = {REFERENCE: describe_reference(posts, scores.get(REFERENCE), gold.get(REFERENCE))}

@@ -42,7 +42,8 @@ from nanorlhf.data.tokenizer import check_same, load_tokenizer
 from nanorlhf.errors import check
 from nanorlhf.evaluation.hacks import Alarms
 from nanorlhf.models import Policy, ScalarModel, critic_from, parameter_count, response_kl
-from nanorlhf.monitoring import monitor, preflight
+from nanorlhf.monitoring import preflight
+from nanorlhf.monitoring.log_update import log_update
 from nanorlhf.optim import SCHEDULES, AdamW
 from nanorlhf.packing import in_microbatches, pack, split_by_tokens, to_device
 from nanorlhf.ppo import Experience
@@ -53,7 +54,6 @@ from nanorlhf.run.device import now, side_by_side
 from nanorlhf.run.inputs import find_data, find_model
 from nanorlhf.run.run import Run, read_metrics
 from nanorlhf.storage.checkpoint import check_folder, load_policy, load_scalar, save_policy, save_scalar
-from nanorlhf.storage.jsonl import append, finite
 
 
 @dataclass
@@ -212,22 +212,52 @@ def learn(
     return of_policy | of_critic
 
 
-def main(cfg: Config) -> None:
+def add(totals: dict[str, torch.Tensor], more: dict[str, torch.Tensor]) -> None:
+    for name, value in more.items():
+        totals[name] += value
+
+
+def updates(cfg: Config) -> int:
+    """How many updates there will be, from flags that fit together."""
     check(cfg.temperature > 0, "temperature", cfg.temperature, "greater than 0", "choose 0.7")
     check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
     check(cfg.kl_estimator in KL_ESTIMATORS, "kl_estimator", cfg.kl_estimator, f"one of {', '.join(KL_ESTIMATORS)}")
-    check(
-        cfg.batch_size % cfg.num_minibatches == 0,
-        "batch_size",
-        cfg.batch_size,
-        f"a multiple of num_minibatches {cfg.num_minibatches}",
-    )
+    parts = f"a multiple of num_minibatches {cfg.num_minibatches}"
+    check(cfg.batch_size % cfg.num_minibatches == 0, "batch_size", cfg.batch_size, parts)
     total_updates = cfg.total_episodes // cfg.batch_size
     total_updates = min(total_updates, cfg.max_updates or total_updates)
     check(total_updates > 0, "batch_size", cfg.batch_size, f"at most total_episodes {cfg.total_episodes}")
     most = f"at most the number of updates, {total_updates}"
     check(cfg.critic_warmup <= total_updates, "critic_warmup", cfg.critic_warmup, most, "leave some for the policy")
+    return total_updates
+
+
+def learning_rates(update: int, total_updates: int, cfg: Config) -> tuple[float, float]:
+    """Of policy and critic in this update: both on one schedule; the policy's is 0 while the critic warms up."""
     critic_peak = cfg.lr if cfg.critic_lr is None else cfg.critic_lr
+    schedule = SCHEDULES[cfg.lr_schedule]
+    lr, critic_lr = (schedule(update, total_updates, peak) for peak in (cfg.lr, critic_peak))
+    return lr * min(1.0, max(0, update + 1 - cfg.critic_warmup) / (cfg.lr_warmup + 1)), critic_lr
+
+
+def plan(cfg: Config, total_updates: int, mean_query: float) -> list[str]:
+    """What is about to be done, for the console."""
+    steps, passes = cfg.num_ppo_epochs * cfg.num_minibatches, 2 * cfg.num_ppo_epochs  # passes of policy and critic
+    tokens = round(cfg.batch_size * (mean_query + cfg.response_length))
+    lines = [f"plan    {total_updates} updates of {cfg.batch_size} episodes and {steps} optimizer steps each"]
+    if cfg.critic_warmup:
+        lines.append(f"        the first {cfg.critic_warmup} train the critic alone")
+    lines.append(
+        f"        about {tokens:,} tokens an update: sampled once, scored 4 times, learned from {passes} times"
+    )
+    tiny_lr = PRESETS["tiny"]["lr"]
+    if cfg.preset == "tiny" and cfg.lr < 0.1 * tiny_lr:
+        lines.append(f"note    lr {cfg.lr:g} suits a large model; the tiny one hardly moves below {tiny_lr:g}")
+    return lines
+
+
+def main(cfg: Config) -> None:
+    total_updates = updates(cfg)
 
     # 1. posts
     data, data_from = find_data(cfg.data, cfg.preset)
@@ -236,149 +266,98 @@ def main(cfg: Config) -> None:
     cfg.data, cfg.sft_model, cfg.reward_model = str(data), str(sft_folder), str(rm_folder)  # what --resume goes on with
     tokenizer = load_tokenizer(sft_folder)
     check_same(tokenizer, load_tokenizer(rm_folder), "the reward model")
-    check_folder(sft_folder, tokenizer)
-    check_folder(rm_folder, tokenizer, scalar=True)
+    notes = check_folder(sft_folder, tokenizer) + check_folder(rm_folder, tokenizer, scalar=True)
     posts = load_posts(data, "train")
-    eos_id, R = tokenizer.eos_id, cfg.response_length
+    eos_id, B, R, T = tokenizer.eos_id, cfg.batch_size, cfg.response_length, cfg.temperature
 
     show = ["objective/scores", "objective/kl", "objective/gold", "val/eos_rate", "policy/clipfrac_avg"]
     with Run("ppo", cfg, total_steps=total_updates, unit="update", show=show, kernels=kernels.chosen()) as run:
         run.say(f"data    {data} ({data_from}): {len(posts):,} posts")
+        run.say_all(notes)
         queries, references = encode_posts(posts, tokenizer, cfg.max_query_length, run.progress)
         run.say(f"tokens  {length_report(queries, [references], R)}")
 
         # 2. models
-        policy = load_policy(sft_folder, run.device, run.dtype)
-        reference = load_policy(sft_folder, run.device, run.dtype).requires_grad_(False)
-        reward_model = load_scalar(rm_folder, run.device, run.dtype).requires_grad_(False)
+        policy = load_policy(sft_folder, run.device, run.dtype, tokenizer)
+        reference = load_policy(sft_folder, run.device, run.dtype, tokenizer).requires_grad_(False)
+        reward_model = load_scalar(rm_folder, run.device, run.dtype, tokenizer).requires_grad_(False)
         critic = critic_from(reward_model).requires_grad_(True)
         models, frozen = (policy, reference, critic, reward_model), preflight.fingerprint([reference, reward_model])
         for trained in (policy, critic):
             trained.model.activation_checkpointing = cfg.activation_checkpointing
         optimizer = AdamW([policy, critic], lr=cfg.lr)
-        origins = f"{sft_folder} ({sft_from}); critic and reward model {rm_folder} ({rm_from})"
-        run.say(f"models  policy and reference {origins}")
+        run.say(
+            f"models  policy and reference {sft_folder} ({sft_from}); critic and reward model {rm_folder} ({rm_from})"
+        )
         run.say(f"        2 x {parameter_count(policy):,} + 2 x {parameter_count(critic):,} parameters")
-        steps = cfg.num_ppo_epochs * cfg.num_minibatches  # optimizer steps an update
-        tokens = round(cfg.batch_size * (np.mean(queries.lengths) + R))
-        run.say(f"plan    {total_updates} updates of {cfg.batch_size} episodes and {steps} optimizer steps each")
-        if cfg.critic_warmup:
-            run.say(f"        the first {cfg.critic_warmup} train the critic alone")
-        passes = 2 * cfg.num_ppo_epochs  # policy and critic
-        run.say(f"        about {tokens:,} tokens an update: sampled once, scored 4 times, learned from {passes} times")
-        tiny_lr = PRESETS["tiny"]["lr"]
-        if cfg.preset == "tiny" and cfg.lr < 0.1 * tiny_lr:
-            run.say(f"note    lr {cfg.lr:g} suits a large model; the tiny one hardly moves below {tiny_lr:g}")
+        for line in plan(cfg, total_updates, np.mean(queries.lengths)):
+            run.say(line)
         start = run.resume(optimizer)
         alarms = Alarms(began=read_metrics(run.folder)[0] if start else {})
 
         for update in range(start, total_updates):
-            schedule, warming = SCHEDULES[cfg.lr_schedule], update < cfg.critic_warmup
-            lr, critic_lr = (schedule(update, total_updates, peak) for peak in (cfg.lr, critic_peak))
-            lr *= min(1.0, max(0, update + 1 - cfg.critic_warmup) / (cfg.lr_warmup + 1))
+            rates, warming = learning_rates(update, total_updates, cfg), update < cfg.critic_warmup
             began = now(run.device)
 
             # 3. rollout
-            batch = batch_indices(len(queries), cfg.batch_size, cfg.seed, update)  # (B,)
+            batch = batch_indices(len(queries), B, cfg.seed, update)  # (B,)
             batch_posts, batch_queries = [posts[i] for i in batch], [queries[i] for i in batch]
             run.at(update + 1, [post.id for post in batch_posts])
-            episodes = range(update * cfg.batch_size, (update + 1) * cfg.batch_size)  # they name the sampling noise
-            responses, sampled_logprobs = generate(policy, batch_queries, R, cfg.temperature, cfg.seed, episodes)
-            summaries = read_responses(tokenizer, responses)  # of (B, R) tokens
+            episodes = range(update * B, (update + 1) * B)  # their numbers name the sampling noise
+            responses, sampled_logprobs = generate(policy, batch_queries, R, T, cfg.seed, episodes)  # (B, R) each
+            summaries = read_responses(tokenizer, responses)
             rolled_out = now(run.device)
 
             # 4. score
             sequences = [query + response for query, response in zip(batch_queries, responses.tolist(), strict=True)]
             finished = [s[: len(s) - R + summary.tokens] for s, summary in zip(sequences, summaries, strict=True)]
-            logprobs, entropy, ref_logprobs, full_kl, values, raw_scores = score(
-                *models, sequences, finished, responses, cfg
+            said = score(*models, sequences, finished, responses, cfg)
+            run.check_finite(
+                scores=said.raw_scores, logprobs=said.logprobs, ref_logprobs=said.ref_logprobs, values=said.values
             )
-            action_mask = ppo.action_mask(responses, eos_id)  # (B, R)
-            value_mask = ppo.value_mask(responses, eos_id)  # (B, R)
-            run.check_finite(scores=raw_scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
             scored = now(run.device)
 
             # 5. rewards and advantages
-            scores = ppo.apply_missing_eos(raw_scores, responses, eos_id, cfg.missing_eos_score)  # (B,)
-            kl = torch.where(action_mask, logprobs - ref_logprobs, 0.0)  # (B, R), k1: a single token's may be negative
-            full_kl = torch.where(action_mask, full_kl, 0.0) if cfg.kl_estimator == "full" else None  # (B, R), exact
+            action_mask, value_mask = ppo.action_mask(responses, eos_id), ppo.value_mask(responses, eos_id)  # (B, R)
+            scores = ppo.apply_missing_eos(said.raw_scores, responses, eos_id, cfg.missing_eos_score)  # (B,)
+            kl = torch.where(action_mask, said.logprobs - said.ref_logprobs, 0.0)  # (B, R), k1: a token's may be < 0
+            full_kl = None if said.full_kl is None else torch.where(action_mask, said.full_kl, 0.0)  # (B, R), exact
             penalised_kl = kl if full_kl is None else full_kl
-            values = torch.where(value_mask, values, 0.0)
+            values = torch.where(value_mask, said.values, 0.0)
             rewards = ppo.token_rewards(scores, penalised_kl, responses, eos_id, cfg.kl_coef)  # (B, R)
             if cfg.whiten_rewards:
                 rewards = ppo.masked_whiten(rewards, value_mask, shift_mean=False)
             raw_advantages, returns = ppo.gae(rewards, values, cfg.gamma, cfg.lam)  # (B, R) each
             advantages = ppo.masked_whiten(raw_advantages, action_mask)
-            episode = Experience(sequences, responses, action_mask, value_mask, logprobs, values, advantages, returns)
+            episode = Experience(
+                sequences, responses, action_mask, value_mask, said.logprobs, values, advantages, returns,
+                scores, kl, full_kl, rewards, raw_advantages,
+            )  # fmt: skip
             checked = {}
             if cfg.preflight and (update < 2 or update in (start, cfg.critic_warmup)):
-                when = f"before update {update + 1}"
-                if update == 0:  # first what costs nothing
-                    checked = preflight.report(preflight.first_responses(responses, tokenizer), run.say, when)
-                    run.say("        the others read the batch once more, and as many of the authors' summaries")
-                checks = preflight.any_update(models, frozen, episode, sampled_logprobs, cfg)
-                if update == 0:
-                    n = preflight.references(cfg.batch_size)
-                    known = [q + r for q, r in zip(queries[:n], references[:n], strict=True)]
-                    (known_scores,) = in_microbatches(
-                        lambda packed, i: [reward_model.last_scores(packed)], known, cfg.microbatch_tokens, run.device
-                    )
-                    checks += preflight.first_update(episode, ref_logprobs, raw_scores, known_scores, run.dtype)
-                checked |= preflight.report(checks, run.say, when)
+                checked = preflight.before_update(
+                    run, update, models, frozen, episode, said, sampled_logprobs, queries, references, tokenizer
+                )
 
-            # 6. learn
-            totals = defaultdict(float)
+            # 6. learn: K passes, an optimizer step a minibatch
+            totals = defaultdict(float)  # sums over the steps
             for epoch in range(cfg.num_ppo_epochs):
-                order = np.random.default_rng([cfg.seed, update, epoch]).permutation(cfg.batch_size)
+                order = np.random.default_rng([cfg.seed, update, epoch]).permutation(B)
                 for minibatch in np.split(order, cfg.num_minibatches):
                     for group in split_by_tokens([len(sequences[i]) for i in minibatch], cfg.microbatch_tokens):
-                        stats = learn(policy, critic, episode, minibatch, minibatch[group], cfg, warming)
-                        for name, value in stats.items():
-                            totals[name] += value
-                    if checked and not warming and "grad_norm" not in totals:  # no step yet
-                        checks = preflight.first_loss(totals, run.dtype)
-                        checked |= preflight.report(checks, run.say, f"in update {update + 1}")
-                    totals["grad_norm"] += optimizer.step((lr, critic_lr), cfg.max_grad_norm, cfg.on_nan)
-            learned = now(run.device)
+                        add(totals, learn(policy, critic, episode, minibatch, minibatch[group], cfg, warming))
+                    if checked:
+                        preflight.in_loss(run, update, totals, checked)
+                    totals["grad_norm"] += optimizer.step(rates, cfg.max_grad_norm, cfg.on_nan)
 
-            # 7. log
-            look = cfg.sample_every and (update == 0 or (update + 1) % cfg.sample_every == 0)  # closer than at others
-            metrics = (
-                monitor.objective(scores, logprobs, kl, action_mask, cfg.kl_coef, full_kl)
-                | monitor.learning(totals, steps, action_mask)
-                | monitor.critic(values, returns, raw_advantages, action_mask, value_mask)
-                | monitor.texts(summaries, batch_posts, scores, entropy, action_mask)
-                | {"lr": lr, "critic_lr": critic_lr, "episode": (update + 1) * cfg.batch_size}
-                | {"time/rollout": rolled_out - began, "time/score": scored - rolled_out}
-                | {"time/learn": learned - scored}
-                | monitor.speed(
-                    policy.config, sequences, finished, R, cfg.num_ppo_epochs, learned - began, run.device, warming
-                )
-                | (monitor.diversity(policy, tokenizer, batch_queries, R, cfg.temperature, cfg.seed) if look else {})
-                | checked
-            )
-            run.log(update + 1, metrics)
-            for alarm in alarms(metrics):
-                run.say(alarm)
-            kl_now, most = metrics["objective/kl"], cfg.stop_kl
-            fix = (
-                "go on with --resume, from the checkpoint before, and a higher one, or begin again with more --kl_coef"
-            )
-            check(most is None or kl_now <= most, "objective/kl", f"{kl_now:.4g}", f"at most --stop_kl {most}", fix)
-            if look:
-                tensors = dict(logprobs=logprobs, ref_logprobs=ref_logprobs, kl=kl, values=values, rewards=rewards)
-                tensors |= dict(advantages=advantages, action_mask=action_mask, value_mask=value_mask)
-                one = {name: tensor[0] for name, tensor in tensors.items()}  # (R,) each: those of the first episode
-                row = monitor.trace(tokenizer, batch_posts[0], responses[0], **one)
-                append(run.folder / "trace.jsonl", [finite({"step": update + 1, "score": scores[0]} | row)])
-                rows = [
-                    {"title": p.title, "post": p.post, "response": s.text, "score": x, "kl": k}
-                    for p, s, x, k in zip(batch_posts, summaries, scores.tolist(), kl.sum(1).tolist(), strict=True)
-                ]
-                run.samples(update + 1, rows)
+            # 7. log, and save when it is time
+            log_update(
+                run, update, policy, tokenizer, batch_posts, summaries, said, episode, totals, checked,
+                alarms, rates, (began, rolled_out, scored, now(run.device)),
+            )  # fmt: skip
             run.end_step(update + 1, optimizer)
 
-        save_policy(policy, run.folder / "final", tokenizer, temperature=cfg.temperature)
+        save_policy(policy, run.folder / "final", tokenizer, temperature=T)
         save_scalar(critic, run.folder / "final_critic", tokenizer)
         for final in ("final", "final_critic"):
             write_card(run.folder, final)

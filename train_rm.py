@@ -27,6 +27,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a GPU's memory in pieces that can grow
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,7 +43,7 @@ from nanorlhf.data.tldr import (
     load_posts,
     without_posts_of,
 )
-from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.data.tokenizer import Tokenizer, load_tokenizer
 from nanorlhf.errors import check
 from nanorlhf.losses import bradley_terry_loss, pair_accuracy
 from nanorlhf.models import ScalarModel, parameter_count, reward_model_from
@@ -56,6 +57,8 @@ from nanorlhf.run.device import now
 from nanorlhf.run.inputs import find_data, find_model
 from nanorlhf.run.run import Run
 from nanorlhf.storage.checkpoint import check_folder, load_policy, save_scalar
+
+SHOWN = 256  # comparisons in samples.jsonl
 
 
 @dataclass
@@ -99,7 +102,7 @@ PRESETS = {
     "smollm2": dict(lr=3e-5, max_grad_norm=1.0, max_query_length=544, microbatch_tokens=8192, save_every=100),
     # The tiny model is a thousand times smaller, so its learning rate is several hundred times larger. Small batches: it
     # needs the steps more than the pairs (docs/robustness.md). The rest is the sizes of its world.
-    "tiny": dict(lr=1.5e-3, batch_size=16, max_updates=344, max_grad_norm=1.0, max_query_length=104,
+    "tiny": dict(lr=8e-4, batch_size=16, max_updates=344, max_grad_norm=1.0, max_query_length=104,
                  microbatch_tokens=4096, shift_posts=1024, eval_pairs=256, save_every=86),
 }  # fmt: skip
 
@@ -139,6 +142,26 @@ def learn(
     return totals
 
 
+def measure(
+    model: ScalarModel, comparisons: list[Comparison], tokenizer: Tokenizer, cfg: Config, progress: Callable
+) -> tuple[dict[str, float], list[dict]]:
+    """Accuracy on held-out comparisons, beside the baseline that knows only length; and the first rows, to be read."""
+    queries, chosen, rejected = encode_comparisons(comparisons, tokenizer, cfg.max_query_length)
+    chosen_scores, rejected_scores = (
+        score(model, [q + r for q, r in zip(queries, side, strict=True)], cfg.microbatch_tokens, progress)
+        for side in (chosen, rejected)
+    )  # (n,) each
+    longer = sum(len(c) > len(r) for c, r in zip(chosen, rejected, strict=True)) / len(comparisons)
+    metrics = accuracy_by(comparisons, (chosen_scores > rejected_scores).tolist())
+    rows = [
+        {"post": c.post.post, "chosen": c.chosen, "chosen_score": a, "rejected": c.rejected, "rejected_score": b}
+        for c, a, b in zip(
+            comparisons[:SHOWN], chosen_scores[:SHOWN].tolist(), rejected_scores[:SHOWN].tolist(), strict=True
+        )
+    ]
+    return metrics | {"eval/rm/validation/accuracy_longer_wins": longer}, rows
+
+
 def main(cfg: Config) -> None:
     check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
 
@@ -147,7 +170,7 @@ def main(cfg: Config) -> None:
     folder, sft_from = find_model("sft", cfg.sft_model, "sft_model", cfg.preset)
     cfg.data, cfg.sft_model = str(data), str(folder)  # what --resume goes on with
     tokenizer = load_tokenizer(folder)
-    check_folder(folder, tokenizer)
+    notes = check_folder(folder, tokenizer)
     stats = ComparisonStats()
     train, held_out = load_comparisons(data, "train", stats), load_comparisons(data, "valid")
     valid = without_posts_of(train, held_out)
@@ -164,13 +187,14 @@ def main(cfg: Config) -> None:
     show = ["train/rm/loss", "train/rm/accuracy", "train/rm/margin", "lr", "perf/tokens_per_s"]
     with Run("rm", cfg, total_steps=total_steps, show=show, kernels=kernels.chosen()) as run:
         run.say(f"data    {data} ({data_from}): {stats}; {len(valid):,} held out")
+        run.say_all(notes)
         if shared:
             run.say(f"note    {shared:,} held-out comparisons are left out: the training split has their posts too")
         queries, chosen, rejected = encode_comparisons(train, tokenizer, cfg.max_query_length, run.progress)
         run.say(f"tokens  {length_report(queries, [chosen, rejected])}")
 
         # 2. model and optimizer
-        policy = load_policy(folder, run.device, run.dtype)
+        policy = load_policy(folder, run.device, run.dtype, tokenizer)
         model = reward_model_from(policy, cfg.seed)
         del policy
         model.model.activation_checkpointing = cfg.activation_checkpointing
@@ -208,28 +232,14 @@ def main(cfg: Config) -> None:
         run.say(f"model   saved to {run.folder / 'final'}")
 
         # 6. accuracy on held-out comparisons
-        queries, chosen, rejected = encode_comparisons(valid, tokenizer, cfg.max_query_length)
-        chosen_scores, rejected_scores = (
-            score(model, [q + r for q, r in zip(queries, side, strict=True)], cfg.microbatch_tokens, run.progress)
-            for side in (chosen, rejected)
-        )
-        longer = sum(len(c) > len(r) for c, r in zip(chosen, rejected, strict=True)) / len(valid)
-        metrics = accuracy_by(valid, (chosen_scores > rejected_scores).tolist()) | {
-            "eval/rm/validation/accuracy_longer_wins": longer,  # the baseline that knows only length
+        metrics, rows = measure(model, valid, tokenizer, cfg, run.progress)
+        metrics |= {
             "eval/rm/reference_mean_before_shift": model.score_shift,
             "eval/rm/reference_std": reference_scores.std().item(),
         }
-        run.console.show = [
-            "eval/rm/validation/accuracy",
-            "eval/rm/validation/accuracy_longer_wins",
-            "eval/rm/reference_std",
-        ]
+        accuracy = "eval/rm/validation/accuracy"
+        run.console.show = [accuracy, f"{accuracy}_longer_wins", "eval/rm/reference_std"]
         run.log(total_steps, metrics)
-        scored = list(zip(valid, chosen_scores.tolist(), rejected_scores.tolist(), strict=True))[:256]
-        rows = [
-            {"post": c.post.post, "chosen": c.chosen, "chosen_score": a, "rejected": c.rejected, "rejected_score": b}
-            for c, a, b in scored
-        ]
         run.samples(total_steps, rows)
         write_card(run.folder)
         run.say("next    python train_ppo.py")

@@ -23,6 +23,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a GPU's memory in pieces that can grow
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,16 +32,16 @@ import torch
 import kernels
 from kernels import linear_cross_entropy
 from nanorlhf.data.encoding import encode_posts, length_report
-from nanorlhf.data.tldr import batch_indices, load_posts
-from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.data.tldr import Post, batch_indices, load_posts
+from nanorlhf.data.tokenizer import Tokenizer, load_tokenizer
 from nanorlhf.errors import check
-from nanorlhf.evaluation.metrics import rouge
+from nanorlhf.evaluation.metrics import rouge, without_words
 from nanorlhf.losses import next_token_labels, sequence_mean_weights
 from nanorlhf.models import Policy, parameter_count
 from nanorlhf.monitoring import preflight
 from nanorlhf.optim import SCHEDULES, AdamW
 from nanorlhf.packing import pack, split_by_tokens
-from nanorlhf.rollout import summarise
+from nanorlhf.rollout import Summary, summarise
 from nanorlhf.run.card import write_card
 from nanorlhf.run.config import cli
 from nanorlhf.run.device import now
@@ -112,6 +113,27 @@ def learn(policy: Policy, sequences: list[list[int]], cfg: Config) -> torch.Tens
     return total
 
 
+@torch.no_grad()
+def measure(
+    policy: Policy, posts: list[Post], tokenizer: Tokenizer, cfg: Config, progress: Callable
+) -> tuple[dict[str, float], list[Summary]]:
+    """On held-out posts: the loss, and ROUGE against the authors' summaries of what the policy writes."""
+    queries, references = encode_posts(posts, tokenizer, cfg.max_query_length)
+    sequences = [query + reference for query, reference in zip(queries, references, strict=True)]
+    loss = 0.0
+    for group in split_by_tokens([len(s) for s in sequences], cfg.microbatch_tokens):
+        packed = pack([sequences[i] for i in group], policy.head_weight.device)
+        labels, counts = next_token_labels(packed)  # (N,), (N,)
+        weights = sequence_mean_weights(packed, counts, sequences=len(posts))  # (N,)
+        loss += linear_cross_entropy(policy.hidden(packed), policy.head_weight, labels, weights).item()
+    summaries = summarise(
+        policy, tokenizer, queries, cfg.response_length, cfg.eval_temperature, seed=cfg.seed, progress=progress
+    )
+    scores = rouge([s.text for s in summaries], [post.summary for post in posts])
+    metrics = {"validation/sft/loss": loss} | {f"validation/sft/rouge/{name}": f for name, f in scores.items()}
+    return metrics | {"validation/sft/eos_rate": sum(s.has_eos for s in summaries) / len(summaries)}, summaries
+
+
 def main(cfg: Config) -> None:
     check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
 
@@ -120,7 +142,7 @@ def main(cfg: Config) -> None:
     folder, model_from = find_model("base", cfg.model, "model", cfg.preset)
     cfg.data, cfg.model = str(data), str(folder)  # what --resume goes on with
     tokenizer = load_tokenizer(folder)
-    check_folder(folder, tokenizer)
+    notes = check_folder(folder, tokenizer)
     train, valid = load_posts(data, "train"), load_posts(data, "valid")[: cfg.eval_posts]
     total_steps = cfg.num_epochs * (len(train) // cfg.batch_size)
     total_steps = min(total_steps, cfg.max_updates or total_steps)
@@ -129,11 +151,12 @@ def main(cfg: Config) -> None:
     show = ["train/sft/loss", "lr", "perf/tokens_per_s"]
     with Run("sft", cfg, total_steps=total_steps, show=show, kernels=kernels.chosen()) as run:
         run.say(f"data    {data} ({data_from}): {len(train):,} posts, {len(valid):,} held out")
+        run.say_all(notes)
         queries, responses = encode_posts(train, tokenizer, cfg.max_query_length, run.progress)
         run.say(f"tokens  {length_report(queries, [responses], cfg.response_length)}")
 
         # 2. model and optimizer
-        policy = load_policy(folder, run.device, run.dtype)
+        policy = load_policy(folder, run.device, run.dtype, tokenizer)
         policy.model.activation_checkpointing = cfg.activation_checkpointing
         optimizer = AdamW([policy], lr=cfg.lr)
         run.say(f"model   {folder} ({model_from}): {parameter_count(policy):,} parameters")
@@ -162,22 +185,9 @@ def main(cfg: Config) -> None:
         run.say(f"model   saved to {run.folder / 'final'}")
 
         # 5. measure on held-out posts
-        queries, references = encode_posts(valid, tokenizer, cfg.max_query_length)
-        sequences = [query + reference for query, reference in zip(queries, references, strict=True)]
-        valid_loss = 0.0
-        with torch.no_grad():
-            for group in split_by_tokens([len(s) for s in sequences], cfg.microbatch_tokens):
-                packed = pack([sequences[i] for i in group], run.device)
-                labels, counts = next_token_labels(packed)
-                weights = sequence_mean_weights(packed, counts, sequences=len(valid))
-                valid_loss += linear_cross_entropy(policy.hidden(packed), policy.head_weight, labels, weights).item()
-        summaries = summarise(
-            policy, tokenizer, queries, cfg.response_length, cfg.eval_temperature, seed=cfg.seed, progress=run.progress
-        )
-        scores = rouge([s.text for s in summaries], [post.summary for post in valid])
-        metrics = {"validation/sft/loss": valid_loss}
-        metrics |= {f"validation/sft/rouge/{name}": value for name, value in scores.items()}
-        metrics["validation/sft/eos_rate"] = sum(s.has_eos for s in summaries) / len(summaries)
+        metrics, summaries = measure(policy, valid, tokenizer, cfg, run.progress)
+        if unseen := without_words([post.summary for post in valid]):
+            run.say(unseen)
         if metrics["validation/sft/eos_rate"] < preflight.MIN_EOS_RATE:
             run.say("note    it has hardly learned to stop: PPO's pre-flight will refuse it")
         run.log(total_steps, metrics)

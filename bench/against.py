@@ -1,6 +1,8 @@
 """Against what one would use instead, on a CPU: the tiny pipeline in nanorlhf, in transformers, and in TRL.
 
     python -m bench.against                              rollout, SFT step and PPO update, at 1 thread and at 2
+    python -m bench.against --sft_model DIR --reward_model DIR --data DIR --batch_size 4 --rows 4 --work rollout sft
+                                                         other models on real posts (preset smollm2): minutes each
     python -m bench.against --trl_python VENV/bin/python     also TRL's PPOTrainer, from an environment that has it:
                                                          pip install "trl==1.12.0" "transformers>=5" (1.12 is the last
                                                          with a PPOTrainer, in trl.experimental)
@@ -40,6 +42,7 @@ from nanorlhf import ppo
 from nanorlhf.data.encoding import encode_posts
 from nanorlhf.data.tldr import load_posts
 from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.errors import check
 from nanorlhf.models import critic_from
 from nanorlhf.optim import AdamW
 from nanorlhf.packing import split_by_tokens
@@ -49,7 +52,9 @@ from nanorlhf.run.inputs import EMBEDDED
 from nanorlhf.storage.checkpoint import load_policy, load_scalar
 from nanorlhf.tiny.data import ensure_world
 
-EOS, PAD = 2, 0
+TINY_SFT, TINY_RM = EMBEDDED / "sft", EMBEDDED / "rm"
+EOS, PAD = 2, 0  # of the tiny world and of SmolLM2-135M-Instruct; what fills a padded batch is masked
+WORK = ("rollout", "sft", "update")
 
 
 class Batch(NamedTuple):
@@ -61,10 +66,10 @@ class Batch(NamedTuple):
 class Ours:
     """The functions of the scripts."""
 
-    def __init__(self, cfg: train_ppo.Config, sft_cfg: train_sft.Config):
+    def __init__(self, cfg: train_ppo.Config, sft_cfg: train_sft.Config, sft_model=TINY_SFT, reward_model=TINY_RM):
         self.cfg, self.sft_cfg = cfg, sft_cfg
-        policy, reference, student = (load_policy(EMBEDDED / "sft") for _ in range(3))
-        reward_model = load_scalar(EMBEDDED / "rm").requires_grad_(False)
+        policy, reference, student = (load_policy(sft_model) for _ in range(3))
+        reward_model = load_scalar(reward_model).requires_grad_(False)
         self.models = (
             policy,
             reference.requires_grad_(False),
@@ -101,12 +106,14 @@ class Ours:
 class Theirs:
     """The same with transformers, left-padded."""
 
-    def __init__(self, cfg: train_ppo.Config, sft_cfg: train_sft.Config, rows: int):
+    def __init__(
+        self, cfg: train_ppo.Config, sft_cfg: train_sft.Config, rows: int, sft_model=TINY_SFT, reward_model=TINY_RM
+    ):
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
         self.cfg, self.sft_cfg, self.rows = cfg, sft_cfg, rows
-        language = lambda: AutoModelForCausalLM.from_pretrained(EMBEDDED / "sft", dtype=torch.float32)  # noqa: E731
-        scalar = lambda: AutoModelForSequenceClassification.from_pretrained(EMBEDDED / "rm", dtype=torch.float32)  # noqa: E731
+        language = lambda: AutoModelForCausalLM.from_pretrained(sft_model, dtype=torch.float32)  # noqa: E731
+        scalar = lambda: AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.float32)  # noqa: E731
         self.policy, self.reference, self.student = (language() for _ in range(3))
         self.critic, self.reward_model = scalar(), scalar()
         self.policy.generation_config.eos_token_id = None  # as ours: R tokens, whatever they are
@@ -221,7 +228,7 @@ def in_turn(sides: dict[str, object], work: str, batch: Batch, repeats: int) -> 
 
 def trl(args: argparse.Namespace, threads: int, batch: Batch, cfg: train_ppo.Config) -> dict:
     """Seconds of one update of TRL's PPOTrainer on the same queries, in the environment that has it."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         json.dump(batch.queries, file)
         file.flush()
         fields = ("num_ppo_epochs", "response_length", "temperature", "kl_coef", "lam", "lr")
@@ -230,7 +237,7 @@ def trl(args: argparse.Namespace, threads: int, batch: Batch, cfg: train_ppo.Con
         # -P: or bench/kernels.py would stand for the package that transformers looks for
         command = [args.trl_python, "-P", program, "--threads", str(threads), "--batch_size", str(len(batch.queries))]
         command += ["--rows", str(args.rows), "--settings", settings, "--queries", file.name]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return {"error": f"{program.name} ended with status {done.returncode}: {last[:200]}"}
@@ -244,13 +251,24 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32, help="sequences in a microbatch of transformers")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trl_python", help="python of an environment with TRL")
+    parser.add_argument("--sft_model", type=Path, default=TINY_SFT, help="another model than the tiny one")
+    parser.add_argument("--reward_model", type=Path, default=TINY_RM, help="of the same kind, by train_rm.py")
+    parser.add_argument("--data", type=Path, help="folder with tldr/train.jsonl [the tiny world]")
+    parser.add_argument("--max_query_length", type=int, help="tokens of a query [the preset's]")
+    parser.add_argument("--work", nargs="+", choices=WORK, default=WORK, help="only these")
     args = parser.parse_args()
-    cfg = train_ppo.Config(**train_ppo.PRESETS["tiny"] | {"batch_size": args.batch_size})
-    sft_cfg = train_sft.Config(**train_sft.PRESETS["tiny"] | {"batch_size": min(64, args.batch_size)})
-    tokenizer, posts = load_tokenizer(EMBEDDED / "sft"), load_posts(ensure_world("data/tiny"), "train")
+    preset = "tiny" if args.sft_model == TINY_SFT else "smollm2"
+    changes = {"num_ppo_epochs": 4, "num_minibatches": 1, "batch_size": args.batch_size}  # an update as in the paper
+    changes |= {"max_query_length": args.max_query_length} if args.max_query_length else {}
+    cfg = train_ppo.Config(**train_ppo.PRESETS[preset] | changes)
+    sft_cfg = train_sft.Config(**train_sft.PRESETS[preset] | {"batch_size": min(64, args.batch_size)})
+    posts = load_posts(args.data or ensure_world("data/tiny"), "train")
+    tokenizer = load_tokenizer(args.sft_model)
+    check(tokenizer.eos_id == EOS, "EOS of --sft_model", tokenizer.eos_id, f"{EOS}, which this benchmark assumes")
     queries, summaries = encode_posts(posts[: args.batch_size], tokenizer, cfg.max_query_length)
     queries, summaries = list(queries), list(summaries)
-    ours, theirs = Ours(cfg, sft_cfg), Theirs(cfg, sft_cfg, args.rows)
+    models = args.sft_model, args.reward_model
+    ours, theirs = Ours(cfg, sft_cfg, *models), Theirs(cfg, sft_cfg, args.rows, *models)
     batch = Batch(queries, [q + s for q, s in zip(queries, summaries, strict=True)], None)
     batch = batch._replace(responses=ours.rollout(batch))
     mine, other = ours.score(batch), theirs.score(batch)
@@ -260,7 +278,7 @@ def main() -> None:
     longest, total = max(map(len, queries)), sum(map(len, queries))
     tokens = {"packed": total + len(queries) * cfg.response_length,
               "padded": len(queries) * (longest + cfg.response_length)}  # fmt: skip
-    print(f"{len(queries)} posts of the tiny world, R {cfg.response_length}: {tokens['packed']:,} tokens packed, "
+    print(f"{len(queries)} posts, preset {preset}, R {cfg.response_length}: {tokens['packed']:,} tokens packed, "
           f"{tokens['padded']:,} padded ({tokens['padded'] / tokens['packed']:.2f}x); log-probs apart by at most "
           f"{max(apart.values()):.1e}")  # fmt: skip
     print("\n| threads | | nanorlhf, s | transformers, s | ratio | of CPU time |\n|---|---|---|---|---|---|")
@@ -268,7 +286,7 @@ def main() -> None:
     for threads in args.threads:
         torch.set_num_threads(threads)
         row = {"threads": threads}
-        for work in ("rollout", "sft", "update"):
+        for work in args.work:
             seconds = in_turn({"nanorlhf": ours, "transformers": theirs}, work, batch, args.repeats)
             ratio, busy = (seconds[f"transformers{kind}"] / seconds[f"nanorlhf{kind}"] for kind in ("", "_cpu"))
             row[work] = seconds | {"ratio": ratio, "ratio_cpu": busy}

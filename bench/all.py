@@ -95,7 +95,7 @@ def dry(planned: list[Bench]) -> list[Bench]:
 
 def missing() -> list[str]:
     """Packages of pyproject.toml's groups that the benchmarks import and this environment has not."""
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
     names = [re.match(r"[\w-]+", line)[0] for group in groups.values() for line in group if isinstance(line, str)]
     found = []
     for name in names:
@@ -120,7 +120,7 @@ def run(bench: Bench, log: Path | None = None) -> dict:
     if module.startswith("bench.") and not importlib.util.find_spec(module):
         return {"skipped": f"there is no {module}"}
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "output", "w+") as output:
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "output", "w+", encoding="utf-8") as output:
         rows = Path(folder) / "rows.jsonl"
         command = [sys.executable, *bench.arguments, *(["--rows_to", rows] if module == "bench.kernels" else [])]
         child = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -133,11 +133,13 @@ def run(bench: Bench, log: Path | None = None) -> dict:
             error = f"not done in {bench.limit} s"
         output.seek(0)
         text = output.read()
-        partial = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+        partial = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.exists() else []
     found = {"s": round(time.monotonic() - began, 1)}
     if log:
-        with open(log, "a") as file:
-            file.write(f"\n===== {bench.name}: python {' '.join(bench.arguments)}: {error or 'done'}, {found['s']} s\n{text}")
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(
+                f"\n===== {bench.name}: python {' '.join(bench.arguments)}: {error or 'done'}, {found['s']} s\n{text}"
+            )
     lines = text.strip().splitlines()
     result = _json(lines[-1]) if lines and module.startswith("bench.") else None
     if error is None and module.startswith("bench."):
@@ -172,10 +174,10 @@ def machine() -> dict:
              "triton": getattr(sys.modules.get("triton"), "__version__", None)}  # fmt: skip
     if torch.cuda.is_available():
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+        driver = subprocess.run(query, capture_output=True, encoding="utf-8").stdout.split("\n")[0]
         return {"device": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda} | about
     linux = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", linux.read_text()) if linux.exists() else None
+    named = re.search(r"model name\s*: (.*)", linux.read_text(encoding="utf-8")) if linux.exists() else None
     processor = named.group(1) if named else platform.processor() or platform.machine()
     return {
         "device": "cpu",
@@ -192,12 +194,12 @@ def file_of(device: str) -> Path:
 def write(path: Path, text: str) -> None:
     """All of it or nothing: a visit may end at any moment."""
     beside = path.with_suffix(".writing")
-    beside.write_text(text)
+    beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
 
 
 def write_tables() -> None:
-    before, _, rest = PAGE.read_text().partition(BEGIN)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     assert end, f"{PAGE}: expected the markers {BEGIN!r} and {END!r}"
     write(PAGE, before + BEGIN + "\n" + tables(RESULTS) + "\n" + END + after)
@@ -233,7 +235,7 @@ def main() -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     path, log = args.results / file_of(found["device"]).name, args.results / "visit.log"
     log = None if args.results == RESULTS else log
-    before = json.loads(path.read_text())["benches"] if path.exists() else {}
+    before = json.loads(path.read_text(encoding="utf-8"))["benches"] if path.exists() else {}
     found["benches"] = {name: before[name] for name in names if name in before}
     began = time.monotonic()
 

@@ -77,9 +77,11 @@ def compile_launch(kernel, args: tuple, constants: dict, options: dict) -> dict:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run(
-            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, check=True, encoding="utf-8"
         ).stdout
-        sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run(
+            [tools / "nvdisasm", "-c", file.name], capture_output=True, encoding="utf-8", check=True
+        ).stdout
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),

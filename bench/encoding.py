@@ -42,7 +42,7 @@ def write_posts(folder: Path, posts: list[Post], rows: int) -> float:
     """`rows` posts, each a little different, as OpenAI's file; returns the mean number of words of a post."""
     (folder / "tldr").mkdir(parents=True)
     words = 0
-    with open(folder / "tldr" / "train.jsonl", "w") as file:
+    with open(folder / "tldr" / "train.jsonl", "w", encoding="utf-8") as file:
         for n in range(rows):
             row = vars(posts[n % len(posts)])
             words += len(row["post"].split())
@@ -63,7 +63,7 @@ def start(data: Path, tokenizer: Path, folder: Path) -> dict:
     """One start in a process of its own, with `folder` for its cache."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", START, data, tokenizer]
-    done = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, encoding="utf-8")
     return json.loads(done.stdout)
 
 

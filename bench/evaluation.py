@@ -85,7 +85,7 @@ def main() -> None:
         rows.append(row | {n: texts[n][i] for n in texts} | {f"score/{n}": scores[n][i] for n in texts})
     with tempfile.TemporaryDirectory() as folder:
         append(Path(folder) / "samples.jsonl", rows)
-        (Path(folder) / "metrics.json").write_text(json.dumps(results))
+        (Path(folder) / "metrics.json").write_text(json.dumps(results), encoding="utf-8")
         size = write_report(folder).stat().st_size
     took["report"] = clock() - began
 

@@ -219,6 +219,16 @@ def changed(file, name: str, value):
     setattr(file, name, before)
 
 
+def in_chunks(count: int, rows: int, function: Callable) -> Callable[[], None]:
+    """The same with the logits of `rows` made in so many parts: fewer are faster and take more memory."""
+
+    def run() -> None:
+        with changed(kernels.runtime, "CHUNK_ELEMENTS", -(-rows // count) * V):
+            function()
+
+    return run
+
+
 def tiles(rows: int, tokens: int, ceiling: dict[str, float]) -> list[dict]:
     """Other configurations than those that ship."""
     ops, results = operations(rows) | body(tokens), []
@@ -296,6 +306,8 @@ def main() -> None:
                     contenders = {"torch.compile": torch.compile(reference)}
                 contenders = {who: with_gradient(f, leaves) if leaves else f for who, f in contenders.items()}
                 contenders |= {} if compiled else rivals(name, rows)
+                if GPU and not compiled and name.startswith("linear_ppo_loss"):
+                    contenders |= {f"ours, {n} chunks": in_chunks(n, rows, contenders["ours"]) for n in (8, 2, 1)}
                 for who, function in contenders.items():
                     try:
                         seconds, gigabytes = measure(function)
@@ -310,7 +322,7 @@ def main() -> None:
                     row = {what: rows, "op": name, "who": who, "ms": seconds * 1e3, unit_name: rate}
                     results.append(row | {"of_ceiling": share} | ({"gb": gigabytes} if GPU else {}))
                     if flags.rows_to:
-                        with open(flags.rows_to, "a") as file:
+                        with open(flags.rows_to, "a", encoding="utf-8") as file:
                             file.write(json.dumps(results[-1]) + "\n")
                 torch._dynamo.reset() if compiled else None
         print()

@@ -25,14 +25,14 @@ import torch
 
 from bench.shapes import Shape, random_model, shape_for
 from bench.stand_ins import SPECIALS, write_llama3_tokenizer
-from nanorlhf.storage.checkpoint import save_policy, save_scalar
-from nanorlhf.run.device import pick_device, pick_dtype
 from nanorlhf.data.encoding import encode_posts
-from nanorlhf.models import Policy, reward_model_from
-from nanorlhf.run.run import read_metrics
-from nanorlhf.tiny.data import write_world
 from nanorlhf.data.tldr import format_query, load_posts
 from nanorlhf.data.tokenizer import Tokenizer, load_tokenizer
+from nanorlhf.models import Policy, reward_model_from
+from nanorlhf.run.device import pick_device, pick_dtype
+from nanorlhf.run.run import read_metrics
+from nanorlhf.storage.checkpoint import save_policy, save_scalar
+from nanorlhf.tiny.data import write_world
 
 ROOT = Path(__file__).parents[1]
 SMALL_VOCABULARY = 2048  # of the check on a CPU
@@ -60,7 +60,7 @@ def make(folder: Path, device: torch.device, posts: int) -> dict:
     vocabulary = shape.config.vocab_size
     write_llama3_tokenizer(folder / "tokenizer", texts, vocabulary)
     ids = dict(bos_token_id=vocabulary - SPECIALS, eos_token_id=vocabulary - SPECIALS + 1)
-    (folder / "tokenizer" / "config.json").write_text(json.dumps({"model_type": "llama"} | ids))
+    (folder / "tokenizer" / "config.json").write_text(json.dumps({"model_type": "llama"} | ids), encoding="utf-8")
     tokenizer = load_tokenizer(folder / "tokenizer")
     words = [w for w in sorted(set(" ".join(texts).split())) if w.isalpha() and len(tokenizer.encode(f" {w}")) == 1]
     write_posts(folder / "data", tokenizer, shape, words, posts)
@@ -87,7 +87,7 @@ def write_posts(folder: Path, tokenizer: Tokenizer, shape: Shape, words: list[st
     rng = np.random.default_rng(0)
     frame = 1 + len(tokenizer.encode(format_query("bench", "a title", "")))
     summaries = rng.integers(shape.response // 2, 3 * shape.response // 2, count)
-    with open(folder / "tldr" / "train.jsonl", "w") as file:
+    with open(folder / "tldr" / "train.jsonl", "w", encoding="utf-8") as file:
         for i, (n, m) in enumerate(zip(shape.lengths(count), summaries, strict=True)):
             post, summary = (" ".join(rng.choice(words, k)) for k in (max(1, n - frame), m))
             row = dict(id=f"b{i}", subreddit="r/bench", title="a title", post=post, summary=summary)
@@ -168,7 +168,9 @@ def main() -> None:
         about = {}
         if not (folder / "rm" / "config.json").exists():  # by a process of its own: what it holds of the GPU goes
             command = [sys.executable, "-m", "bench.ppo_run", "--device", args.device, "--updates", str(args.updates)]
-            done = subprocess.run([*command, "--make", folder], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                [*command, "--make", folder], cwd=ROOT, check=True, stdout=subprocess.PIPE, encoding="utf-8"
+            )
             about = json.loads(done.stdout.splitlines()[-1])["made"]
         flags = f"{FLAGS} {'' if device.type == 'cuda' else SMALL} --device {args.device} --max_updates {args.updates}"
         models = ["--sft_model", folder / "sft", "--reward_model", folder / "rm", "--data", folder / "data"]

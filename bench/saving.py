@@ -40,7 +40,7 @@ def config(folder: Path, parts: int) -> LlamaConfig:
     """Llama-3.2-1B's, with one part of its layers and of its vocabulary."""
     layers, vocabulary = LLAMA_32_1B["num_hidden_layers"] // parts, LLAMA_32_1B["vocab_size"] // parts
     ids = {"vocab_size": vocabulary, "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1}
-    (folder / "config.json").write_text(json.dumps(LLAMA_32_1B | ids | {"num_hidden_layers": layers}))
+    (folder / "config.json").write_text(json.dumps(LLAMA_32_1B | ids | {"num_hidden_layers": layers}), encoding="utf-8")
     return read_config(folder)
 
 
@@ -88,8 +88,8 @@ def seconds(function, *args) -> float:
 def peak_mib(reset: bool = False) -> float:
     """The most memory that this process held since the last reset (Linux)."""
     if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 

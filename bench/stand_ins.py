@@ -86,7 +86,9 @@ def write_llama3_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int =
             known.add(a + b)
     (folder / "original").mkdir(parents=True, exist_ok=True)
     path = folder / "original" / "tokenizer.model"
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
+    path.write_text(
+        "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)), encoding="utf-8"
+    )
     specials = list(llama3_specials(ordinary))
     whole = TikTokenConverter(str(path), extra_special_tokens=specials).converted()
     bos_first = processors.TemplateProcessing(
@@ -95,7 +97,7 @@ def write_llama3_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int =
     whole.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), bos_first])
     whole.save(str(folder / "tokenizer.json"))
     about = {"bos_token": specials[0], "eos_token": specials[1], "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return learned
 
 
@@ -104,7 +106,7 @@ def write_llama(folder: Path, layers: int = 16, vocabulary: int = VOCABULARY, se
     folder.mkdir(parents=True, exist_ok=True)
     bos = vocabulary - SPECIALS
     changes = {"num_hidden_layers": layers, "vocab_size": vocabulary, "bos_token_id": bos, "eos_token_id": bos + 1}
-    (folder / "config.json").write_text(json.dumps(LLAMA_32_1B | changes, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(LLAMA_32_1B | changes, indent=2) + "\n", encoding="utf-8")
     with torch.device("meta"):
         model = Policy(read_config(folder))
     generator = torch.Generator().manual_seed(seed)
@@ -125,7 +127,9 @@ def main() -> None:
         if args.words[0] == "smollm2" and len(args.words) == 2:
             print(f"{args.words[1]}: {write_smollm2(args.words[1], args.file):,} parameters of SmolLM2-135M-Instruct")
             return
-        check(len(args.words) == 1 and not args.file, "command", " ".join(sys.argv[1:]), "DIR, or smollm2 DIR [--file F]")
+        check(
+            len(args.words) == 1 and not args.file, "command", " ".join(sys.argv[1:]), "DIR, or smollm2 DIR [--file F]"
+        )
         folder = Path(args.words[0])
         learned = write_llama3_tokenizer(folder, [post.post for post in load_posts(ensure_world("data/tiny"), "train")])
         print(f"{folder}: {write_llama(folder):,} random parameters, {VOCABULARY:,} ids, {learned:,} of them learned")

@@ -154,15 +154,18 @@ def tables(folder: Path) -> str:
     """The tables of all files of results in a folder, in Markdown."""
     parts = []
     for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         parts.append(heading(found))
         for name, bench in found["benches"].items():
             if failed := bench.get("failed_since"):
-                parts.append(f"`{name}`: {failed['error']} at commit {failed['commit']}; what it measured before stays.")
+                parts.append(
+                    f"`{name}`: {failed['error']} at commit {failed['commit']}; what it measured before stays."
+                )
             if "result" not in bench:
                 parts.append(f"`{name}`: {bench.get('error') or bench['skipped']}.")
             elif (kind := name.split("_")[0]) in TABLES:  # plan_80
                 head = f"`{COMMANDS.get(kind, f'python -m bench.{kind}')}`, commit {bench['commit']}: "
                 lines = TABLES[kind](bench["result"])
+                lines += ["", f"{bench['note'][0].upper()}{bench['note'][1:]}."] if bench.get("note") and lines else []
                 parts += [head + "\n".join(lines)] if lines else []
     return "\n\n".join(parts) + "\n"

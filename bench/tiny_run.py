@@ -86,14 +86,16 @@ def main() -> None:
             for dtype in args.dtypes:
                 folder = Path(temporary) / f"{stage}_{dtype}"
                 folder.mkdir()
-                log = open(folder / "log", "w")
+                log = open(folder / "log", "w", encoding="utf-8")
                 arguments = command(stage, dtype, args.device, args.updates)
                 runs[stage, dtype] = folder, subprocess.Popen(arguments, cwd=folder, stdout=log, stderr=log)
         try:
             for (stage, dtype), (folder, child) in runs.items():
                 if child.wait():
                     failed.append(f"{stage} in {dtype}")
-                    print(f"{failed[-1]}: exit status {child.returncode}\n{(folder / 'log').read_text()[-3000:]}")
+                    print(
+                        f"{failed[-1]}: exit status {child.returncode}\n{(folder / 'log').read_text(encoding='utf-8')[-3000:]}"
+                    )
                     continue
                 rows, committed = read_metrics(folder / "runs" / stage), read_metrics(EMBEDDED / stage)
                 seconds[f"{stage} {dtype}"] = rows[-1]["time"] - rows[0]["time"]

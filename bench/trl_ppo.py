@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--queries", type=Path, required=True, help="a JSON list of lists of token ids")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    cfg, queries = args.settings, json.loads(args.queries.read_text())
+    cfg, queries = args.settings, json.loads(args.queries.read_text(encoding="utf-8"))
     words = {f"t{n}": n for n in range(1280)}  # only PAD and EOS of a tokenizer are used
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="t0")), pad_token="t0",
                                         bos_token="t1", eos_token="t2", padding_side="left")  # fmt: skip

@@ -237,7 +237,7 @@ def measure(args: argparse.Namespace) -> dict:
 def child(flags: list[str], **environment: str) -> dict:
     """The JSON line of this benchmark in a process of its own."""
     command = [sys.executable, "-m", "bench.update", *flags]
-    done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, encoding="utf-8", check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -16,13 +16,13 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf.data.encoding import encode_comparisons, encode_posts
-from nanorlhf.monitoring.flops import head_flops, ppo_update_flops, trunk_flops
-from nanorlhf.run.inputs import EMBEDDED
-from nanorlhf.llama import LlamaConfig
-from nanorlhf.storage.model_config import read_config
-from nanorlhf.tiny.data import ensure_world
 from nanorlhf.data.tldr import load_comparisons, load_posts
 from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.llama import LlamaConfig
+from nanorlhf.monitoring.flops import head_flops, ppo_update_flops, trunk_flops
+from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.storage.model_config import read_config
+from nanorlhf.tiny.data import ensure_world
 
 SAMPLE = 1024  # posts and pairs whose lengths are taken
 # The recipe that the present one replaced, where it differs from the presets.

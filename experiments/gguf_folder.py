@@ -61,7 +61,9 @@ def hub_name(name: str) -> str:
         return f"{OUTSIDE[stem]}.weight"
     if name.startswith("blk.") and block.isdigit() and part in PARTS and name != stem:
         return f"model.layers.{block}.{PARTS[part]}.weight"
-    raise UserError(f"tensor {name}: expected those of a plain Llama (no biases, no rotary table): another architecture")
+    raise UserError(
+        f"tensor {name}: expected those of a plain Llama (no biases, no rotary table): another architecture"
+    )
 
 
 def folder_from_gguf(path: str | Path, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -94,7 +96,7 @@ def folder_from_gguf(path: str | Path, folder: str | Path, dtype: torch.dtype = 
                 values = half_a_head_apart(values, number)
         tensors[hub_name(tensor.name)] = torch.from_numpy(np.ascontiguousarray(values)).to(dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name, content in _tokenizer_files(path, field).items():
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -129,7 +131,9 @@ def _config(path: Path, field: dict, tied: bool, dtype: torch.dtype) -> dict:
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
     except KeyError as error:
-        raise UserError(f"{path}: the field {error} is missing, expected every field of a Llama: fetch it again") from None
+        raise UserError(
+            f"{path}: the field {error} is missing, expected every field of a Llama: fetch it again"
+        ) from None
 
 
 def _tokenizer_files(path: Path, field: dict) -> dict[str, dict]:
@@ -177,7 +181,9 @@ def gguf_from_folder(folder: str | Path, path: str | Path, dtype: str = "f16") -
     if dtype not in KINDS:
         raise UserError(f"dtype: got {dtype!r}, expected one of {', '.join(KINDS)}")
     if config.rope_scaling:
-        raise UserError(f"{folder}: rope_scaling is {config.rope_scaling}, expected null: use llama.cpp's own converter")
+        raise UserError(
+            f"{folder}: rope_scaling is {config.rope_scaling}, expected null: use llama.cpp's own converter"
+        )
     pre, data = _pre_tokenizer(folder), read_json(folder / "tokenizer.json")
     writer = GGUFWriter(path, "llama")
     writer.add_name(folder.parent.name if folder.name == "final" else folder.name)

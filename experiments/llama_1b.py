@@ -136,7 +136,7 @@ def train(folder: Path, stage: str) -> dict:
     began = time.perf_counter()
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    rows = [json.loads(line) for line in open(runs / stage / "metrics.jsonl")]
+    rows = [json.loads(line) for line in open(runs / stage / "metrics.jsonl", encoding="utf-8")]
     shown = {"sft": ["train/sft/loss"], "rm": ["train/rm/loss"], "ppo": ["val/ratio", "objective/kl", "grad_norm"]}[
         stage
     ]
@@ -148,7 +148,7 @@ def train(folder: Path, stage: str) -> dict:
 
 def free_gb() -> float:
     """Memory that a new process can have (Linux: what is free and what the page cache would give up)."""
-    lines = dict(line.split(":") for line in open("/proc/meminfo"))
+    lines = dict(line.split(":") for line in open("/proc/meminfo", encoding="utf-8"))
     return int(lines["MemAvailable"].split()[0]) * 1024 / 1e9
 
 
@@ -158,7 +158,9 @@ def alone(function: str, *arguments) -> dict:
         f"import json; from pathlib import Path; from bench import llama_1b; print(json.dumps(llama_1b.{function}("
     )
     program += ", ".join(f"Path({str(a)!r})" if isinstance(a, Path) else repr(a) for a in arguments) + ")))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=True, stdout=subprocess.PIPE, encoding="utf-8"
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -35,6 +35,7 @@ def train(kl_coef: float, seed: int, updates: int) -> list[dict]:
             "--run_name": name, "--preset": "tiny", "--seed": seed, "--kl_coef": kl_coef, "--lr": 3e-4,
             "--lr_schedule": "constant", "--total_episodes": updates * EPISODES_AN_UPDATE,
             "--sft_model": EMBEDDED / "sft", "--reward_model": EMBEDDED / "rm",
+            "--num_ppo_epochs": 4, "--num_minibatches": 1, "--critic_warmup": 0, "--lr_warmup": 0, "--critic_lr": None,
         }  # fmt: skip
         words = [str(word) for flag in flags.items() for word in flag]
         subprocess.run([sys.executable, "train_ppo.py", *words, "--overwrite"], check=True, stdout=subprocess.DEVNULL)

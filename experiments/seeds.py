@@ -2,7 +2,7 @@
 
     python -m experiments.seeds                       8 seeds x 3 roundings, two processes side by side on 2 cores
     python -m experiments.seeds --seeds 9 10          more seeds
-    python -m experiments.seeds --table               only the table, from the results that are there
+    python -m experiments.seeds --table               only the tables (and --figure), from what is there
 
 Each seed has an SFT and a reward model of its own; PPO and the evaluation are run once for each rounding. Another order
 of the same sums is enough to make another run of PPO: what a rounding changes in the seventh digit, sampling turns into
@@ -22,11 +22,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from nanorlhf.tiny.demo import BARS, STAGES, measure, read_runs
+from nanorlhf.evaluation.figures import GREY, PROXY, draw_curve, new_axes, png
 from nanorlhf.storage.jsonl import append, read_jsonl
+from nanorlhf.tiny.demo import BARS, STAGES, judge_bars, measure, read_runs
 
 RESULTS = Path(__file__).parent / "results" / "seeds.jsonl"
-SEEDS = range(1, 9)
+BEFORE = RESULTS.with_name("before.jsonl")  # explained variance of two runs by the recipe of before
+SEEDS = range(11, 19)  # nothing was tuned on them
 # By what PPO and the evaluation are rounded: the instructions that oneDNN and torch may use, the kernels, the threads.
 ROUNDINGS = {
     "default": {"OMP_NUM_THREADS": "1"},
@@ -43,7 +45,7 @@ def script(name: str, run: str, seed: int, rounding: dict[str, str], *flags: str
     if done and not _unfinished(folder):
         return
     command = [sys.executable, name, "--preset", "tiny", "--run_name", run, "--seed", str(seed), "--overwrite", *flags]
-    with open(f"{folder}.log", "w") as log:
+    with open(f"{folder}.log", "w", encoding="utf-8") as log:
         status = subprocess.run(command, env=os.environ | rounding, stdout=log, stderr=subprocess.STDOUT).returncode
     if status:
         raise SystemExit(f"{' '.join(command)} ended with status {status}: see {folder}.log")
@@ -52,7 +54,7 @@ def script(name: str, run: str, seed: int, rounding: dict[str, str], *flags: str
 def _unfinished(folder: Path) -> bool:
     """Whether the run of this folder was stopped: its log does not end with "done"."""
     log = Path(f"{folder}.log")
-    return not log.is_file() or not log.read_text().rstrip().rsplit("\n", 1)[-1].startswith("done")
+    return not log.is_file() or not log.read_text(encoding="utf-8").rstrip().rsplit("\n", 1)[-1].startswith("done")
 
 
 def models(seed: int) -> None:
@@ -110,18 +112,34 @@ def every_result(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def passes(row: dict) -> bool:
+    """Whether `make demo` would have been green."""
+    return all(passed for *_, passed in judge_bars(row))
+
+
+def figure(rows: list[dict], before: list[dict]) -> bytes:
+    """How well the critic predicts, update by update: runs of before in grey, the results in colour. A PNG."""
+    drawing, axes = new_axes("explained variance of the critic", "update", size=(6.0, 3.2))
+    for runs, colour in ((before, GREY), (rows, PROXY)):
+        curves = [[{"step": i, "ev": y} for i, y in enumerate(run["explained_variance"], start=1)] for run in runs]
+        draw_curve(axes, curves, "ev", colour)
+    axes.set_ylim(-2, 1)
+    return png(drawing)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.seeds", description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--processes", type=int, default=2, help="side by side")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of a line a result; grows")
-    parser.add_argument("--table", action="store_true", help="only print the tables")
+    parser.add_argument("--figure", type=Path, help="draw the critic's curves here: docs/explained_variance.png")
+    parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_args()
     rows = read_jsonl(args.results, having="seed") if args.results.exists() else []
     there = {(row["seed"], row["rounding"]) for row in rows}
     missing = [(seed, name) for name in ROUNDINGS for seed in args.seeds if (seed, name) not in there]
     if missing and not args.table:
-        commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], text=True).strip()
+        commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], encoding="utf-8").strip()
         Path("runs").mkdir(exist_ok=True)
         args.results.parent.mkdir(parents=True, exist_ok=True)
 
@@ -137,7 +155,10 @@ def main() -> None:
         rows = read_jsonl(args.results, having="seed")
     rows = [row for row in rows if row["seed"] in args.seeds]
     print(table(rows), every_result(rows), sep="\n\n")
-    print(json.dumps({"experiment": "seeds", "results": len(rows), "commits": sorted({row["commit"] for row in rows})}))
+    if args.figure:
+        args.figure.write_bytes(figure(rows, read_jsonl(BEFORE, having="seed")))
+    green, commits = sum(map(passes, rows)), sorted({row["commit"] for row in rows})
+    print(json.dumps({"experiment": "seeds", "results": len(rows), "all bars passed": green, "commits": commits}))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ The parts, each with its share of the time that is left; a part that is done is 
     lr     SFT with each of --sft_lrs for a few steps: which loss on held-out posts?
     sft    the base model on the posts, the best of these learning rates
     rm     the reward model on the comparisons (split by post as published)
-    ppo    PPO with each of --ppo_lrs, and one update in fp32 and in bf16 for the pre-flight's figures
+    ppo    PPO with each of --ppo_lrs
     eval   eval.py on held-out posts, the reward model as judge
     out_again    does transformers write the same greedy text from the policy's folder?
+    preflight    what PPO's checks measure in fp32 and in bf16
 
 All of them are the real scripts with the preset smollm2, called in this process, so that CUDA starts and Triton
 compiles once. How many steps a part may take is measured: its script runs for three steps, then the rest of its share
@@ -49,9 +50,10 @@ from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.storage.jsonl import read_jsonl, write_whole
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo, "eval": evaluation}
-SHARES = {"lr": 4, "sft": 3, "rm": 2, "ppo": 8, "eval": 3, "out_again": 1}  # of the time that is left, part by part
+SHARES = {"lr": 4, "sft": 3, "rm": 2, "ppo": 8, "eval": 3, "out_again": 1, "preflight": 1}  # of the time that is left, part by part
 PROBE_STEPS = 3  # on a GPU the first compiles
 LR_STEPS = 24  # of the comparison of learning rates, at most
+MOST_EPISODES = 10**9  # of PPO's schedule, which ends with its last update
 MOST_EPOCHS = 2  # of SFT and the reward model; PPO goes on for as long as there is time
 GREEDY_POSTS = 6
 # What a step holds: as the preset has it on a GPU; on a CPU an eighth of it and less, of posts cut to 192 tokens.
@@ -126,7 +128,7 @@ class Experiment:
         self.probe_steps = PROBE_STEPS if self.device.type == "cuda" else 2
         self.measured: dict[str, dict] = {}  # stage -> seconds a step, and around all of them
         self.path = out / "results.json"
-        self.state: dict = json.loads(self.path.read_text()) if self.path.is_file() else {"seconds": {}}
+        self.state: dict = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {"seconds": {}}
         dtype = str(pick_dtype(args.dtype, self.device)).removeprefix("torch.")
         about = {"device": device_name(self.device), "dtype": dtype, "torch": torch.__version__, "git": git()}
         about |= {"minutes": args.minutes, "seed": args.seed, "sizes": self.sizes, "data": Path(self.data).name}
@@ -178,25 +180,20 @@ class Experiment:
         return self.train("rm", seconds, flags | {"num_epochs": MOST_EPOCHS})
 
     def ppo(self, seconds: float) -> dict:
-        ends = time.monotonic() + seconds
-        found, lrs = {"runs": {}, "preflight": {}}, self.args.ppo_lrs
+        ends, found, lrs = time.monotonic() + seconds, {"runs": {}, "refused": []}, self.args.ppo_lrs
         flags = self.flags("ppo") | {"sft_model": self.final("sft"), "reward_model": self.final("rm")}
-        for dtype in ("float32", "bfloat16"):  # the checks before and in one update; this is where a bound may be wrong
-            checked = flags | {"dtype": dtype, "max_updates": 1, "overwrite": True, "preflight": True}
-            checked |= {"batch_size": min(32, flags["batch_size"]), "run_name": self.name(f"preflight_{dtype}")}
-            try:
-                (row,) = run("ppo", self.device, **checked).rows
-                found["preflight"][dtype] = {k: v for k, v in row.items() if k.startswith("preflight/")}
-                if self.device.type == "cpu" and dtype == self.state["about"]["dtype"]:  # minutes, and nothing compiles
-                    step = sum(row[f"time/{phase}"] for phase in ("rollout", "score", "learn"))
-                    self.measured["ppo"] = {"s_per_step": step, "s_around": 0.0}
-            except UserError as error:
-                found["preflight"][dtype] = {"failed": str(error)}
-                flags["preflight"] = False
+        flags |= {"total_episodes": MOST_EPISODES}
         for i, lr in enumerate(lrs):
             name = "ppo" if i == 0 else f"ppo_{lr:g}"
-            own = flags | {"lr": lr, "total_episodes": 10**9}
-            found["runs"][name] = self.train(name, (ends - time.monotonic()) / (len(lrs) - i), own)
+            share = (ends - time.monotonic()) / (len(lrs) - i)
+            try:
+                found["runs"][name] = self.train(name, share, flags | {"lr": lr})
+            except UserError as error:  # which of its figures and why is part of the result; then on without it
+                if not str(error).startswith("pre-flight") or not flags.get("preflight", True):
+                    raise
+                found["refused"].append(str(error))
+                flags["preflight"] = False
+                found["runs"][name] = self.train(name, share, flags | {"lr": lr})
         return found
 
     def eval(self, _: float) -> dict:
@@ -205,11 +202,28 @@ class Experiment:
         flags = self.flags("eval") | {"policy": policies, "reward_model": self.final("rm"), "judge": "rm"}
         done = run("eval", self.device, **flags, run_name=self.name("eval"), overwrite=True)
         shutil.copy(done.folder / "samples.jsonl", self.out / "samples.jsonl")
-        found, rows = json.loads((done.folder / "metrics.json").read_text()), read_jsonl(done.folder / "samples.jsonl")
+        found, rows = (
+            json.loads((done.folder / "metrics.json").read_text(encoding="utf-8")),
+            read_jsonl(done.folder / "samples.jsonl"),
+        )
         for name, row in found["policies"].items():
             if name != "reference":
                 row["stemmed"] = rouge([r[name] for r in rows], [r["reference"] for r in rows], stemmer=True)
         return {key: found[key] for key in ("about", "policies", "reward_model", "win_rates")} | {"s": done.seconds}
+
+    def preflight(self, _: float) -> dict:
+        """What the checks before and in an update measure, by dtype: this is where a bound may be wrong."""
+        found = {}
+        flags = self.flags("ppo") | {"sft_model": self.final("sft"), "reward_model": self.final("rm")}
+        flags |= {"batch_size": min(32, flags["batch_size"]), "max_updates": 1, "overwrite": True}
+        for dtype in ("float32", "bfloat16"):
+            try:
+                name = self.name(f"preflight_{dtype}")
+                (row,) = run("ppo", self.device, **flags | {"dtype": dtype, "run_name": name}).rows
+                found[dtype] = {k.removeprefix("preflight/"): v for k, v in row.items() if k.startswith("preflight/")}
+            except UserError as error:
+                found[dtype] = {"refused": str(error)}
+        return found
 
     def out_again(self, _: float) -> dict:
         """Greedy text of our decoder and of transformers' `generate`, in fp32, from the folder that PPO wrote."""

@@ -90,11 +90,17 @@ def ppo(found: dict, _: Path) -> list[str]:
                   f"{len(rows)} updates in {run['s']:.0f} s, {speed:,.0f} tokens/s, peak {run['peak_gib']:.1f} GiB.", ""]  # fmt: skip
         columns = [[rows[i]["step"], *(rows[i].get(metric) for metric in PPO_COLUMNS.values())] for i in shown]
         lines += table(["update", *PPO_COLUMNS], columns)
-    lines += ["## Pre-flight of one PPO update", ""]
-    lines += [f"- {dtype}: {row['failed']}" for dtype, row in found["preflight"].items() if "failed" in row]
-    good = {dtype: row for dtype, row in found["preflight"].items() if "failed" not in row}
+    return [*lines, *(f"- went on without it: {why}" for why in found["refused"])]
+
+
+def preflight(found: dict, _: Path) -> list[str]:
+    lines = ["## Pre-flight of one PPO update", ""]
+    lines += [f"- {dtype}: {row['refused']}" for dtype, row in found.items() if "refused" in row]
+    good = {dtype: row for dtype, row in found.items() if "refused" not in row}
     names = list(next(iter(good.values()), {}))
-    return lines + table(["check", *good], [[n.removeprefix("preflight/"), *(row.get(n) for row in good.values())] for n in names])
+    return lines + table(
+        ["check", *good], [[n.removeprefix("preflight/"), *(row.get(n) for row in good.values())] for n in names]
+    )
 
 
 def evaluation(found: dict, out: Path) -> list[str]:
@@ -112,7 +118,9 @@ def evaluation(found: dict, out: Path) -> list[str]:
     low, high = accuracy_interval(hits, n)
     lines += [f"Reward model: {hits} of {n} held-out pairs, {hits / n:.3f} (95% {low:.3f} to {high:.3f}); the longer text "
               f"wins {card['length_baseline']:.3f}. With {n} pairs a difference below about 0.13 is noise.", ""]  # fmt: skip
-    rows = [[f"{row['ours']} over {row['theirs']}", row["rate"], _interval(row["interval"])] for row in found["win_rates"]]
+    rows = [
+        [f"{row['ours']} over {row['theirs']}", row["rate"], _interval(row["interval"])] for row in found["win_rates"]
+    ]
     lines += ["Judged by the reward model that PPO was trained on: what it likes, not what people like.", ""]
     lines += table(["", "win rate", "95%"], rows)
     path = out / "samples.jsonl"
@@ -167,4 +175,5 @@ def out_again(found: dict, _: Path) -> list[str]:
             f"{found['posts']} posts (PPO's folder, fp32)."]  # fmt: skip
 
 
-SECTIONS = {"lr": lr, "sft": sft, "rm": rm, "ppo": ppo, "eval": evaluation, "out_again": out_again}
+SECTIONS = {"lr": lr, "sft": sft, "rm": rm, "ppo": ppo, "eval": evaluation, "preflight": preflight,
+            "out_again": out_again}  # fmt: skip

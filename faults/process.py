@@ -65,13 +65,13 @@ def live(work: Callable[[], None], kill_before: int, max_file: int, counter: str
 
     try:
         signal.alarm(HANGS)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False, encoding="utf-8") for number in (1, 2))
         sys.addaudithook(hook)
         if max_file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (max_file, max_file))
         work()
         if counter:
-            Path(counter).write_text(str(operations))
+            Path(counter).write_text(str(operations), encoding="utf-8")
         status = 0
     except SystemExit as stop:
         status = stop.code

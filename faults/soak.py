@@ -39,7 +39,7 @@ def slope(seconds: np.ndarray, values: np.ndarray, blocks: int = 20) -> tuple[fl
 
 
 def resident_mib(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 

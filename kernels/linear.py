@@ -1,9 +1,16 @@
 """x W^T, the operation a language model spends its time in.
 
-On a GPU this is cuBLAS. On a CPU in fp32, torch sends it to MKL, which on AMD processors
-does not use AVX-512: 92 GFLOP/s on one Zen 5 core at (4096, 128) x (704, 128), where
-oneDNN, which torch also ships, reaches 220 (`python -m bench.linear`). So there it goes
-to oneDNN, forward and backward; the result differs from MKL's by fp32 rounding only.
+On a GPU this is cuBLAS. On a CPU in fp32 torch sends it to MKL, but it also ships oneDNN, and which of the two is faster
+depends on the processor and on which of the three products of a layer is asked for: y = x W^T, dx = dy W, dW = dy^T x.
+GFLOP/s of one core of an AMD EPYC (Zen 5) at (4096, 128) x (704, 128), MKL and oneDNN (`python -m bench.linear`):
+
+    vectors     y           dx          dW
+    AVX-512     98   227    94   212    99   198        MKL does not use AVX-512 on AMD processors
+    AVX2        98   118    93   111   100   107        dW: over all shapes of the tiny model oneDNN takes 4% longer
+
+So oneDNN is taken for each product where it was the faster one, by the vectors that the processor has. It is no
+measurement of each start: that would sometimes fall the other way, and a run that is resumed would end in other bits.
+The libraries' results differ by fp32 rounding only.
 
 `linear_fp32` is the same for a head: bf16 in, fp32 out, straight from the accumulator.
 Rounding the logits to bf16 first, as a plain matmul does, puts an error of 0.03 on a log-prob.
@@ -24,6 +31,14 @@ _HAS_ONEDNN = (
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
+# Vectors of the processor (torch's word for them) -> products that go to oneDNN.
+_ONEDNN_PRODUCTS = {"AVX512": ("y", "dx", "dw")}
+_VECTORS = torch.backends.cpu.get_cpu_capability()
+
+
+def onednn_products(vectors: str = _VECTORS) -> tuple[str, ...]:
+    """Which of y, dx and dw oneDNN computes here: a function of the processor alone."""
+    return _ONEDNN_PRODUCTS.get(vectors, ("y", "dx")) if _HAS_ONEDNN else ()
 
 
 def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -35,6 +50,12 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
+def _onednn_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """dW = dy^T x (N, K), or its transpose x^T dy where that is the wider one: oneDNN likes to write long rows."""
+    N, K = grad.shape[1], x.shape[1]
+    return _onednn(x.T, grad.T).T if N > K else _onednn(grad.T, x.T)
+
+
 class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
@@ -44,8 +65,13 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        grad_x = _onednn(grad, weight.T) if ctx.needs_input_grad[0] else None  # dX = dY W
-        grad_weight = _onednn(grad.T, x.T) if ctx.needs_input_grad[1] else None  # dW = dY^T X
+        of_x, of_weight = ctx.needs_input_grad
+        products = onednn_products()
+        grad_x = grad_weight = None
+        if of_x:
+            grad_x = _onednn(grad, weight.T) if "dx" in products else grad @ weight
+        if of_weight:
+            grad_weight = _onednn_grad_weight(grad, x) if "dw" in products else grad.T @ x
         return grad_x, grad_weight
 
 
@@ -95,5 +121,8 @@ def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
 
 def chosen() -> str:
     """What the first lines of a run print: which path this process takes."""
-    on_cpu = runtime.MODE != "torch" and _HAS_ONEDNN and not torch.cuda.is_available()
-    return runtime.chosen() + (", oneDNN for fp32 matrices on the CPU" if on_cpu else "")
+    products = onednn_products() if runtime.MODE != "torch" and not torch.cuda.is_available() else ()
+    if not products:
+        return runtime.chosen()
+    but = "" if "dw" in products else ", torch for the gradients of weights"
+    return f"{runtime.chosen()}, oneDNN for fp32 matrices on the CPU{but}"

@@ -9,6 +9,7 @@ import sys
 from nanorlhf.data import download
 from nanorlhf.errors import check, one_sentence
 from nanorlhf.run import status
+from nanorlhf.run.streams import lasting_streams
 
 COMMANDS = {"download": download.main, "status": status.main}
 
@@ -25,4 +26,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with lasting_streams():
+        main()

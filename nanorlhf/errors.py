@@ -72,7 +72,8 @@ def one_sentence(again: str = "") -> Iterator[None]:
 
 def one_line(text: str, longest: int = 1000) -> str:
     """An error's text as it is printed: what a damaged file holds is no line break, no escape sequence and no novel."""
-    text = "".join(c if c.isprintable() else " " for c in text)
+    # "\udc80" to "\udcff" are bytes of a file's name, in a locale that cannot read it
+    text = "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else " " for c in text)
     return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
 
 

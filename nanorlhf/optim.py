@@ -66,9 +66,7 @@ class AdamW:
         groups = [{"params": masters} for masters in of_models]
         self.adam = torch.optim.AdamW(groups, lr=lr, eps=eps, betas=(0.9, beta2), fused=True)
 
-    def step(
-        self, lr: float | Sequence[float], max_grad_norm: float | None = None, on_nan: str = "stop"
-    ) -> Tensor:
+    def step(self, lr: float | Sequence[float], max_grad_norm: float | None = None, on_nan: str = "stop") -> Tensor:
         """One optimizer step on the accumulated gradients, which it clears. Returns their norm before clipping, ().
 
         A parameter without a gradient keeps weight and moments as they are, weight decay included.

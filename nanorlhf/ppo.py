@@ -32,6 +32,12 @@ class Experience(NamedTuple):
     values: Tensor  # (B, R) fp32, 0 outside value_mask
     advantages: Tensor  # (B, R) fp32, whitened, 0 outside action_mask
     returns: Tensor  # (B, R) fp32
+    # Where they come from: logged, not learned from.
+    scores: Tensor | None = None  # (B,) fp32, after the missing-EOS rule
+    kl: Tensor | None = None  # (B, R) fp32, k1, 0 outside action_mask
+    full_kl: Tensor | None = None  # (B, R) fp32, with --kl_estimator full
+    rewards: Tensor | None = None  # (B, R) fp32
+    raw_advantages: Tensor | None = None  # (B, R) fp32, before whitening
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------

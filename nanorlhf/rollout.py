@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanorlhf.data.tokenizer import Tokenizer
 from nanorlhf.decoder import decoder_for
+from nanorlhf.errors import UserError
 from nanorlhf.models import Policy
 from nanorlhf.ppo import last_token
 
@@ -98,5 +99,10 @@ def summarise(
     for batch in progress(batches, what="generating summaries"):
         batch_queries = [queries[i] for i in batch]
         responses, logprobs = generate(policy, batch_queries, response_length, temperature, seed, episodes=batch)
+        if not torch.isfinite(logprobs).all():  # the noise then picks tokens that mean nothing
+            raise UserError(
+                "policy: a log-prob of what it wrote is not finite, expected finite numbers: its weights are damaged "
+                "or too large for this dtype; take another checkpoint"
+            )
         summaries |= dict(zip(batch, read_responses(tokenizer, responses, logprobs), strict=True))
     return [summaries[i] for i in range(len(queries))]

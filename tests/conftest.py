@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracle is built from random weights; nothing may be downloaded
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes side by side: each keeps to one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import signal
 from types import SimpleNamespace
@@ -21,6 +23,23 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 # These need processes of their own, which test_triton.py starts: Triton decides once whether kernels are interpreted.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
+
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """`-n auto`: a process a core, 8 at most (a gigabyte each); on a GPU one, because tests measure its memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if torch.cuda.is_available() else min(cores, 8)
+
+
+# The files with the longest single tests. They go first, so that no process waits for another's at the end.
+LONGEST = ("test_triton.py", "test_faults.py", "test_trackers.py", "test_plan.py", "test_llama.py", "test_real_text.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))  # stable: the others keep their order
+
 
 # Two query heads for each key/value head, and a rotary context so short that all regimes of Llama 3's scaling occur.
 TINY = LlamaConfig(

@@ -57,7 +57,7 @@ def function_object(module, qualified_name: str) -> FunctionType:
 def planted(mutation: Mutation) -> Iterator[None]:
     """The fault is in while the block runs. Raises AssertionError when its old text is not in the file exactly once."""
     path = ROOT / mutation.file
-    source = path.read_text()
+    source = path.read_text(encoding="utf-8")
     count = source.count(mutation.old)
     assert count == 1, f"{mutation.name}: {mutation.file} has {mutation.old!r} {count} times, expected once: mend it"
     healthy = functions(compile(source, str(path), "exec"))

@@ -23,7 +23,7 @@ from nanorlhf.tiny.data import write_world
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"train_sft": train_sft, "train_rm": train_rm, "train_ppo": train_ppo}
 SMALL = {  # flags that make each stage take a second or two
-    "train_sft": "--batch_size 8 --eval_posts 8 --max_updates 4 --lr 2e-3",
+    "train_sft": "--batch_size 8 --eval_posts 8 --max_updates 4",
     "train_rm": "--batch_size 4 --eval_pairs 16 --shift_posts 16 --max_updates 4",
     "train_ppo": "--batch_size 8 --total_episodes 32 --response_length 24",
 }

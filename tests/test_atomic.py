@@ -19,24 +19,24 @@ ROOT = Path(__file__).parents[1]
 
 def test_a_folder_whose_writing_fails_does_not_appear(tmp_path):
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "a" / "step_5") as partial:
-        (partial / "state.json").write_text("half")
+        (partial / "state.json").write_text("half", encoding="utf-8")
         raise RuntimeError("killed")
     assert not (tmp_path / "a" / "step_5").exists()
 
 
 def test_a_folder_whose_rewriting_fails_is_the_old_one(tmp_path):
     with atomic_folder(tmp_path / "final") as partial:
-        (partial / "text").write_text("old")
+        (partial / "text").write_text("old", encoding="utf-8")
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "final") as partial:
-        (partial / "text").write_text("new")
+        (partial / "text").write_text("new", encoding="utf-8")
         raise RuntimeError("killed")
-    assert (tmp_path / "final" / "text").read_text() == "old"
+    assert (tmp_path / "final" / "text").read_text(encoding="utf-8") == "old"
 
 
 def test_a_rewritten_folder_holds_only_what_is_new(tmp_path):
     for number in range(2):
         with atomic_folder(tmp_path / "final") as partial:
-            (partial / f"{number}.txt").write_text("")
+            (partial / f"{number}.txt").write_text("", encoding="utf-8")
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
     assert [path.name for path in (tmp_path / "final").iterdir()] == ["1.txt"]
 
@@ -44,7 +44,7 @@ def test_a_rewritten_folder_holds_only_what_is_new(tmp_path):
 def test_a_kill_between_the_renames_leaves_the_old_folder_aside_and_the_next_save_puts_it_back(tmp_path, monkeypatch):
     def save(text):
         with atomic_folder(tmp_path / "final") as partial:
-            (partial / "text").write_text(text)
+            (partial / "text").write_text(text, encoding="utf-8")
 
     def kill_at_the_second(source, target):
         if source.suffix == ".partial":
@@ -56,20 +56,20 @@ def test_a_kill_between_the_renames_leaves_the_old_folder_aside_and_the_next_sav
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", kill_at_the_second)
         save("second")
-    assert (tmp_path / "final.old" / "text").read_text() == "first"
-    assert (tmp_path / "final.partial" / "text").read_text() == "second"
+    assert (tmp_path / "final.old" / "text").read_text(encoding="utf-8") == "first"
+    assert (tmp_path / "final.partial" / "text").read_text(encoding="utf-8") == "second"
 
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "final"):
         raise RuntimeError("killed again")
-    assert (tmp_path / "final" / "text").read_text() == "first"
+    assert (tmp_path / "final" / "text").read_text(encoding="utf-8") == "first"
     save("third")
-    assert (tmp_path / "final" / "text").read_text() == "third"
+    assert (tmp_path / "final" / "text").read_text(encoding="utf-8") == "third"
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
 def test_a_disk_that_fills_up_gives_back_what_the_folder_took(tmp_path):
     with pytest.raises(OSError), atomic_folder(tmp_path / "final") as partial:
-        (partial / "text").write_text("half")
+        (partial / "text").write_text("half", encoding="utf-8")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.iterdir())
 
@@ -110,5 +110,7 @@ def test_a_limit_on_the_size_of_files_is_an_error_with_the_files_name_and_not_a_
         "except OSError as error: print(error.errno, error.filename)"
     )
     path = tmp_path / "x.safetensors"
-    done = subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120
+    )
     assert done.stdout == f"{errno.EFBIG} {path}\n", done.stderr

@@ -47,7 +47,7 @@ def edit(path: str, change) -> None:
 
 
 def edit_json(path: str, **changes) -> None:
-    Path(path).write_text(json.dumps(json.loads(Path(path).read_text()) | changes))
+    Path(path).write_text(json.dumps(json.loads(Path(path).read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 def without_a_tensor(path="model/model.safetensors"):
@@ -153,10 +153,10 @@ def test_missing_data_says_which_command_fetches_it(world, capsys):
 
 
 def test_held_out_comparisons_that_are_all_about_training_posts_are_refused(world, capsys):
-    rows = [json.loads(row) for row in Path("data/comparisons/batch1.json").read_text().splitlines()]
+    rows = [json.loads(row) for row in Path("data/comparisons/batch1.json").read_text(encoding="utf-8").splitlines()]
     for path in Path("data/comparisons").glob("*.json"):
-        kept = [json.loads(row) for row in path.read_text().splitlines()]
+        kept = [json.loads(row) for row in path.read_text(encoding="utf-8").splitlines()]
         for row in kept:
             row["info"]["id"] = rows[0]["info"]["id"]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     assert "is not split by post" in stopped(train_rm, capsys, "--sft_model", "model")

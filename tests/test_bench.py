@@ -10,13 +10,14 @@ import torch
 
 import train_ppo
 import train_sft
-from bench import against, all, scaling, tables, update
+from bench import against, all, estimate, scaling, tables, update
 from bench.shapes import shape_for
 from nanorlhf.data.encoding import encode_posts
 from nanorlhf.data.tldr import load_posts
 from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.run.inputs import EMBEDDED
-from nanorlhf.tiny.data import ensure_world
+from nanorlhf.storage.checkpoint import load_policy
+from nanorlhf.tiny.data import ensure_world, write_world
 
 
 def test_drawn_lengths_are_those_the_cost_model_assumes():
@@ -103,6 +104,36 @@ def test_an_sft_step_of_both_sides_moves_the_weights_alike(both_sides):
     torch.testing.assert_close(moved, other, atol=0.02 * ours.sft_cfg.lr, rtol=0)
 
 
+# --- the demo's estimate
+
+
+def test_the_estimate_of_the_demo_is_its_operations_at_the_rate_of_this_machine(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(estimate, "ensure_world", lambda folder: write_world(tmp_path / "world", {"train": 64}, {"train": 1}))
+    monkeypatch.setattr(estimate, "demo_flops", lambda *_: 7e12)
+    monkeypatch.setattr(estimate, "rate", lambda *_: 7e12 * estimate.SLOWER / 480)
+    estimate.main()
+    assert capsys.readouterr().out.endswith("and the demo is 7.0 TFLOP: about 8 minutes\n")
+    assert [estimate.minutes(s) for s in (10, 60, 91)] == ["less than a minute", "about a minute", "about 2 minutes"]
+
+
+def test_the_operations_of_the_demo_follow_the_presets(monkeypatch):
+    policy = load_policy(EMBEDDED / "sft")
+    texts = [[5] * 100] * 4, [[6] * 20] * 4
+    before = estimate.demo_flops(policy, *texts)
+    assert estimate.demo_flops(policy, *(2 * x for x in texts)) == pytest.approx(before)  # of the mean post
+    tiny = train_sft.PRESETS["tiny"]
+    monkeypatch.setitem(tiny, "max_updates", tiny["max_updates"] + 10)
+    more = estimate.demo_flops(policy, *texts) - before
+    assert more == pytest.approx(10 * tiny["batch_size"] / 4 * estimate.learning_flops(policy, [[5] * 120] * 4))
+
+
+def test_the_rate_is_operations_by_seconds():
+    clock = iter([0.0, 0.0, 0.4, 0.8, 1.2, 1.5])  # began; asked before each of three passes and after; asked at the end
+    policy = load_policy(EMBEDDED / "sft")
+    found = estimate.rate(policy, [[5] * 30] * 2, clock=lambda: next(clock))
+    assert found == pytest.approx(3 * estimate.learning_flops(policy, [[5] * 30] * 2) / 1.5)
+
+
 # --- a visit ---------------------------------------------------------------------------------------------------------
 
 
@@ -122,7 +153,7 @@ def test_a_benchmark_that_fails_is_recorded(arguments, key, what):
 
 def test_a_visit_goes_on_after_a_failure_and_ends_with_status_one(tmp_path, monkeypatch, capsys):
     page = tmp_path / "speed.md"
-    page.write_text(f"before\n{all.BEGIN}old\n{all.END}after\n")
+    page.write_text(f"before\n{all.BEGIN}old\n{all.END}after\n", encoding="utf-8")
     monkeypatch.setattr(all, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(all, "missing", lambda: [])
     monkeypatch.setattr(all, "PAGE", page)
@@ -136,11 +167,15 @@ def test_a_visit_goes_on_after_a_failure_and_ends_with_status_one(tmp_path, monk
     with pytest.raises(SystemExit) as ended:
         all.main()
     assert ended.value.code == 1
-    found = json.loads(next((tmp_path / "results").glob("*.json")).read_text())["benches"]
+    found = json.loads(next((tmp_path / "results").glob("*.json")).read_text(encoding="utf-8"))["benches"]
     assert found["broken"]["error"] == "exit status 1" and found["broken"]["tail"].strip() == "no"
     assert found["fine"]["result"] == {"summary": "4 passed"}
-    assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
-    assert "`broken`: exit status 1." in page.read_text() and "old" not in page.read_text()
+    assert page.read_text(encoding="utf-8").startswith("before\n") and page.read_text(encoding="utf-8").endswith(
+        "after\n"
+    )
+    assert "`broken`: exit status 1." in page.read_text(encoding="utf-8") and "old" not in page.read_text(
+        encoding="utf-8"
+    )
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["failed"] == ["broken"]
 
 
@@ -163,7 +198,9 @@ def visit(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", ["bench.all", "--results", str(tmp_path / "out"), "--commit", "abc", *flags])
         with pytest.raises(SystemExit) as ended:
             all.main()
-        return ended.value.code, json.loads(next((tmp_path / "out").glob("*.json")).read_text())["benches"]
+        return ended.value.code, json.loads(next((tmp_path / "out").glob("*.json")).read_text(encoding="utf-8"))[
+            "benches"
+        ]
 
     return run
 
@@ -172,7 +209,9 @@ def says(number: int, tmp_path) -> list[str]:
     """A benchmark that counts how often it ran."""
     (tmp_path / "bench").mkdir(exist_ok=True)
     (tmp_path / "bench" / "__init__.py").touch()
-    (tmp_path / "bench" / "shapes.py").write_text(f"print('x', file=open('ran', 'a')); print('{{\"n\": {number}}}')")
+    (tmp_path / "bench" / "shapes.py").write_text(
+        f"print('x', file=open('ran', 'a')); print('{{\"n\": {number}}}')", encoding="utf-8"
+    )
     return ["-m", "bench.shapes"]
 
 
@@ -181,10 +220,10 @@ def test_a_visit_that_was_cut_short_goes_on_where_it_ended(visit, tmp_path):
     assert visit([one])[0] == 0
     status, found = visit([one, all.Bench("two", ["-c", "print('4 passed')"], 60, alone=False)])
     assert status == 0 and found["one"]["result"] == {"n": 1} and found["two"]["result"] == {"summary": "4 passed"}
-    assert (tmp_path / "ran").read_text() == "x\n"  # once
+    assert (tmp_path / "ran").read_text(encoding="utf-8") == "x\n"  # once
     visit([one], "--again")
-    assert (tmp_path / "ran").read_text() == "x\nx\n"
-    assert "one: python -m bench.shapes: done" in (tmp_path / "out" / "visit.log").read_text()
+    assert (tmp_path / "ran").read_text(encoding="utf-8") == "x\nx\n"
+    assert "one: python -m bench.shapes: done" in (tmp_path / "out" / "visit.log").read_text(encoding="utf-8")
 
 
 def test_a_benchmark_that_fails_keeps_the_figures_that_there_were_and_says_so(visit, tmp_path):
@@ -207,10 +246,10 @@ def test_a_benchmark_that_is_cut_off_keeps_what_it_had_measured(tmp_path, monkey
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "__init__.py").touch()
     program = "import sys, time; open(sys.argv[2], 'w').write('{\"op\": \"kl\"}\\n'); time.sleep(30)"
-    (tmp_path / "bench" / "kernels.py").write_text(program)
+    (tmp_path / "bench" / "kernels.py").write_text(program, encoding="utf-8")
     found = all.run(all.Bench("kernels", ["-m", "bench.kernels"], 2))
     assert found["error"] == "not done in 2 s" and found["partial"] == {"results": [{"op": "kl"}]}
-    (tmp_path / "bench" / "shapes.py").write_text("print('{\"s\": 1}'); raise SystemExit(3)")
+    (tmp_path / "bench" / "shapes.py").write_text("print('{\"s\": 1}'); raise SystemExit(3)", encoding="utf-8")
     found = all.run(all.Bench("rollout", ["-m", "bench.shapes"], 60))
     assert found["error"] == "exit status 3" and found["partial"] == {"s": 1}
 
@@ -239,9 +278,11 @@ def test_the_commands_of_a_visit_to_a_gpu_run_on_a_cpu(tmp_path):
     """Every benchmark that a visit starts, as small as it gets, and the tables of its results."""
     names = ["update", "kernels", "rollout", "ppo", "tests", "tiny"]  # test_plan.py runs the last one
     command = [sys.executable, "-m", "bench.all", "--dry", "--results", tmp_path, "--commit", "abc", "--only", *names]
-    done = subprocess.run(command, cwd=all.ROOT, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "visit.log").read_text()[-5000:]
-    found = json.loads((tmp_path / "dry.json").read_text())["benches"]
+    done = subprocess.run(command, cwd=all.ROOT, capture_output=True, text=True, timeout=1200, encoding="utf-8")
+    assert done.returncode == 0, (
+        done.stdout + done.stderr + (tmp_path / "visit.log").read_text(encoding="utf-8")[-5000:]
+    )
+    found = json.loads((tmp_path / "dry.json").read_text(encoding="utf-8"))["benches"]
     assert sorted([*found, "plan"]) == sorted(bench.name for bench in all.benches(gpu_gb=80))
     written = tables.tables(tmp_path)
     for name in ("update", "ppo_run", "tiny_run", "rollout"):
@@ -249,5 +290,5 @@ def test_the_commands_of_a_visit_to_a_gpu_run_on_a_cpu(tmp_path):
 
 
 def test_the_page_has_the_tables_of_the_committed_results():
-    written = all.PAGE.read_text()
+    written = all.PAGE.read_text(encoding="utf-8")
     assert tables.tables(all.RESULTS) in written, "run python -m bench.all --tables"

@@ -66,18 +66,22 @@ def visit(page: str, folder: Path, width: int, *flags: str) -> dict:
     page = page.replace("<style>", f"<script>{ERRORS}</script><style>", 1)
     page = page.replace("</body>", f"<script>{PROBE}</script></body>")
     path = folder / "report.html"
-    path.write_text(page)
+    path.write_text(page, encoding="utf-8")
     # A window is at least 500 wide without a frame of its own; an iframe may be as narrow as a phone.
     frame = folder / "frame.html"
     frame.write_text(
         f'<iframe id=f src="report.html" style="width:{width}px;height:900px;border:0"></iframe><script>'
         'setTimeout(() => document.documentElement.setAttribute("data-found", document.getElementById("f")'
-        ".contentDocument.documentElement.dataset.found), 1500)</script>"
+        ".contentDocument.documentElement.dataset.found), 1500)</script>",
+        encoding="utf-8",
     )
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", *flags]
     command += [f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=4000"]
     done = subprocess.run(
-        [*command, "--window-size=1400,1000", "--dump-dom", frame.as_uri()], capture_output=True, text=True, timeout=90
+        [*command, "--window-size=1400,1000", "--dump-dom", frame.as_uri()],
+        capture_output=True,
+        timeout=90,
+        encoding="utf-8",
     )
     found = re.search(r'<html data-found="(.*?)"', done.stdout)
     assert found, done.stdout[:500] + done.stderr[-2000:]
@@ -105,10 +109,10 @@ def test_samples_can_be_searched_and_sorted(tmp_path):
 def test_the_script_runs_under_the_page_s_own_policy(tmp_path):
     """Without the probe: the counter of the search box is written by the script, which its hash has to admit."""
     path = tmp_path / "report.html"
-    path.write_text(report_page())
+    path.write_text(report_page(), encoding="utf-8")
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--enable-logging=stderr", "--virtual-time-budget=1000", "--dump-dom", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=90)
     assert ">4 of 4</span>" in done.stdout and ":CONSOLE" not in done.stderr
 
 

@@ -14,8 +14,8 @@ RECORD = {
 
 
 def run_folder(tmp_path, rows):
-    (tmp_path / "config.json").write_text(json.dumps(RECORD))
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.json").write_text(json.dumps(RECORD), encoding="utf-8")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return tmp_path
 
 
@@ -28,10 +28,10 @@ def test_a_card_is_written_beside_the_weights_with_the_last_of_each_metric(make_
     )  # fmt: skip
     save_policy(make_policy(), folder / "final", tokenizer)
     write_card(folder)
-    text = (folder / "final" / "README.md").read_text()
+    text = (folder / "final" / "README.md").read_text(encoding="utf-8")
     front = text.split("---")[1]
     assert "base_model: someone/llama-1b" in front and "pipeline_tag: text-generation" in front
-    assert "`train_ppo.py --lr 1e-6` at commit abc123" in text and "| lr | 1e-06 |" in text
+    assert "`python train_ppo.py --lr 1e-6` at commit abc123" in text and "| lr | 1e-06 |" in text
     for line in ("| objective/scores | 0.5 |", "| objective/kl | 1 |", "| eval/rm/validation/accuracy | 0.75 |"):
         assert line in text
     assert "time/learn" not in text and "batch9" not in text and "None |" not in text.split("## Config")[0]
@@ -41,7 +41,7 @@ def test_a_card_is_written_beside_the_weights_with_the_last_of_each_metric(make_
 
 def test_a_later_stage_hands_the_base_model_on(make_policy, tokenizer, tmp_path):
     save_policy(make_policy(), tmp_path / "final", tokenizer)
-    (tmp_path / "final" / "README.md").write_text(card(RECORD, {}, tmp_path / "final"))
+    (tmp_path / "final" / "README.md").write_text(card(RECORD, {}, tmp_path / "final"), encoding="utf-8")
     later = RECORD | {"config": {"preset": "tiny", "run_name": "later", "sft_model": str(tmp_path / "final")}}
     assert "base_model: someone/llama-1b" in card(later, {}, tmp_path / "final").split("---")[1]
     alone = RECORD | {"config": {"preset": "tiny", "run_name": "alone", "sft_model": str(tmp_path / "nowhere")}}

@@ -60,7 +60,7 @@ def test_a_policy_in_shards_comes_back_bit_for_bit(make_policy, make_sequences, 
     save_policy(policy, tmp_path / "final", tokenizer)
     files = sorted(path.name for path in (tmp_path / "final").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    index = json.loads((tmp_path / "final" / "model.safetensors.index.json").read_text())
+    index = json.loads((tmp_path / "final" / "model.safetensors.index.json").read_text(encoding="utf-8"))
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in policy.parameters())
     assert set(index["weight_map"].values()) == set(files)
     assert_same_weights(load_policy(tmp_path / "final"), policy)
@@ -91,7 +91,7 @@ def test_a_critic_comes_back_with_its_bias(make_scalar, tokenizer, tmp_path):
 def test_a_policy_can_be_saved_in_bf16_and_says_so(make_policy, tokenizer, tmp_path):
     policy = make_policy()
     save_policy(policy, tmp_path / "final", tokenizer, dtype=torch.bfloat16)
-    assert json.loads((tmp_path / "final" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "final" / "config.json").read_text(encoding="utf-8"))["torch_dtype"] == "bfloat16"
     assert {t.dtype for t in load_file(tmp_path / "final" / "model.safetensors").values()} == {torch.bfloat16}
     assert_same_weights(load_policy(tmp_path / "final", dtype=torch.bfloat16), policy.to(torch.bfloat16))
 
@@ -110,7 +110,7 @@ def test_the_head_of_a_bf16_model_stays_fp32_in_memory_and_in_files(
     assert heads == ({"score.weight"} if kind == "reward model" else {"score.weight", "score.bias"})
     assert {stored[name].dtype for name in heads} == {torch.float32}
     assert {stored[name].dtype for name in stored.keys() - heads} == {torch.bfloat16}
-    assert json.loads((tmp_path / "final" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "final" / "config.json").read_text(encoding="utf-8"))["torch_dtype"] == "bfloat16"
 
     loaded = load_scalar(tmp_path / "final", dtype=torch.bfloat16)
     assert_same_weights(loaded, model)  # bit for bit: in bf16 the head would lose 16 of its 24 bits
@@ -127,7 +127,7 @@ def test_pad_is_the_tokenizers_wherever_it_is_written(make_policy, tokenizer, tm
     tokenizer.pad_id = 42
     save_policy(make_policy(pad_token_id=None), tmp_path / "final", tokenizer)
     for file in ("config.json", "generation_config.json"):
-        assert json.loads((tmp_path / "final" / file).read_text())["pad_token_id"] == 42
+        assert json.loads((tmp_path / "final" / file).read_text(encoding="utf-8"))["pad_token_id"] == 42
     assert read_config(tmp_path / "final").pad_token_id == 42
 
 

@@ -180,7 +180,7 @@ def test_a_second_run_costs_nothing_and_needs_no_key(judge, server, monkeypatch)
 
 
 def test_nothing_is_sent_before_the_cost_is_agreed_to(judge, server, monkeypatch):
-    monkeypatch.setattr("sys.stdin", open(os.devnull))
+    monkeypatch.setattr("sys.stdin", open(os.devnull, encoding="utf-8"))
     with pytest.raises(
         UserError, match=r"would send 6 questions to .* for about \$0.0\d, 8 at a time: agree with --yes"
     ):
@@ -213,10 +213,10 @@ def test_a_cache_of_another_model_or_prompt_is_refused_and_left_alone(judge, tmp
 
 @pytest.mark.parametrize("content", ["my notes", '{"kind": "judge", "model": "m"}', "my notes\n", "\n"])
 def test_a_file_that_is_no_cache_is_refused_and_left_alone(judge, tmp_path, content):
-    (tmp_path / "cache.jsonl").write_text(content)
+    (tmp_path / "cache.jsonl").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match="cache.jsonl"):
         judge().compare(pairs(1))
-    assert (tmp_path / "cache.jsonl").read_text() == content
+    assert (tmp_path / "cache.jsonl").read_text(encoding="utf-8") == content
 
 
 def test_a_cache_line_cut_by_a_kill_is_dropped_and_asked_again(judge, server, tmp_path):
@@ -257,7 +257,7 @@ def start(server, tmp_path, batch=False) -> subprocess.Popen:
     program = PROGRAM.format(
         root=str(ROOT), tests=str(ROOT / "tests"), cache=str(tmp_path / "cache.jsonl"), url=server.url, batch=batch
     )
-    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, encoding="utf-8")
 
 
 def wait_until(true, timeout=30.0) -> None:
@@ -325,8 +325,12 @@ def test_a_batch_whose_results_are_gone_is_sent_again(judge, server, tmp_path, l
     """Deleted, or asked for with another key: 404. Older than 29 days: there, but without results."""
     judge(batch=True).compare(pairs(3))
     path = tmp_path / "cache.jsonl"
-    lines = [line for line in path.read_text().splitlines() if '"answer"' not in line and "collected" not in line]
-    path.write_text("\n".join(lines) + "\n")  # as if it had been killed while it waited
+    lines = [
+        line
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if '"answer"' not in line and "collected" not in line
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")  # as if it had been killed while it waited
     getattr(server, lost).update(server.batches)
     said = []
     assert verdicts(judge(batch=True, say=said.append).compare(pairs(3))) == [WIN, LOSS, TIE]
@@ -342,7 +346,11 @@ def test_a_killed_run_finds_its_batch_again(server, tmp_path, reply_lost):
         server.batch_result = lambda i, prompt: time.sleep(60)  # results never come
     process = start(server, tmp_path, batch=True)
     cache = tmp_path / "cache.jsonl"
-    wait_until(lambda: len(server.batches) == 1 and len(cache.read_text().splitlines()) == (2 if reply_lost else 3))
+    wait_until(
+        lambda: (
+            len(server.batches) == 1 and len(cache.read_text(encoding="utf-8").splitlines()) == (2 if reply_lost else 3)
+        )
+    )
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     server.lose_batch_reply = False

@@ -274,8 +274,10 @@ def test_every_preset_keeps_the_rules(script):
 
 def test_unread_fields_finds_dead_flags(tmp_path):
     first, second = tmp_path / "a.py", tmp_path / "b.py"
-    first.write_text("def main(cfg):\n    print(cfg.lr, other.lam)\n    cfg.kl_coef = 3\n    # cfg.batch_size\n")
-    second.write_text('print(getattr(cfg, "resume", False))')
+    first.write_text(
+        "def main(cfg):\n    print(cfg.lr, other.lam)\n    cfg.kl_coef = 3\n    # cfg.batch_size\n", encoding="utf-8"
+    )
+    second.write_text('print(getattr(cfg, "resume", False))', encoding="utf-8")
     dead = unread_fields(Config, first, second)
     assert {"lam", "kl_coef", "batch_size"} <= set(dead)
     assert not {"lr", "resume"} & set(dead)
@@ -331,12 +333,17 @@ def test_a_script_run_with_an_unknown_flag_prints_one_line_and_exits_2(tmp_path)
 
         if __name__ == "__main__":
             cli(lambda cfg: print(cfg.lr, "torch" in sys.modules), Config, {"tiny": {}}, __doc__)
-        ''')
+        '''),
+        encoding="utf-8",
     )
 
     def run(*argv):
         return subprocess.run(
-            [sys.executable, script, *argv], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
+            [sys.executable, script, *argv],
+            env={"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            timeout=60,
+            encoding="utf-8",
         )
 
     wrong = run("--learning_rate", "3")

@@ -161,7 +161,7 @@ def test_on_a_terminal_the_lines_stand_whole_above_one_bar():
 def test_to_a_file_there_is_one_line_a_step_with_the_time_left_and_no_bar(tmp_path):
     with open(tmp_path / "nohup.out", "wb") as out:
         subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=out, stderr=out, check=True, timeout=120)
-    written = (tmp_path / "nohup.out").read_text()
+    written = (tmp_path / "nohup.out").read_text(encoding="utf-8")
     steps = [line for line in written.splitlines() if line.startswith("update")]
     assert len(steps) == 3 and all(" s/update | ETA 0:0" in line for line in steps)
     assert "\r" not in written and "\x1b" not in written

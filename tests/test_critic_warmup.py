@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file
 from stages import Killed, assert_same_weights, run, start
 
-from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.optim import MOMENTS
-from nanorlhf.storage.resume import latest_checkpoint, load_state
 from nanorlhf.run.run import Run, read_metrics
+from nanorlhf.storage.checkpoint import load_policy
+from nanorlhf.storage.resume import latest_checkpoint, load_state
+
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
@@ -37,7 +38,7 @@ def test_in_the_warmup_the_critic_learns_and_the_policy_is_bit_identical_and_has
     assert all(torch.equal(masters.pop(f"{POLICY}{name}.master"), p) for name, p in sft.named_parameters())
     assert not masters
     assert not any(of(POLICY, found, key) for key in MOMENTS)
-    assert all(step.item() == 8 for step in of(CRITIC, found, "step").values())  # 2 updates of 4 epochs
+    assert all(step.item() == 2 * 4 for step in of(CRITIC, found, "step").values())  # 2 updates of 4 minibatches
     rows = read_metrics("runs/warm")
     assert [row["objective/kl"] for row in rows[:3]] == pytest.approx([0, 0, 0], abs=1e-4)  # of update 3 too: before it
     assert rows[3]["objective/kl"] != pytest.approx(0, abs=1e-4)
@@ -55,9 +56,9 @@ def test_the_policy_is_checked_before_its_first_step_also_after_a_warmup(world, 
 
 def test_the_critics_rate_moves_the_critic_alone(world, models):
     """One update: the policy ends as without the flag, bit for bit (no gradient is clipped), the critic elsewhere."""
-    one = "--max_updates 1 --max_grad_norm 1e9 --no_preflight --run_name"
-    plain = run("train_ppo", world, f"{models['train_ppo']} {one} plain")
-    same = run("train_ppo", world, f"{models['train_ppo']} {one} same --lr 3e-4 --critic_lr 3e-4")
+    one = "--max_updates 1 --critic_warmup 0 --lr_warmup 0 --lr 3e-4 --max_grad_norm 1e9 --no_preflight --run_name"
+    plain = run("train_ppo", world, f"{models['train_ppo']} {one} plain --critic_lr None")
+    same = run("train_ppo", world, f"{models['train_ppo']} {one} same --critic_lr 3e-4")
     fast = run("train_ppo", world, f"{models['train_ppo']} {one} fast --critic_lr 1.5e-3")
     for folder in (same, fast):
         assert_same_weights(plain, folder)
@@ -77,7 +78,7 @@ def test_both_rates_follow_the_schedule(world, models):
 
 def test_the_policys_rate_rises_after_the_critics_warmup_and_the_critics_does_not(world, models):
     """Updates 0 to 3 of a constant rate: the critic alone, then a third, two thirds, the whole."""
-    flags = "--critic_warmup 1 --lr_warmup 2 --lr 3e-4 --lr_schedule constant --no_preflight"
+    flags = "--critic_warmup 1 --lr_warmup 2 --lr 3e-4 --critic_lr None --lr_schedule constant --no_preflight"
     rows = read_metrics(run("train_ppo", world, f"{models['train_ppo']} {flags}"))
     assert [row["lr"] for row in rows] == pytest.approx([0, 1e-4, 2e-4, 3e-4])
     assert [row["critic_lr"] for row in rows] == [3e-4] * 4

@@ -40,9 +40,10 @@ def runs(tmp_path):
         for stage, rows in logs.items():
             write_lines(root / f"demo_{stage}" / "metrics.jsonl", rows)
             (root / f"demo_{stage}" / "config.json").write_text(
-                json.dumps({"stage": stage, "started": "1970-01-01T00:00:01+00:00"})
+                json.dumps({"stage": stage, "started": "1970-01-01T00:00:01+00:00"}),
+                encoding="utf-8",
             )
-        (root / "demo_eval" / "metrics.json").write_text(json.dumps(found or results()))
+        (root / "demo_eval" / "metrics.json").write_text(json.dumps(found or results()), encoding="utf-8")
         return root
 
     return write

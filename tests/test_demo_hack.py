@@ -31,7 +31,7 @@ def write_runs(folder: Path, rows: list[dict], gold_ppo: float) -> list[str]:
         "policies": {"sft": {"gold": 3.6}, "ppo": {"gold": gold_ppo}},
         "win_rates": [{"ours": "ppo", "theirs": "sft", "rate": 0.12, "interval": [0.1, 0.14]}],
     }
-    (folder / "eval" / "metrics.json").write_text(json.dumps(results))
+    (folder / "eval" / "metrics.json").write_text(json.dumps(results), encoding="utf-8")
     return ["--ppo", str(folder / "ppo"), "--eval", str(folder / "eval")]
 
 
@@ -62,12 +62,12 @@ def test_without_runs_it_says_what_to_type(tmp_path, capsys):
 def test_runs_without_the_truth_or_without_the_game_end_in_a_sentence(tmp_path, capsys, lacking):
     flags = write_runs(tmp_path, [] if lacking == "updates" else curve(3.0, -1.0), gold_ppo=-0.8)
     path = tmp_path / "eval" / "metrics.json"
-    results = json.loads(path.read_text())
+    results = json.loads(path.read_text(encoding="utf-8"))
     if lacking == "gold":
         results["policies"] = {"sft": {}, "ppo": {}}
     if lacking == "game":
         results["win_rates"] = []
-    path.write_text(json.dumps(results))
+    path.write_text(json.dumps(results), encoding="utf-8")
     with pytest.raises(SystemExit) as stop:
         demo_hack.main(flags)
     assert stop.value.code == 2 and "expected a PPO run on the tiny world" in capsys.readouterr().err

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.details
 
 def rows() -> list[list[str]]:
     """The cells of each row of the three hand-written tables."""
-    written = PAGE.read_text().split(MARK)[0]
+    written = PAGE.read_text(encoding="utf-8").split(MARK)[0]
     lines = [line for line in written.splitlines() if re.match(r"\| (U|P)?\d", line)]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
@@ -48,7 +48,7 @@ def faults() -> str:
 def defined(path: Path) -> set[str]:
     """Functions, classes, Class.method and module constants of a file."""
     found = set()
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
         if isinstance(node, ast.ClassDef):
@@ -87,7 +87,7 @@ def test_what_a_row_names_exists(row):
 
 
 def test_every_trap_has_a_row_that_names_what_catches_it():
-    lines = [line for line in TRAPS.read_text().splitlines() if re.match(r"\| T\d", line)]
+    lines = [line for line in TRAPS.read_text(encoding="utf-8").splitlines() if re.match(r"\| T\d", line)]
     assert [line.split()[1] for line in lines] == [f"T{n}" for n in range(1, 61)]
     known = {mutation.name: mutation for mutation in MUTATIONS}
     for line in lines:
@@ -107,23 +107,28 @@ def test_every_fault_stands_in_a_row():
 
 
 def test_the_list_of_faults_is_that_of_the_tests():
-    assert PAGE.read_text().split(MARK)[1] == faults(), "run: python tests/test_details.py"
+    assert PAGE.read_text(encoding="utf-8").split(MARK)[1] == faults(), "run: python tests/test_details.py"
 
 
 def test_every_link_of_the_docs_leads_somewhere():
     for page in (*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"):
-        for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
+        for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_stands_in_the_list_of_pages():
+    listed = set(re.findall(r"\]\(([\w.]+\.md)\)", (ROOT / "docs" / "README.md").read_text(encoding="utf-8")))
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
 
 
 def test_the_readme_counts_as_this_page_does():
     statuses = [row[2] for row in rows() if number(row)[0] not in "UP"]
     count = {status: sum(s.startswith(status) for s in statuses) for status in STATUS}
-    said = " ".join((ROOT / "README.md").read_text().split())
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"{len(PAPER)} details of the paper: {count['followed']} followed, {count['adapted']} adapted" in said
     assert f"{count['different']} different on purpose, {count['left out']} left out" in said
     assert f"{len(MUTATIONS)} planted faults" in said
 
 
 if __name__ == "__main__":
-    PAGE.write_text(PAGE.read_text().split(MARK)[0] + MARK + faults())
+    PAGE.write_text(PAGE.read_text(encoding="utf-8").split(MARK)[0] + MARK + faults(), encoding="utf-8")

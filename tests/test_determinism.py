@@ -42,7 +42,7 @@ def train(stage: str, folder: Path, data: Path, flags: str) -> str:
     common = f"--preset tiny --data {data} --max_updates {STEPS} --lr {LR} --save_every {SPLIT} {SMALL[stage]} {flags}"
     command = [sys.executable, ROOT / f"train_{stage}.py", *common.split()]
     env = {name: value for name, value in os.environ.items() if name != CUBLAS}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, encoding="utf-8", timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 

@@ -199,7 +199,7 @@ def test_the_command_goes_on_after_it_was_interrupted(serve, published, tmp_path
     server.faults = [("stall", 40_000_000)]  # so that the signal arrives in the middle on any machine
     command = [sys.executable, "-m", "nanorlhf", "download", "--data", tmp_path / "d", "--source", server.url]
     partial = tmp_path / "d" / "tldr" / "train.jsonl.partial"
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, encoding="utf-8")
     while not partial.exists() or partial.stat().st_size == 0:
         time.sleep(0.005)
         assert process.poll() is None
@@ -210,7 +210,7 @@ def test_the_command_goes_on_after_it_was_interrupted(serve, published, tmp_path
     assert 0 < size < len(server.files[name])
     if interrupt == signal.SIGINT:
         assert process.returncode == 130 and "the same command again goes on" in said and "Traceback" not in said
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert server.seen[-1] == (name, f"bytes={size}-")
     assert done.returncode == 2 and "100,000 rows, expected 116,722" in done.stderr and "Traceback" not in done.stderr
     assert not os.listdir(tmp_path / "d" / "tldr")

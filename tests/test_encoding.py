@@ -144,7 +144,7 @@ def test_whatever_the_ids_depend_on_makes_a_new_file(tokenizer, tmp_path, monkey
     encode_posts(POSTS, tokenizer, 40)
     assert len(saved()) == 7
     code = tmp_path / "encoding.py"
-    code.write_text("changed")
+    code.write_text("changed", encoding="utf-8")
     monkeypatch.setattr(encoding, "CODE", [code])
     encode_posts(POSTS, tokenizer, 40)
     assert len(saved()) == 8

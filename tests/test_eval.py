@@ -68,7 +68,7 @@ def evaluate(place, monkeypatch):
 def test_eval_writes_metrics_samples_and_the_report(evaluate, place, capsys):
     evaluate("--run_name", "whole")
     folder = place / "runs" / "whole"
-    found = json.loads((folder / "metrics.json").read_text())
+    found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     samples = read_jsonl(folder / "samples.jsonl")
     assert list(found["policies"]) == ["reference", "base", "sft", "ppo"]
     assert found["about"]["posts"] == len(samples) == 24
@@ -88,8 +88,8 @@ def test_eval_writes_metrics_samples_and_the_report(evaluate, place, capsys):
     assert found["reward_model"]["comparisons"] == 30 and 0.6 < found["reward_model"]["ceiling"] < 1
     gold = {stage: row["gold"] for stage, row in found["policies"].items()}
     assert gold["reference"] > gold["sft"]  # these models never learned a word
-    assert samples[0]["title"].split()[0] in (folder / "report.html").read_text()
-    assert samples[0]["title"].split()[0] in (folder / "report.md").read_text()
+    assert samples[0]["title"].split()[0] in (folder / "report.html").read_text(encoding="utf-8")
+    assert samples[0]["title"].split()[0] in (folder / "report.md").read_text(encoding="utf-8")
     assert read_jsonl(folder / "metrics.jsonl")[-1]["time/total_s"] > 0
     printed = capsys.readouterr().out
     assert "Win rates by the gold judge" in printed and "report  runs/whole/report.html" in printed
@@ -98,7 +98,9 @@ def test_eval_writes_metrics_samples_and_the_report(evaluate, place, capsys):
 def test_the_same_seed_writes_the_same_summaries_and_numbers_and_another_seed_others(evaluate, place):
     def read(name):
         folder = place / "runs" / name
-        return (folder / "metrics.json").read_text(), [row["sft"] for row in read_jsonl(folder / "samples.jsonl")]
+        return (folder / "metrics.json").read_text(encoding="utf-8"), [
+            row["sft"] for row in read_jsonl(folder / "samples.jsonl")
+        ]
 
     evaluate("--run_name", "a", "--num_posts", "6")
     evaluate("--run_name", "b", "--num_posts", "6")
@@ -145,7 +147,7 @@ def test_a_policy_that_is_not_there_is_left_out_and_named(evaluate, place, monke
     (place / "no_checkpoints").mkdir(exist_ok=True)
     shutil.copytree(place / "sft", place / "no_checkpoints" / "sft")
     evaluate("--run_name", "part", "--split", "test", "--judge", "rm", models=())
-    found = json.loads((place / "runs" / "part" / "metrics.json").read_text())
+    found = json.loads((place / "runs" / "part" / "metrics.json").read_text(encoding="utf-8"))
     assert list(found["policies"]) == ["reference", "sft"]
     assert len(found["win_rates"]) == 1 and found["about"]["posts"] == 8
     printed = capsys.readouterr().out
@@ -197,12 +199,12 @@ def test_the_gold_judge_refuses_real_posts_before_anything_is_overwritten(evalua
 def test_an_evaluation_that_exists_is_not_overwritten(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     (place / "runs" / "kept").mkdir(parents=True)
-    (place / "runs" / "kept" / "metrics.json").write_text("{}")
+    (place / "runs" / "kept" / "metrics.json").write_text("{}", encoding="utf-8")
     flags = "--preset tiny --data world --policy sft=sft --reward_model rm --run_name kept".split()
     with pytest.raises(SystemExit) as stop:
         cli(evaluation.main, evaluation.Config, evaluation.PRESETS, evaluation.__doc__, flags)
     assert stop.value.code == 2 and "runs/kept" in capsys.readouterr().err
-    assert (place / "runs" / "kept" / "metrics.json").read_text() == "{}"
+    assert (place / "runs" / "kept" / "metrics.json").read_text(encoding="utf-8") == "{}"
 
 
 def test_what_was_generated_once_is_found_again_and_not_for_another_model(evaluate, place, monkeypatch, capsys):
@@ -219,7 +221,10 @@ def test_what_was_generated_once_is_found_again_and_not_for_another_model(evalua
         assert "reused  sft" in capsys.readouterr().out
         again = read_jsonl(place / "runs" / "twice" / "samples.jsonl")
         assert [row["ppo"] for row in again] == [row["ppo"] for row in first]
-        one, two = (json.loads((place / "runs" / name / "metrics.json").read_text()) for name in ("once", "twice"))
+        one, two = (
+            json.loads((place / "runs" / name / "metrics.json").read_text(encoding="utf-8"))
+            for name in ("once", "twice")
+        )
         assert one["policies"] == two["policies"]
         for flags in (["--seed", "2"], ["--temperature", "0.5"], ["--num_posts", "3"], ["--response_length", "9"]):
             with pytest.raises(AssertionError, match="generated again"):
@@ -239,11 +244,11 @@ def test_what_was_generated_once_is_found_again_and_not_for_another_model(evalua
 def test_what_was_generated_is_not_found_for_other_queries_or_references(evaluate, place, monkeypatch, field):
     """The subreddit is part of the query; the reference decides the loss that is stored with the summaries."""
     evaluate("--run_name", "before", "--num_posts", "4", "--overwrite", "--judge", "rm", models=("sft",))
-    found = json.loads((place / "runs" / "before" / "metrics.json").read_text())["policies"]["sft"]
+    found = json.loads((place / "runs" / "before" / "metrics.json").read_text(encoding="utf-8"))["policies"]["sft"]
     load = evaluation.load_posts
     monkeypatch.setattr(evaluation, "load_posts", lambda *_: [replace(p, **{field: " other"}) for p in load(*_)])
     evaluate.again("--run_name", "after", "--num_posts", "4", "--overwrite", "--judge", "rm", models=("sft",))
-    again = json.loads((place / "runs" / "after" / "metrics.json").read_text())["policies"]["sft"]
+    again = json.loads((place / "runs" / "after" / "metrics.json").read_text(encoding="utf-8"))["policies"]["sft"]
     assert again["loss"] != found["loss"]
 
 
@@ -255,10 +260,12 @@ def test_another_reward_model_as_judge_is_named_and_not_called_the_one_that_was_
 
 
 def test_text_of_another_model_is_judged_beside_ours(evaluate, place):
-    posts = [json.loads(line) for line in (place / "world" / "tldr" / "valid.jsonl").read_text().splitlines()]
+    posts = [
+        json.loads(line) for line in (place / "world" / "tldr" / "valid.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     write_lines(place / "theirs.jsonl", [{"id": p["id"], "summary": " " + p["summary"]} for p in posts[::-1]])
     evaluate("--run_name", "beside", "--samples", "theirs=theirs.jsonl", models=("sft",))
-    found = json.loads((place / "runs" / "beside" / "metrics.json").read_text())
+    found = json.loads((place / "runs" / "beside" / "metrics.json").read_text(encoding="utf-8"))
     assert (
         found["policies"]["theirs"]["rougeL"] == 1.0
         and found["policies"]["theirs"]["gold"] > found["policies"]["sft"]["gold"]
@@ -277,7 +284,7 @@ def test_text_of_another_model_is_judged_beside_ours(evaluate, place):
         ([{"id": "t3_a"}], "has no summary (or x) of post t3_a"),
         ([{"id": "t3_a", "summary": "a"}, {"id": "t3_a", "summary": "b"}], "has two summaries of post t3_a"),
         ([{"summary": "s"}, {}], "is not what a run writes (no object with a id)"),
-        ([{"id": f"tiny-valid-{i:06d}", "summary": " "} for i in range(24)], "policy x wrote 24 empty summaries"),
+        ([{"id": f"tiny-valid-{i:06d}", "summary": " "} for i in range(24)], "all 24 summaries in x.jsonl are blank"),
     ],
 )
 def test_a_file_of_samples_that_does_not_fit_is_refused(evaluate, place, rows, said):
@@ -307,13 +314,16 @@ def test_claude_judges_end_to_end(evaluate, place, monkeypatch):
     evaluate("--run_name", "claude", *flags, models=("sft", "ppo"))
     server.close()
     evaluate.again("--run_name", "claude_again", *flags, models=("sft", "ppo"))  # the server is gone: from the cache
-    one, two = (json.loads((place / "runs" / n / "metrics.json").read_text()) for n in ("claude", "claude_again"))
+    one, two = (
+        json.loads((place / "runs" / n / "metrics.json").read_text(encoding="utf-8"))
+        for n in ("claude", "claude_again")
+    )
     assert one["win_rates"] == two["win_rates"] and one["about"]["judge_details"] == two["about"]["judge_details"]
     row = one["win_rates"][0]
     samples = read_jsonl(place / "runs" / "claude" / "samples.jsonl")
     longer_ones = sum((len(s["ppo"]) > len(s["sft"])) + 0.5 * (len(s["ppo"]) == len(s["sft"])) for s in samples)
     assert row["rate"] == pytest.approx(longer_ones / 6) and row["swap_agreement"] == 1.0
-    page = (place / "runs" / "claude" / "report.md").read_text()
+    page = (place / "runs" / "claude" / "report.md").read_text(encoding="utf-8")
     assert one["about"]["judge_details"]["prompt_sha256"][:12] in page and "unparsed: none" in page
 
 

@@ -10,8 +10,8 @@ import train_ppo
 import train_rm
 import train_sft
 from experiments import demo_cost, seeds
-from nanorlhf.tiny.demo import BARS
 from nanorlhf.monitoring.flops import head_flops, trunk_flops
+from nanorlhf.tiny.demo import BARS
 
 GOOD = {
     "sft_rouge_over_base": 2.2, "rm_accuracy": 0.72, "preflight_ratio_error": 0.0, "preflight_kl_error": 0.0,
@@ -44,6 +44,16 @@ def test_the_table_has_mean_deviation_worst_and_distance_of_every_bar():
     assert cells(text, "EOS" if "EOS" in text else "share of PPO's")[-1] == "-"  # no spread, no distance
 
 
+def test_a_result_is_green_when_every_bar_is_passed():
+    good, bad = rows(eos_rate=0.9)
+    assert seeds.passes(good) and not seeds.passes(bad)
+
+
+def test_the_figure_is_drawn_from_curves_of_different_lengths():
+    curve = {"explained_variance": [-1.0, 0.5, 0.6]}
+    assert seeds.figure([curve, curve], [{"explained_variance": [-1.9, -0.5]}]).startswith(b"\x89PNG")
+
+
 def test_every_result_is_a_line_in_the_order_of_seeds_and_roundings():
     lines = seeds.every_result(rows()).splitlines()[2:]
     assert [line.split("|")[1].strip() for line in lines] == ["1", "2"]
@@ -62,12 +72,12 @@ def test_an_experiment_that_was_stopped_runs_only_what_is_missing(tmp_path, monk
 
     monkeypatch.setattr(seeds, "result", result)
     there = rows()[0] | {"seed": 1, "rounding": "avx2"}
-    found.write_text(json.dumps(there) + "\n")
+    found.write_text(json.dumps(there) + "\n", encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["seeds", "--seeds", "1", "2", "--processes", "1", "--results", str(found)])
     seeds.main()
     assert trained == [1, 2]
     assert ran == [(seed, name) for name in seeds.ROUNDINGS for seed in (1, 2) if (seed, name) != (1, "avx2")]
-    assert len(found.read_text().splitlines()) == 2 * len(seeds.ROUNDINGS)
+    assert len(found.read_text(encoding="utf-8").splitlines()) == 2 * len(seeds.ROUNDINGS)
     ran.clear()
     seeds.main()
     assert ran == [] and json.loads(capsys.readouterr().out.splitlines()[-1])["results"] == 6
@@ -78,9 +88,9 @@ def test_a_run_is_made_again_unless_its_log_says_that_it_ended(ends, again, tmp_
     monkeypatch.chdir(tmp_path)
     final = Path("runs/x/final")
     final.mkdir(parents=True)
-    (final / "config.json").write_text("{}")
+    (final / "config.json").write_text("{}", encoding="utf-8")
     if ends:
-        Path("runs/x.log").write_text(f"step 1\n{ends}\n")
+        Path("runs/x.log").write_text(f"step 1\n{ends}\n", encoding="utf-8")
     calls = []
 
     def run(command, env, **_):

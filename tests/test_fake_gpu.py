@@ -28,7 +28,9 @@ from nanorlhf.ppo import Experience
 
 R, B = 5, 4
 SEQUENCES = [[3] * n for n in (40, 9, 77, 30)]
-pytestmark = pytest.mark.skipif(runtime.triton is None, reason="Triton is not installed, so a GPU would have no kernels")
+pytestmark = pytest.mark.skipif(
+    runtime.triton is None, reason="Triton is not installed, so a GPU would have no kernels"
+)
 
 
 class OneDevice(TorchDispatchMode):
@@ -141,7 +143,12 @@ def test_a_rollout_step_by_step(card, make_config, temperature):
 
 @pytest.mark.parametrize(
     "wrong",
-    [lambda x: x + torch.ones(3), lambda x: x.sum().item(), lambda x: bool(x.sum() > 0), lambda x: x[torch.ones(3) > 0]],
+    [
+        lambda x: x + torch.ones(3),
+        lambda x: x.sum().item(),
+        lambda x: bool(x.sum() > 0),
+        lambda x: x[torch.ones(3) > 0],
+    ],
     ids=["a tensor of the host", "a number that is read", "a condition", "a mask of the host"],
 )
 def test_what_a_card_would_refuse_or_wait_for_raises(card, wrong):

@@ -53,7 +53,7 @@ def test_the_gguf_has_the_fields_that_llama_cpp_reads(final, tmp_path):
     folder, tokenizer = final
     gguf_from_folder(folder, tmp_path / "model.gguf", "f16")
     field = {name: entry.contents() for name, entry in GGUFReader(tmp_path / "model.gguf").fields.items()}
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert field["general.architecture"] == "llama" and field["llama.block_count"] == config["num_hidden_layers"]
     assert field["llama.rope.freq_base"] == config["rope_theta"]
     assert field["tokenizer.ggml.add_bos_token"] is True and field["tokenizer.ggml.add_space_prefix"] is False
@@ -79,8 +79,25 @@ def test_a_tensor_that_no_llama_has_is_named():
 
 
 def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused(final, tmp_path):
-    data = json.loads((final[0] / "tokenizer.json").read_text())
+    data = json.loads((final[0] / "tokenizer.json").read_text(encoding="utf-8"))
     data["pre_tokenizer"]["pretokenizers"].pop(0)
-    (final[0] / "tokenizer.json").write_text(json.dumps(data))
+    (final[0] / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(UserError, match="pre_tokenizer is .*, expected that of smollm"):
         gguf_from_folder(final[0], tmp_path / "model.gguf", "f16")
+
+
+def test_llama_cpp_writes_the_same_greedy_text(final, tmp_path):
+    """llama.cpp itself, as the package xllamacpp ships it, asked with the ids of a query."""
+    llama_cpp = pytest.importorskip("xllamacpp", reason="no llama.cpp: pip install xllamacpp (Linux, macOS; 34 MB)")
+    folder, tokenizer = final
+    gguf_from_folder(folder, tmp_path / "model.gguf", "f32")
+    params = llama_cpp.CommonParams()
+    params.model.path = str(tmp_path / "model.gguf")
+    params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.warmup = 512, 1, 1, False
+    server = llama_cpp.Server(params)
+    query = [tokenizer.bos_id, *tokenizer.encode(QUERY)]
+    (ours,), _ = generate(load_policy(folder), [query], 12, temperature=0.0)
+    asked = {"prompt": query, "n_predict": 12, "temperature": 0.0, "cache_prompt": False}
+    (choice,) = server.handle_completions(asked)["choices"]
+    written, expected = (text.replace("\ufffd", "") for text in (choice["text"], tokenizer.decode(ours.tolist())))
+    assert written == expected and len(written) > 5  # half characters are shown in two ways

@@ -37,7 +37,11 @@ def fetch(tmp_path):
         settings = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"} | environment
         program = f"from nanorlhf.data.hub import fetch; print(fetch({model_id!r}))"
         done = subprocess.run(
-            [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env={**os.environ, **settings},
+            capture_output=True,
+            encoding="utf-8",
         )
         last = done.stderr.strip().split("\n")[-1]
         assert done.returncode == 0 or last.startswith("nanorlhf.errors.UserError: "), done.stderr
@@ -135,7 +139,9 @@ def test_a_run_that_began_with_a_hub_id_is_resumed_with_it_or_without(tmp_path, 
     monkeypatch.chdir(tmp_path)
     cached = f"/cache/hub/models--someone--llama/snapshots/{COMMIT}"
     Path("runs/sft").mkdir(parents=True)
-    Path("runs/sft/config.json").write_text(json.dumps({"config": {"model": cached, "run_name": "sft"}}))
+    Path("runs/sft/config.json").write_text(
+        json.dumps({"config": {"model": cached, "run_name": "sft"}}), encoding="utf-8"
+    )
     for flags in ([], ["--model", "someone/llama"], ["--model", cached]):
         cfg = parse(train_sft.Config, train_sft.PRESETS, "", ["--preset", "tiny", "--resume", *flags])
         assert cfg.model == cached

@@ -23,7 +23,7 @@ def name(path: Path) -> str:
 def imported(path: Path) -> set[str]:
     """First parts of everything that a file imports, wherever in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -50,7 +50,7 @@ def test_a_script_imports_neither_another_script_nor_the_oracle(path):
 
 @pytest.mark.parametrize("path", SCRIPTS + PACKAGE + KERNELS, ids=name)
 def test_everything_imported_is_a_declared_dependency(path):
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
     declared = {re.split(r"[<>=!;\[ ]", item)[0].replace("-", "_") for item in groups["run"]}
     assert imported(path) <= declared | OPTIONAL | {"nanorlhf", "kernels"} | sys.stdlib_module_names
 
@@ -58,7 +58,7 @@ def test_everything_imported_is_a_declared_dependency(path):
 @pytest.mark.parametrize("path", SCRIPTS + PACKAGE + KERNELS, ids=name)
 def test_nothing_is_pickled(path):
     assert not imported(path) & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and node.attr in ("load", "save") and isinstance(node.value, ast.Name):
             assert node.value.id != "torch", f"{name(path)}:{node.lineno}: torch.{node.attr} pickles; use safetensors"
         if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "weights_only"):
@@ -67,7 +67,7 @@ def test_nothing_is_pickled(path):
 
 def test_models_and_kernels_import_without_triton_and_without_transformers():
     program = "import sys; sys.modules |= {'triton': None, 'transformers': None}; import kernels, nanorlhf.rollout"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0, done.stderr
 
 
@@ -77,7 +77,7 @@ def test_a_model_loads_without_torchs_compiler():
         "import sys, train_ppo; from nanorlhf.run.inputs import EMBEDDED; train_ppo.load_policy(EMBEDDED / 'sft');"
         "train_ppo.critic_from(train_ppo.load_scalar(EMBEDDED / 'rm')); assert 'torch._dynamo' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0, done.stderr
 
 

@@ -25,7 +25,7 @@ def finished(stage: str, preset: str | None, folder: str = "runs"):
     run = Path(folder) / stage
     (run / "final").mkdir(parents=True)
     if preset:
-        (run / "config.json").write_text(json.dumps({"stage": stage, "config": {"preset": preset}}))
+        (run / "config.json").write_text(json.dumps({"stage": stage, "config": {"preset": preset}}), encoding="utf-8")
     return run / "final"
 
 

@@ -1,6 +1,11 @@
 """The fused operations: references against float64, the chunked path against the whole one, refusals."""
 
 import importlib
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +15,9 @@ import torch.nn.functional as F
 import kernels
 from kernels import chosen, linear, linear_cross_entropy, linear_fp32, linear_logprob, runtime
 
+ROOT = Path(__file__).parents[1]
 # The files; `import kernels.linear_logprob as file` would give the function of that name.
+linear_file = importlib.import_module("kernels.linear")
 cross_entropy_file = importlib.import_module("kernels.linear_cross_entropy")
 logprob_file = importlib.import_module("kernels.linear_logprob")
 
@@ -50,14 +57,38 @@ MATRICES = {
 }
 
 
+@pytest.mark.parametrize("vectors", ["AVX512", "AVX2"])
 @pytest.mark.parametrize("build", MATRICES.values(), ids=MATRICES)
-def test_linear_equals_float64_in_value_and_gradients(build):
+def test_linear_equals_float64_in_value_and_gradients(build, vectors, monkeypatch):
+    monkeypatch.setattr(linear_file, "onednn_products", partial(linear_file.onednn_products, vectors))
     torch.manual_seed(0)
     x, weight = build()
     ours, theirs = gradients(linear, x, weight), gradients(F.linear, x.double(), weight.double())
     for mine, reference in zip([*ours[0], *ours[1]], [*theirs[0], *theirs[1]], strict=True):
         assert mine.dtype == torch.float32 and mine.shape == reference.shape
         torch.testing.assert_close(mine.double(), reference, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(not linear_file._HAS_ONEDNN, reason="this build of torch has no oneDNN for this processor")
+@pytest.mark.parametrize(("vectors", "calls"), [("AVX512", 3), ("AVX2", 2), ("DEFAULT", 2)])
+def test_each_product_goes_where_the_table_says(vectors, calls, monkeypatch):
+    asked, real = [], linear_file._onednn
+    monkeypatch.setattr(linear_file, "_onednn", lambda x, weight: asked.append(1) or real(x, weight))
+    monkeypatch.setattr(linear_file, "onednn_products", partial(linear_file.onednn_products, vectors))
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    linear(x, weight).sum().backward()
+    assert len(asked) == calls
+
+
+def test_the_choice_is_that_of_the_processor_in_every_process():
+    """A run that is killed and resumed must go on with the same bits: nothing is timed, nothing remembered."""
+    program = "from kernels.linear import onednn_products; print(onednn_products())"
+    for capability in (None, "avx2"):
+        environment = os.environ | ({"ATEN_CPU_CAPABILITY": capability} if capability else {})
+        command = [sys.executable, "-c", program]
+        said = {subprocess.check_output(command, cwd=ROOT, env=environment, text=True) for _ in range(2)}
+        expected = linear_file.onednn_products(*([capability.upper()] if capability else []))
+        assert said == {f"{expected}\n"}
 
 
 def test_linear_without_a_gradient_of_its_input_or_of_its_weight(inputs):
@@ -203,7 +234,10 @@ def test_the_path_that_a_run_prints_is_the_path_it_takes(monkeypatch):
     file = importlib.import_module("kernels.linear")
     monkeypatch.setattr(file, "_HAS_ONEDNN", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(file, "onednn_products", partial(file.onednn_products, "AVX512"))
     assert chosen() == "PyTorch reference, oneDNN for fp32 matrices on the CPU"
+    monkeypatch.setattr(file, "onednn_products", partial(file.onednn_products.func, "AVX2"))
+    assert chosen().endswith("oneDNN for fp32 matrices on the CPU, torch for the gradients of weights")
     monkeypatch.setattr(runtime, "MODE", "torch")
     assert chosen() == "PyTorch reference"
     monkeypatch.setattr(runtime, "MODE", "auto")

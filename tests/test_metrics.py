@@ -15,10 +15,9 @@ from nanorlhf.evaluation.metrics import (
     _fit_logistic,
     accuracy_interval,
     bootstrap_interval,
-    common_subsequence,
     copied_ngrams,
     distinct_n,
-    edit_distance,
+    is_empty,
     length_controlled_interval,
     length_controlled_win_rate,
     length_fit,
@@ -30,6 +29,7 @@ from nanorlhf.evaluation.metrics import (
     title_copy,
     win_rate,
     win_rate_by_length,
+    without_words,
     words,
 )
 
@@ -75,7 +75,7 @@ def test_rouge_equals_the_command_line_of_rouge_score(tmp_path):
         command = ["-m", "rouge_score.rouge", f"--target_filepattern={files['target']}", f"--output_filename={csv}"]
         command += [f"--prediction_filepattern={files['prediction']}", f"--use_stemmer={stemmer}", "--aggregate=false"]
         subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=60)
-        rows = [line.split(",") for line in csv.read_text().splitlines()]
+        rows = [line.split(",") for line in csv.read_text(encoding="utf-8").splitlines()]
         names = rows[0]
         theirs = {name: np.mean([float(row[names.index(f"{name}-F")]) for row in rows[1:]]) for name in ROUGE_NAMES}
         assert rouge(*map(list, zip(*pairs, strict=True)), stemmer=stemmer) == pytest.approx(theirs, abs=1e-6)
@@ -97,6 +97,7 @@ def test_rouge_refuses_no_texts_and_unequal_lists(predictions, references):
         ("My boss, BROKE my laptop!", "my boss broke my laptop", 1.0),  # case and marks do not count
         ("my boss never broke a laptop", "my boss broke my laptop", 4 / 5),  # gaps in the summary are fine
         ("laptop boss", "boss laptop", 1 / 2),  # the order counts
+        ("A B C B D A B", "b d c a b a", 4 / 6),  # the textbook's common subsequence
         ("", "boss laptop", 0.0),
         ("something else", "boss laptop", 0.0),
     ],
@@ -107,22 +108,6 @@ def test_title_copy_by_hand(summary, title, share):
 
 def test_title_copy_without_a_title_is_nan():
     assert math.isnan(title_copy("a summary", " ?! "))
-
-
-def test_common_subsequence_and_edit_distance_by_hand():
-    assert common_subsequence("ABCBDAB", "BDCABA") == 4  # the textbook's
-    assert edit_distance("kitten", "sitting") == 3
-    assert edit_distance([], ["a", "b"]) == 2
-
-
-def test_edit_distance_and_common_subsequence_agree_on_random_words():
-    """Without replacements the distance is len(a) + len(b) - 2 LCS; with them it lies between half and all of that."""
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        a, b = (list(rng.integers(4, size=rng.integers(0, 9))) for _ in range(2))
-        indel = len(a) + len(b) - 2 * common_subsequence(a, b)
-        assert indel / 2 <= edit_distance(a, b) <= indel
-        assert edit_distance(a, b) == edit_distance(b, a)
 
 
 def test_copied_ngrams_by_hand():
@@ -137,8 +122,8 @@ def test_repetition_by_hand():
     assert math.isnan(repetition("one"))
 
 
-def test_common_subsequence_and_edit_distance_agree_with_the_definition():
-    """The recursion of the textbook, without a table."""
+def test_title_copy_and_edit_distance_agree_with_the_definition():
+    """The recursion of the textbook, without a table, on random words; several of one letter and of more."""
 
     @cache
     def lcs(a, b):
@@ -154,8 +139,10 @@ def test_common_subsequence_and_edit_distance_agree_with_the_definition():
 
     rng = np.random.default_rng(1)
     for _ in range(150):
-        a, b = (tuple(rng.integers(3, size=rng.integers(0, 8)).tolist()) for _ in range(2))
-        assert common_subsequence(a, b) == lcs(a, b) and edit_distance(a, b) == distance(a, b)
+        a, b = (tuple(rng.choice(["a", "b", "boss", "laptop"], size=rng.integers(0, 8)).tolist()) for _ in range(2))
+        texts = " ".join(a), " ".join(b)
+        assert title_copy(*texts) == pytest.approx(lcs(a, b) / len(b) if b else math.nan, abs=1e-12, nan_ok=True)
+        assert mean_pairwise_edit_distance(texts) == pytest.approx(distance(a, b) / max(len(a), len(b), 1), abs=1e-12)
 
 
 # -- of a set of texts
@@ -170,7 +157,8 @@ def test_distinct_2_by_hand():
 
 def test_mean_pairwise_edit_distance_by_hand():
     assert mean_pairwise_edit_distance(["a b", "a b", "a c d"]) == pytest.approx((0 + 2 / 3 + 2 / 3) / 3)
-    assert mean_pairwise_edit_distance(["", ""]) == 0.0
+    assert mean_pairwise_edit_distance(["k i t t e n", "s i t t i n g"]) == pytest.approx(3 / 7)  # the textbook's
+    assert mean_pairwise_edit_distance(["", ""]) == 0.0 and mean_pairwise_edit_distance(["", "a b"]) == 1.0
     with pytest.raises(ValueError, match="at least two"):
         mean_pairwise_edit_distance(["a"])
 
@@ -238,6 +226,24 @@ def test_the_bootstrap_refuses_nothing_and_nan(values, said):
         bootstrap_interval(values, seed=0)
 
 
+def test_an_interval_of_one_post_has_no_width():
+    assert bootstrap_interval([0.25], seed=0) == (0.25, 0.25)
+    low, high = length_controlled_interval([1.0], [5], [7], seed=0)
+    assert low == high == pytest.approx(length_controlled_win_rate([1.0], [5], [7]), abs=1e-12)
+
+
+def test_the_intervals_are_percentiles_over_resamples_of_posts():
+    """Drawn again here, a post with its lengths as one, by the same random numbers."""
+    rng = np.random.default_rng(4)
+    outcomes, lengths, others = rng.choice([1.0, 0.5, 0.0], size=30), rng.integers(1, 40, 30), rng.integers(1, 40, 30)
+    drawn = np.random.default_rng(7).integers(30, size=(200, 30))
+    rates = [length_controlled_win_rate(outcomes[i], lengths[i], others[i]) for i in drawn]
+    low_high = length_controlled_interval(outcomes, lengths, others, seed=7, level=0.9, resamples=200)
+    assert low_high == pytest.approx(np.quantile(rates, [0.05, 0.95]), abs=1e-9)
+    low_high = bootstrap_interval(outcomes, seed=7, level=0.9, resamples=200)
+    assert low_high == pytest.approx(np.quantile(outcomes[drawn].mean(1), [0.05, 0.95]), abs=1e-12)
+
+
 def test_a_level_in_percent_is_refused():
     with pytest.raises(ValueError, match="between 0 and 1"):
         bootstrap_interval([1.0], seed=0, level=95)
@@ -248,8 +254,10 @@ def test_the_interval_over_seeds_covers_the_truth_19_times_in_20():
     draws = generator.normal(3.0, 2.0, (4000, 3))
     covered = np.mean([abs(row.mean() - 3.0) <= seed_interval(row) for row in draws])
     assert covered == pytest.approx(0.95, abs=0.015)
-    assert np.isnan(seed_interval([1.0])) and seed_interval([1.0, 3.0]) == pytest.approx(12.706)  # t sd / sqrt(2)
-    assert seed_interval([0.0, 1.0] * 50) == pytest.approx(1.96 * np.std([0, 1] * 50, ddof=1) / 10, rel=1e-3)
+    assert np.isnan(seed_interval([1.0])) and seed_interval([1.0, 3.0]) == pytest.approx(12.706, abs=1e-3)  # t sd / sqrt 2
+    eleven = np.arange(11.0)  # the printed table: t 2.228 at 10 degrees of freedom, where the normal has 1.960
+    assert seed_interval(eleven) == pytest.approx(2.228 * np.std(eleven, ddof=1) / np.sqrt(11), rel=3e-4)
+    assert seed_interval([0.0, 1.0] * 50) == pytest.approx(1.984 * np.std([0, 1] * 50, ddof=1) / 10, rel=1e-3)
 
 
 def test_the_accuracy_interval_is_wilsons():
@@ -367,3 +375,11 @@ def test_the_length_controlled_interval_covers_the_planted_value():
 def test_length_control_refuses_what_makes_no_sense(outcomes, lengths):
     with pytest.raises(ValueError):
         length_controlled_win_rate(outcomes, lengths, lengths)
+
+
+def test_texts_of_other_alphabets_are_counted_and_are_not_empty():
+    assert without_words(["a", "", "...", "5"]) is None
+    assert without_words(["你好", "привет", "hi", ""]).startswith(
+        "warning 2 of 4 texts have no Latin letter and no digit"
+    )
+    assert [is_empty(text) for text in ("你好", "a", "?!", " ")] == [False, False, True, True]

@@ -16,13 +16,13 @@ SCALED = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
 
 def edit_config(folder, remove=(), **changes):
     path = folder / "config.json"
-    raw = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in raw.items() if key not in remove}))
+    raw = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps({key: value for key, value in raw.items() if key not in remove}), encoding="utf-8")
 
 
 def test_transformers_5s_rope_parameters_mean_the_same_as_the_hubs_fields(saved):
     policy, folder = saved
-    raw = json.loads((folder / "config.json").read_text())
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert raw["rope_theta"] == 500000.0 and raw["rope_scaling"]["rope_type"] == "llama3"
     rope = raw["rope_scaling"] | {"rope_theta": raw["rope_theta"]}
     edit_config(folder, remove=("rope_theta", "rope_scaling"), rope_parameters=rope)
@@ -87,7 +87,7 @@ def test_a_config_that_is_no_llama_is_refused_by_field(saved, changes, named):
 )
 def test_a_config_that_cannot_be_read_is_refused(saved, content, named):
     path = saved[1] / "config.json"
-    path.unlink() if content is None else path.write_text(content)
+    path.unlink() if content is None else path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=named):
         load_policy(saved[1])
 
@@ -118,7 +118,7 @@ def test_rotary_frequencies_of_every_published_llama_are_those_of_transformers(n
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     raw = PUBLISHED[name] | {"model_type": "llama", "rms_norm_eps": 1e-5}
-    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     config = read_config(tmp_path)
     assert config.head_dim == raw["hidden_size"] // raw["num_attention_heads"]
     oracle = LlamaRotaryEmbedding(TheirConfig(**raw))

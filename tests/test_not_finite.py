@@ -37,7 +37,7 @@ def test_ppo_stops_at_a_gradient_that_is_not_finite_and_its_checkpoint_can_be_re
         named = r"update 2: gradient of Policy.model.norm.weight \(nan\), .* samples tiny-.* is runs/ppo/check\S*step_1"
         with pytest.raises(UserError, match=named):
             run("train_ppo", world, flags)
-    told = json.loads(Path("runs/ppo/not_finite.json").read_text())
+    told = json.loads(Path("runs/ppo/not_finite.json").read_text(encoding="utf-8"))
     assert told["step"] == 2 and len(told["ids"]) == 8
     assert [row["step"] for row in read_metrics("runs/ppo")] == [1] and not Path("runs/ppo/final").exists()
     assert_same_weights(straight, start("train_ppo", "--resume --device cpu"))
@@ -60,7 +60,7 @@ def test_with_on_nan_skip_a_step_with_a_bad_gradient_is_left_out_counted_and_rem
     folder = run(name, world, f"{models[name]} --on_nan skip --save_every 1 {more}")
     out = capsys.readouterr().out
     assert out.count("was skipped, 1 steps so far: gradient of") == 1
-    assert json.loads((latest_checkpoint(folder) / "state.json").read_text())["skipped"] == 1
+    assert json.loads((latest_checkpoint(folder) / "state.json").read_text(encoding="utf-8"))["skipped"] == 1
     tensors = load_file(folder / "final" / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
     assert [row.get("not_finite") for row in read_metrics(folder)][1] == {"grad_norm": "nan"}
@@ -80,7 +80,7 @@ def test_a_score_that_is_not_finite_is_named_with_its_sample_and_the_run_can_go_
         patch.setattr(train_ppo.ScalarModel, "last_scores", spoil)
         with pytest.raises(UserError, match=r"update 2: scores \(nan\), expected finite numbers; samples tiny-\S+; "):
             run("train_ppo", world, flags)
-    assert len(json.loads(Path("runs/ppo/not_finite.json").read_text())["ids"]) == 1
+    assert len(json.loads(Path("runs/ppo/not_finite.json").read_text(encoding="utf-8"))["ids"]) == 1
     assert [row["step"] for row in read_metrics("runs/ppo")] == [1]
     calls.clear()
     calls.append(1)

@@ -39,13 +39,13 @@ def bases(tmp_path_factory):
     train_sentencepiece(root / "llama2", add_dummy_prefix=True, byte_fallback=True, vocab_size=500)
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>"}
     about |= {"eos_token": "<|end_of_text|>", "pad_token": "<|finetune_right_pad_id|>"}
-    (root / "llama3" / "tokenizer_config.json").write_text(json.dumps(about))
-    as_on_the_hub = json.loads((root / "llama3" / "tokenizer.json").read_text())
+    (root / "llama3" / "tokenizer_config.json").write_text(json.dumps(about), encoding="utf-8")
+    as_on_the_hub = json.loads((root / "llama3" / "tokenizer.json").read_text(encoding="utf-8"))
     bos = next(token["id"] for token in as_on_the_hub["added_tokens"] if token["content"] == about["bos_token"])
     as_on_the_hub["post_processor"] = bos_first(about["bos_token"], bos)
-    (root / "llama3" / "tokenizer.json").write_text(json.dumps(as_on_the_hub))
+    (root / "llama3" / "tokenizer.json").write_text(json.dumps(as_on_the_hub), encoding="utf-8")
     about = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
-    (root / "llama2" / "tokenizer_config.json").write_text(json.dumps(about))
+    (root / "llama2" / "tokenizer_config.json").write_text(json.dumps(about), encoding="utf-8")
     return root
 
 
@@ -98,7 +98,7 @@ def test_transformers_puts_one_bos_before_a_prompt_of_the_tiny_world(stage):
 
 def test_generation_config_has_our_temperature_and_the_tokenizers_eos(final):
     folder, tokenizer, _ = final("llama3")
-    raw = json.loads((folder / "generation_config.json").read_text())
+    raw = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     assert raw == {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id,
                    "do_sample": True, "temperature": 0.9, "top_p": 1.0, "top_k": 0}  # fmt: skip
 
@@ -107,7 +107,7 @@ def test_generation_config_has_our_temperature_and_the_tokenizers_eos(final):
                                          ("llama2", {"tokenizer.model", "tokenizer_config.json"})])  # fmt: skip
 def test_the_folder_has_what_a_server_reads_and_anyone_may_read_it(final, name, files):
     folder, _, _ = final(name)
-    raw = json.loads((folder / "config.json").read_text())
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert raw.keys() >= READ_ELSEWHERE and raw["architectures"] == ["LlamaForCausalLM"]
     found = {path.name for path in folder.iterdir()}
     assert found == {"config.json", "generation_config.json", "model.safetensors"} | files

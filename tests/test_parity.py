@@ -77,9 +77,9 @@ def double(weights: dict) -> dict:
 
 def naive(inputs, cfg, sampled):
     """The same updates by naive_ppo -> (episodes and logged numbers of each update, policy and critic weights)."""
-    config = json.loads((inputs.sft / "config.json").read_text())
+    config = json.loads((inputs.sft / "config.json").read_text(encoding="utf-8"))
     policy, reward_model = (double(load_file(folder / "model.safetensors")) for folder in (inputs.sft, inputs.rm))
-    shift = json.loads((inputs.rm / "config.json").read_text())["score_shift"]
+    shift = json.loads((inputs.rm / "config.json").read_text(encoding="utf-8"))["score_shift"]
     reference, critic = copy.deepcopy(policy), copy.deepcopy(reward_model)
     critic["score.bias"] = torch.tensor([-shift], dtype=torch.float64)
     hp = SimpleNamespace(**vars(cfg), eos_id=TOKENIZER.eos_id, score_shift=shift)

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

@@ -212,7 +212,7 @@ def test_a_nan_is_stopped_wherever_it_comes_from(setup, where, named):
         with torch.no_grad():
             setup.policy.model.norm.weight[0] = math.nan
     else:
-        tensors = {"ref_logprobs": ref_logprobs, "scores": scores} | episode._asdict()
+        tensors = episode._asdict() | {"ref_logprobs": ref_logprobs, "scores": scores}
         # One number of row 0, which has its EOS at 2: a token's log-prob, and the state after EOS.
         tensors[where].view(len(scores), -1)[0, 3 if where == "values" else 0] = math.nan
     with stopped_by(f"{named} nan"):
@@ -272,6 +272,21 @@ def test_references_whose_mean_score_is_not_0_are_stopped(setup):
         setup.check()
 
 
+def test_a_shift_measured_in_fp32_on_few_posts_is_no_fault_in_bf16():
+    """As measured: 256 references, std 0.47, in bf16 0.06 further from 0 than the shift's own error on 64 posts."""
+    scores = torch.linspace(-1, 1, 256)
+    scores = scores / scores.std() * 0.47 + 0.156
+    mask, zeros = torch.ones(8, R, dtype=torch.bool), torch.zeros(8, R)
+    episode = Experience([], zeros.long(), mask, mask, zeros, zeros, zeros, zeros)
+
+    def off(scores, dtype) -> float:
+        found = preflight.first_update(episode, zeros, torch.randn(8), scores, dtype)
+        return {check.name: check.value for check in found}["reference score"]
+
+    assert off(scores, torch.bfloat16) < 2 < off(scores + 0.5, torch.bfloat16) / 4
+    assert 2 < off(scores, torch.float32) < preflight.STANDARD_ERRORS
+
+
 def test_a_policy_that_never_stops_is_stopped(setup):
     setup.responses[setup.responses == EOS] = 5
     with stopped_by("EOS rate is 0 .* was EOS a label"):
@@ -312,7 +327,7 @@ def test_what_costs_nothing_is_asked_before_anything_is_computed(setup, monkeypa
 
 @pytest.mark.parametrize("batch, expected", [(4, 64), (64, 64), (128, 128), (512, 256)])
 def test_as_many_references_are_scored_as_a_batch_has(batch, expected):
-    assert preflight.references(batch) == expected
+    assert preflight.how_many_references(batch) == expected
 
 
 def test_rounding_as_it_was_measured_stops_no_run():

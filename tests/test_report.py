@@ -199,7 +199,7 @@ def write_run(folder: Path, seed: int, lr: float = 1e-3, stage: str = "ppo", sco
     rows = [{"step": n // 9_000, "episode": n, "objective/scores": x, "objective/kl": x} for n, x in rows]
     write_lines(folder / "metrics.jsonl", rows)
     config = {"seed": seed, "lr": lr, "run_name": folder.name, "sft_model": f"runs/sft{seed}"}
-    (folder / "config.json").write_text(json.dumps({"stage": stage, "config": config}))
+    (folder / "config.json").write_text(json.dumps({"stage": stage, "config": config}), encoding="utf-8")
 
 
 def test_runs_that_differ_in_their_seed_only_are_drawn_together(tmp_path):
@@ -242,7 +242,7 @@ def test_an_escape_sequence_in_a_post_does_not_reach_the_terminal():
 
 def write_lines(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def test_the_figure_command_draws_a_ppo_run(tmp_path, capsys):

@@ -122,7 +122,7 @@ def test_a_checkpoint_without_one_of_its_files_is_damaged(two, file):
 
 def test_when_no_checkpoint_is_whole_the_run_is_not_begun_again_in_silence(two):
     for folder in checkpoints(two):
-        (folder / "state.json").write_text("{}")
+        (folder / "state.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match="none of 2 checkpoints is whole"):
         load_newest(two, lambda line: None)
 
@@ -136,7 +136,7 @@ def test_sha256sum_checks_a_checkpoint(two):
     folder = two / "checkpoints" / "step_2"
     check = ["sha256sum", "-c", "SHA256SUMS"]
     assert subprocess.run(check, cwd=folder, capture_output=True).returncode == 0
-    (folder / "state.json").write_text("{}")
+    (folder / "state.json").write_text("{}", encoding="utf-8")
     assert subprocess.run(check, cwd=folder, capture_output=True).returncode != 0
 
 
@@ -167,7 +167,9 @@ def test_a_run_says_what_its_saves_take_and_does_not_start_where_they_do_not_fit
     with pytest.raises(UserError, match="expected 43.0 MB: 4 checkpoints.*, or pass --keep 1: 23.0 MB, or pass --save"):
         check_disk(run, **sizes | {"keep": 3})
     disk(monkeypatch, 2_000_000)
-    with pytest.raises(UserError, match="expected 3.0 MB: the final models, 3.0 MB: free some space, or make runs/[^,]*$"):
+    with pytest.raises(
+        UserError, match="expected 3.0 MB: the final models, 3.0 MB: free some space, or make runs/[^,]*$"
+    ):
         check_disk(run, **sizes | {"save_every": 0})
     disk(monkeypatch, 22_000_000)
     assert "none" in check_disk(run, **sizes | {"save_every": 0})

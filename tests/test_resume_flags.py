@@ -21,7 +21,7 @@ def began(tmp_path, monkeypatch):
         folder = tmp_path / "runs" / run_name
         folder.mkdir(parents=True)
         settings = {name: cfg[name] for name in Config.__dataclass_fields__}
-        (folder / "config.json").write_text(json.dumps({"stage": "ppo", "config": settings}))
+        (folder / "config.json").write_text(json.dumps({"stage": "ppo", "config": settings}), encoding="utf-8")
         return folder / "config.json"
 
     return begin
@@ -78,10 +78,10 @@ def test_settings_come_from_the_run_of_that_name_and_only_with_resume(began):
 
 def test_a_setting_that_an_older_run_does_not_know_keeps_its_default(began):
     path = began(lr=7e-6)
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     del record["config"]["kl_coef"]
     record["config"]["gone"] = 3
-    path.write_text(json.dumps(record))
+    path.write_text(json.dumps(record), encoding="utf-8")
     cfg = flags("--resume")
     assert (cfg.lr, cfg.kl_coef) == (7e-6, 0.05) and not hasattr(cfg, "gone")
 
@@ -89,7 +89,7 @@ def test_a_setting_that_an_older_run_does_not_know_keeps_its_default(began):
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"config": 3}'])
 def test_without_a_readable_record_resume_leaves_the_flags_alone(began, content):
     path = began(lr=7e-6)
-    path.write_text(content) if content is not None else path.unlink()
+    path.write_text(content, encoding="utf-8") if content is not None else path.unlink()
     assert flags("--resume --lr 3e-6").lr == 3e-6  # Run says what is wrong with the folder
 
 

@@ -133,7 +133,7 @@ def test_whatever_writes_first_makes_the_folder_this_runs_own(start, write):
     run = start(OVERWRITE)
     first = {"log": [1, {"loss": 1.0}], "samples": [1, [{"response": "a"}]], "truncate_metrics": [0], "begin": []}
     getattr(run, write)(*first[write])
-    assert json.loads((run.folder / "config.json").read_text())["config"]["lr"] == CONFIG.lr
+    assert json.loads((run.folder / "config.json").read_text(encoding="utf-8"))["config"]["lr"] == CONFIG.lr
     metrics = run.folder / "metrics.jsonl"
     assert ([row["loss"] for row in read_metrics(run.folder)] if metrics.exists() else []) == [1.0] * (write == "log")
 
@@ -150,7 +150,7 @@ def test_overwrite_deletes_neither_another_stage_nor_a_folder_that_is_no_run(sta
     start(stage="sft").begin()
     with pytest.raises(UserError, match="a run of sft, not of ppo: choose another --run_name"):
         start(OVERWRITE)
-    (tmp_path / "ppo" / "config.json").write_text("{}")
+    (tmp_path / "ppo" / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match="no run folder"):
         start(OVERWRITE)
     assert (tmp_path / "ppo" / "config.json").exists()
@@ -178,7 +178,7 @@ def test_config_json_tells_what_is_needed_to_repeat_the_run(start, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_ppo.py", "--lr", "1e-6"])
     run = start(kernels="torch")
     run.begin()
-    record = json.loads((run.folder / "config.json").read_text())
+    record = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
     assert record["stage"] == "ppo" and record["config"]["lr"] == 1e-6 and record["config"]["seed"] == 1
     assert record["argv"] == ["train_ppo.py", "--lr", "1e-6"]
     assert record["versions"]["torch"] == torch.__version__
@@ -196,15 +196,15 @@ def test_git_gives_the_commit_and_whether_files_differ_or_none(tmp_path, monkeyp
         who = ["-c", "user.name=t", "-c", "user.email=t@t"]
         subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
 
-    (tmp_path / "a").write_text("1")
+    (tmp_path / "a").write_text("1", encoding="utf-8")
     git("init")
     git("add", "a")
     git("commit", "-m", "a")
     clean = nanorlhf.run.run_folder.git()
     assert len(clean["commit"]) == 40 and clean["dirty"] is False
-    (tmp_path / "untracked").write_text("1")
+    (tmp_path / "untracked").write_text("1", encoding="utf-8")
     assert nanorlhf.run.run_folder.git() == clean
-    (tmp_path / "a").write_text("2")
+    (tmp_path / "a").write_text("2", encoding="utf-8")
     assert nanorlhf.run.run_folder.git() == clean | {"dirty": True}
     monkeypatch.setenv("PATH", "")
     assert nanorlhf.run.run_folder.git() is None
@@ -215,13 +215,13 @@ def test_resume_keeps_the_earlier_record_and_says_what_changed(start, capsys):
     run.begin()
     run.close()
     path = run.folder / "config.json"
-    first = json.loads(path.read_text()) | {"id": "the first"}
-    path.write_text(json.dumps(first))
+    first = json.loads(path.read_text(encoding="utf-8")) | {"id": "the first"}
+    path.write_text(json.dumps(first), encoding="utf-8")
     with start(replace(RESUME, lr=2e-6)) as second:
         second.begin()
     assert "changed since the last start: lr 1e-06 -> 2e-06\n" in capsys.readouterr().out
     start(RESUME).begin()
-    record = json.loads((run.folder / "config.json").read_text())
+    record = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
     assert record["id"] == "the first"
     assert [earlier["config"]["lr"] for earlier in record["earlier"]] == [1e-6, 2e-6]
     assert record["earlier"][0] == first
@@ -243,7 +243,7 @@ def test_each_log_is_one_line_with_step_time_and_plain_numbers(start, clock):
     run = start()
     run.log(1, {"loss": torch.tensor(0.5), "objective/kl": np.float32(0.25), "episode": 128})
     run.log(2, {"loss": 0.1})
-    text = (run.folder / "metrics.jsonl").read_text()
+    text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
     assert text.count("\n") == 2 and text.endswith("\n")
     assert read_metrics(run.folder) == [
         {"step": 1, "time": 1000.0, "loss": 0.5, "objective/kl": 0.25, "episode": 128},
@@ -258,7 +258,7 @@ def test_a_number_that_is_not_finite_is_null_and_named(start, capsys):
     def no_constants(word):
         raise AssertionError(f"{word} is not JSON")
 
-    row = json.loads((run.folder / "metrics.jsonl").read_text(), parse_constant=no_constants)
+    row = json.loads((run.folder / "metrics.jsonl").read_text(encoding="utf-8"), parse_constant=no_constants)
     assert row["loss"] is None and row["ratio"] is None and row["lr"] == 1.0
     assert row["not_finite"] == {"loss": "nan", "ratio": "inf"}
     assert "loss nan | ratio inf" in capsys.readouterr().out
@@ -297,7 +297,7 @@ def test_resume_drops_what_came_after_the_checkpoint_and_a_torn_last_line(start)
         run.log(step, {"loss": step / 3})
         run.samples(step, [{"response": "a\u2028b\nc"}])
     run.close()
-    with open(run.folder / "metrics.jsonl", "a") as file:
+    with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 4, "lo')
     run = start(RESUME)
     run.log(4, {"loss": 4.0})
@@ -305,22 +305,22 @@ def test_resume_drops_what_came_after_the_checkpoint_and_a_torn_last_line(start)
     run.truncate_metrics(2)
     run.log(3, {"loss": 7.0})
     assert [row["loss"] for row in read_metrics(run.folder)] == [1 / 3, 2 / 3, 7.0]
-    rows = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows == [{"step": 1, "response": "a\u2028b\nc"}, {"step": 2, "response": "a\u2028b\nc"}]
     assert not list(run.folder.glob("*.tmp"))
 
 
 def test_read_metrics_accepts_a_last_line_without_newline_and_leaves_out_a_torn_one(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}', encoding="utf-8")
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
     assert read_metrics(tmp_path) == [{"step": 1}]
 
 
 @pytest.mark.parametrize("after", ['{"step": 3}\n', ""])
 @pytest.mark.parametrize("broken", ["{oops", "[1]", '{"loss": 1}', "", "\0\0"])
 def test_read_metrics_names_file_and_line_of_a_corrupt_line(tmp_path, broken, after):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + broken + "\n" + after)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + broken + "\n" + after, encoding="utf-8")
     with pytest.raises(UserError, match=r"metrics\.jsonl:2 is not what a run writes"):
         read_metrics(tmp_path)
 
@@ -362,7 +362,7 @@ def test_samples_are_kept_whole_and_shown_short(start, capsys):
     out = capsys.readouterr().out
     assert "samples at update 3" in out and "[r/a] [/b]" in out and "\x1b" not in out
     assert "summary 2" in out and "summary 3" not in out
-    kept = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
+    kept = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert kept == [{"step": 3} | row for row in rows]
 
 
@@ -384,7 +384,7 @@ with Run("ppo", Config(), total_steps=2, unit="update", root={str(tmp_path)!r}) 
     os._exit(3)  # a kill: what was not flushed is lost
 """
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 3, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["preset", "device", "folder", "update", "update"]

@@ -74,7 +74,7 @@ def test_resume_auto_begins_where_there_is_nothing_and_goes_on_where_there_is_a_
 def test_what_a_start_that_was_killed_at_once_leaves_is_no_run(tmp_path, left):
     (tmp_path / "ppo").mkdir()
     for name in left:
-        (tmp_path / "ppo" / name).write_text("{")
+        (tmp_path / "ppo" / name).write_text("{", encoding="utf-8")
     assert not log(AUTO, tmp_path, 1).resuming
 
 
@@ -83,7 +83,7 @@ def test_an_overwritten_run_says_whose_it_is_until_all_else_is_gone(tmp_path, mo
     (tmp_path / "ppo" / "final").mkdir()
     clear(tmp_path / "ppo")
     assert sorted(path.name for path in (tmp_path / "ppo").iterdir()) == ["config.json", "lock"]
-    assert json.loads((tmp_path / "ppo" / "config.json").read_text())["stage"] == "ppo"
+    assert json.loads((tmp_path / "ppo" / "config.json").read_text(encoding="utf-8"))["stage"] == "ppo"
 
 
 def test_auto_is_the_one_word_that_resume_takes(monkeypatch, tmp_path):

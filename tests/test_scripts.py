@@ -1,9 +1,8 @@
 """The scripts, end to end on the tiny world for a few steps: alone, resumed, into transformers, and with bad input."""
 
 import json
+import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -36,13 +35,13 @@ def test_each_stage_runs_alone_from_the_embedded_checkpoints_and_says_so(world, 
         for final in folder.glob("final*"):
             assert (final / "model.safetensors").is_file() and (final / "README.md").is_file()
         assert len(list(folder.glob("final*"))) == (2 if name == "train_ppo" else 1)
-        record = json.loads((folder / "config.json").read_text())
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         assert record["config"]["preset"] == "tiny" and record["config"]["seed"] == 1
         Path("runs").rename(f"{name}_alone")  # the next stage would go on from this one
 
 
 def test_a_stage_continues_from_the_run_of_the_stage_before(world, capsys):
-    run("train_sft", world)
+    run("train_sft", world, "--lr 2e-3")  # in 4 steps it has to learn to stop
     run("train_rm", world)
     assert "the sft run" in capsys.readouterr().out
     run("train_ppo", world)
@@ -79,7 +78,8 @@ def test_before_the_first_update_ratio_is_one_and_kl_is_zero(world):
 
 
 def test_before_the_second_update_the_sampler_and_the_loss_still_agree(world, models):
-    second = read_metrics(run("train_ppo", world, f"{models['train_ppo']} --max_updates 2"))[1]
+    flags = f"{models['train_ppo']} --max_updates 2 --critic_warmup 0"
+    second = read_metrics(run("train_ppo", world, flags))[1]
     assert second["preflight/approxkl_of_the_sampler"] < 1e-6 and second["preflight/approxkl_in_the_loss"] < 1e-6
     assert second["objective/kl"] != 0 and "preflight/kl" not in second
 
@@ -108,7 +108,7 @@ def test_rlhf_reward_is_score_minus_kl_penalty_in_every_update(world):
     ],
 )
 def test_microbatch_tokens_change_no_metric_beyond_rounding(name, metrics, world, models):
-    flags = f"{models[name]} --max_updates 2"
+    flags = f"{models[name]} --max_updates 2" + (" --critic_warmup 0" if name == "train_ppo" else "")
     rows = [
         read_metrics(run(name, world, f"{flags} --run_name run_{tokens} --microbatch_tokens {tokens}"))
         for tokens in (150, 8192)
@@ -154,7 +154,7 @@ def test_every_flag_is_read():
 
 def test_the_numbers_in_a_docstring_are_the_numbers_in_the_code():
     for script in (*SCRIPTS.values(), eval_script):
-        source = Path(script.__file__).read_text()
+        source = Path(script.__file__).read_text(encoding="utf-8")
         doc, code = source.split('"""', 2)[1:]
         announced = [line.split(".")[0].strip() for line in doc.splitlines() if line.strip()[:2].rstrip(".").isdigit()]
         headings = [line for line in code.splitlines() if line.strip()[:3] in NUMBERS]
@@ -180,15 +180,15 @@ NUMBERS = [f"# {digit}" for digit in range(1, 10)]
         ("train_sft.py --preset llama-1b --device cpu", ["--data", "--preset tiny"]),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_status_2(command, words, tmp_path):
+def test_bad_input_is_one_sentence_and_exit_status_2(command, words, monkeypatch, capsys):
     script, *flags = command.split()
     preset = [] if "--preset" in flags else ["--preset", "tiny"]
-    done = subprocess.run(
-        [sys.executable, ROOT / script, *preset, *flags], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
+    monkeypatch.setattr("sys.argv", [script, *preset, *flags])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")  # a process each would import torch again
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    assert all(word in said for word in words), said
     assert not Path("runs").exists()
 
 
@@ -209,7 +209,7 @@ def test_a_resumed_run_may_be_given_the_same_flags_again_but_no_other_ones(name,
         run(name, world, f"{models[name]} --max_updates 2 --resume --lr 0.5")
     assert files(folder) == before
     run(name, world, f"{models[name]} --max_updates 2 --save_every 1 --resume")
-    assert json.loads((folder / "config.json").read_text())["earlier"]
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["earlier"]
 
 
 # -- the llama-1b preset, on small random models
@@ -223,7 +223,7 @@ def test_llama_1b_preset_runs_on_a_cpu_from_the_base_model_to_ppo(world, models,
     printed = capsys.readouterr().out
     assert "the sft run" in printed and "the rm run" in printed and "embedded" not in printed
     for folder, name in ((sft, "train_sft"), (rm, "train_rm"), (ppo, "train_ppo")):
-        config = json.loads((folder / "config.json").read_text())["config"]
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
         recipe = vars(SCRIPTS[name].Config())
         for field in ("lr", "max_grad_norm", "max_query_length", "microbatch_tokens", "lr_schedule"):
             assert config[field] == recipe[field], (name, field)

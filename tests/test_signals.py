@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: while a model trains they wait for the end of the step, which is saved; else they end the run."""
+"""SIGINT, SIGTERM, SIGHUP: while a model trains they wait for the end of the step, which is saved; else they end it."""
 
 import os
 import signal
@@ -70,7 +70,7 @@ def train(capsys, *, at: dict, more: str = "") -> tuple[int, str, list[int]]:
     return status, error[-1] if error else "", steps
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("step", [2, 3, 5])
 def test_the_step_is_finished_and_saved_and_the_last_line_says_how_to_go_on(capsys, number, status, step):
     found = train(capsys, at={step: [number]})

@@ -269,16 +269,16 @@ def test_writing_the_world_twice_gives_the_same_bytes(tmp_path):
 def test_ensure_world_writes_once_and_again_for_another_version(tmp_path):
     sizes = {"train": 4}, {"train": 4}
     folder = data.ensure_world(tmp_path / "world", *sizes)
-    (folder / "mark").write_text("still here")
+    (folder / "mark").write_text("still here", encoding="utf-8")
     data.ensure_world(folder, *sizes)
     assert (folder / "mark").exists()
-    (folder / "VERSION").write_text("tiny world 0\n")
+    (folder / "VERSION").write_text("tiny world 0\n", encoding="utf-8")
     data.ensure_world(folder, *sizes)
     assert not (folder / "mark").exists() and (folder / "tldr" / "train.jsonl").exists()
 
 
 def test_write_world_leaves_other_peoples_folders_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
     with pytest.raises(ValueError, match="holds no tiny world"):
         data.ensure_world(tmp_path)
     assert (tmp_path / "thesis.txt").exists()

@@ -61,9 +61,9 @@ def test_its_files_are_read_like_any_other_and_the_gold_judge_knows_their_posts(
     posts = load_posts(folder, "valid")
     assert of_tiny_world(posts) and len(load_comparisons(folder, "valid")) == 8
     assert gold_judge().scores(posts, [post.summary for post in posts])
-    assert "annotator title" in (folder / "VERSION").read_text()
+    assert "annotator title" in (folder / "VERSION").read_text(encoding="utf-8")
     data.ensure_world(folder, **sizes)  # another annotator is another world
-    assert "annotator" not in (folder / "VERSION").read_text()
+    assert "annotator" not in (folder / "VERSION").read_text(encoding="utf-8")
 
 
 def test_the_ordinary_world_does_not_change_when_nobody_asks(tmp_path, monkeypatch, capsys):

@@ -324,7 +324,9 @@ def post_row(**changes):
 def write_posts(data, lines, folder="tldr", split="train"):
     path = data / folder / f"{split}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8"
+    )
     return path
 
 
@@ -344,7 +346,9 @@ def comparison(**changes):
 def write_comparisons(data, rows, name="batch3"):
     path = data / "comparisons" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 

@@ -28,7 +28,9 @@ def write_smollm_like(folder, corpus=CORPUS, size=420, about=None):
     learner.train_from_iterator([*corpus.splitlines(keepends=True), seen], trainer)
     learner.save(str(folder / "tokenizer.json"))
     about = {"bos_token": SPECIALS[0], "eos_token": SPECIALS[0], "unk_token": SPECIALS[0]} if about is None else about
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"} | about))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer"} | about), encoding="utf-8"
+    )
     return folder
 
 
@@ -52,9 +54,9 @@ def reference(folder):
 def changed(folder, to, change):
     """A copy of the folder whose tokenizer.json went through change(data)."""
     shutil.copytree(folder, to)
-    data = json.loads((to / "tokenizer.json").read_text())
+    data = json.loads((to / "tokenizer.json").read_text(encoding="utf-8"))
     change(data)
-    (to / "tokenizer.json").write_text(json.dumps(data))
+    (to / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     return to
 
 
@@ -102,7 +104,7 @@ def test_a_pad_token_that_is_eos_is_not_taken(folder, tmp_path):
     instruct = write_smollm_like(tmp_path / "instruct", about=about)
     tokenizer = load_tokenizer(instruct)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 4)
-    (instruct / "tokenizer_config.json").write_text(json.dumps(about | {"pad_token": "<repo_name>"}))
+    (instruct / "tokenizer_config.json").write_text(json.dumps(about | {"pad_token": "<repo_name>"}), encoding="utf-8")
     assert load_tokenizer(instruct).pad_id == 3
 
 
@@ -126,7 +128,7 @@ def test_transformers_opens_a_prompt_of_the_saved_folder_as_we_open_a_query(fold
     from transformers import AutoTokenizer
 
     tokenizer.save(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs(QUERY).input_ids == [tokenizer.bos_id, *tokenizer.encode(QUERY)]
     assert theirs("12 cats", add_special_tokens=False).input_ids == tokenizer.encode("12 cats")
@@ -143,15 +145,24 @@ def test_transformers_opens_a_prompt_of_the_saved_folder_as_we_open_a_query(fold
         (lambda d: d["model"].update(byte_fallback=True), "model.byte_fallback is True"),
         (lambda d: d["model"].update(dropout=0.1), "model.dropout is 0.1"),
         (lambda d: d["model"].update(end_of_word_suffix="</w>"), "model.end_of_word_suffix is '</w>'"),
-        (lambda d: d.update(normalizer={"type": "Prepend", "prepend": "x"}), "normalizer is 'Prepend', expected none or"),
+        (
+            lambda d: d.update(normalizer={"type": "Prepend", "prepend": "x"}),
+            "normalizer is 'Prepend', expected none or",
+        ),
         (lambda d: d.update(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer is 'Whitespace'"),
         (lambda d: d.update(pre_tokenizer=DIGITS), "expected one with the step ByteLevel"),
         (lambda d: d.update(pre_tokenizer=BYTE_LEVEL | {"add_prefix_space": True}), "add_prefix_space is True"),
         (lambda d: d["model"]["vocab"].update({"▁cat": 420}), "a token contains '▁'"),
         (lambda d: d["model"]["vocab"].update({"cats": 3}), "has the id 3, expected a number of its own"),
         (lambda d: d["model"]["vocab"].update({"cats": 9999}), "has the id 9999, expected a number of its own"),
-        (lambda d: d["added_tokens"][1].update(content="<|new|>"), r"token '<\|new\|>' has the id 1, expected a number"),
-        (lambda d: d["added_tokens"].append(d["added_tokens"][0] | {"content": "<|new|>", "id": 700}), r"<\|new\|>.* has the id 700, expected the one that"),
+        (
+            lambda d: d["added_tokens"][1].update(content="<|new|>"),
+            r"token '<\|new\|>' has the id 1, expected a number",
+        ),
+        (
+            lambda d: d["added_tokens"].append(d["added_tokens"][0] | {"content": "<|new|>", "id": 700}),
+            r"<\|new\|>.* has the id 700, expected the one that",
+        ),
         (lambda d: d["model"]["vocab"].update({"catĠdog": 420}), "'cat dog' holds a space between two words"),
         (lambda d: d["model"]["merges"].append(["qqq", "zzz"]), "not a complete tokenizer.json"),
         (lambda d: d["model"].pop("merges"), "not a complete tokenizer.json"),
@@ -169,7 +180,12 @@ def test_a_normaliser_and_another_expression_work_as_the_library_runs_them(folde
 
     def change(data):
         data["normalizer"] = {"type": "NFC"}
-        split = {"type": "Split", "pattern": {"Regex": r"\p{N}| ?\p{L}+|\s+|."}, "behavior": "Isolated", "invert": False}
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": r"\p{N}| ?\p{L}+|\s+|."},
+            "behavior": "Isolated",
+            "invert": False,
+        }
         data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]}
 
     other = changed(folder, tmp_path / "nfc", change)
@@ -188,6 +204,6 @@ def test_a_folder_that_names_no_bos_or_eos_is_refused(tmp_path, about, named):
 
 def test_a_cut_tokenizer_config_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "cut")
-    (tmp_path / "cut" / "tokenizer_config.json").write_text('{"bos_token"')
-    with pytest.raises(UserError, match="tokenizer_config.json: not a JSON object"):
+    (tmp_path / "cut" / "tokenizer_config.json").write_text('{"bos_token"', encoding="utf-8")
+    with pytest.raises(UserError, match="not a complete tokenizer_config.json"):
         load_tokenizer(tmp_path / "cut")

@@ -67,7 +67,7 @@ def script(folder: Path, *flags: str, **variables: str) -> subprocess.CompletedP
     )
     command = [sys.executable, ROOT / "train_sft.py", *small.split(), *flags]
     return subprocess.run(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                          timeout=300)  # fmt: skip
+                          timeout=300, encoding="utf-8")  # fmt: skip
 
 
 def records(path: Path) -> list:
@@ -114,12 +114,12 @@ def test_wandb_offline_has_every_metric_under_its_name_and_a_resumed_run_goes_on
     first = script(tmp_path, WANDB_MODE="offline")
     assert first.returncode == 0, first.stderr
     folder = tmp_path / "runs" / "sft"
-    written = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    written = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for row in written:
         del row["time"]
     (run,) = tracked(folder)
     assert run["rows"] == written and len(written) == 5 and "train/sft/loss" in written[0]
-    assert run["id"] == json.loads((folder / "config.json").read_text())["id"] and run["name"] == "sft"
+    assert run["id"] == json.loads((folder / "config.json").read_text(encoding="utf-8"))["id"] and run["name"] == "sft"
     assert run["config"]["batch_size"] == 4 and run["ends"] == [0]
     assert run["axes"] == {"*": "step"}  # curves over our step: W&B's own counter cannot go back to a checkpoint
 

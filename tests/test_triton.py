@@ -11,21 +11,21 @@ import pytest
 from kernels import runtime
 
 ROOT = Path(__file__).parent.parent
+INTERPRETED = sorted((ROOT / "tests" / "interpreter").glob("test_*.py"))
 pytestmark = pytest.mark.skipif(runtime.triton is None, reason="Triton is not installed: it exists for Linux only")
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     environment = os.environ | environment
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, timeout=1200, encoding="utf-8"
     )
 
 
-def test_every_kernel_is_exact_in_the_interpreter():
-    """tests/interpreter: each kernel against float64, in values, gradients and edges."""
-    done = run(
-        "-m", "pytest", "-p", "no:warnings", "tests/interpreter", TRITON_INTERPRET="1", NANORLHF_KERNELS="triton"
-    )
+@pytest.mark.parametrize("file", INTERPRETED, ids=lambda path: path.stem)
+def test_every_kernel_is_exact_in_the_interpreter(file):
+    """tests/interpreter: each kernel against float64, in values, gradients and edges. A process a file."""
+    done = run("-m", "pytest", "-p", "no:warnings", str(file), TRITON_INTERPRET="1", NANORLHF_KERNELS="triton")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
 

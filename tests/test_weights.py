@@ -68,13 +68,17 @@ def test_every_dtype_on_disk_is_read_as_safetensors_reads_it(
 
 
 def test_a_tied_model_has_one_matrix_and_an_untied_one_two(make_policy, make_sequences, tokenizer, tmp_path):
-    """The same files with another config.json: TinyLlama stores a head of its own, Llama-3.2-1B does not."""
+    """The same embedding with another config.json: TinyLlama stores a head of its own, Llama-3.2-1B does not."""
     policy = make_policy(tie_word_embeddings=False)
     save_policy(policy, tmp_path / "final", tokenizer)
     untied = load_policy(tmp_path / "final")
     assert not torch.equal(untied.head_weight, untied.model.embed_tokens.weight)
     path = tmp_path / "final" / "config.json"
-    path.write_text(path.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    path.write_text(
+        path.read_text(encoding="utf-8").replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'),
+        encoding="utf-8",
+    )
+    edit_tensors(tmp_path / "final", lambda tensors: tensors.pop("lm_head.weight"))
     tied = load_policy(tmp_path / "final")
     assert tied.head_weight is tied.model.embed_tokens.weight
     (sequence,) = make_sequences([7])
@@ -97,7 +101,7 @@ def test_loading_takes_hardly_more_memory_than_the_model_has(make_policy, tokeni
     policy = make_policy(vocab_size=50_000, hidden_size=1024, intermediate_size=2048)
     save_policy(policy, tmp_path / "final", tokenizer, dtype=torch.bfloat16)  # 130 MB
     program = [sys.executable, "-c", PEAK, tmp_path / "final"]
-    done = subprocess.run(program, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    done = subprocess.run(program, cwd=Path(__file__).parents[1], capture_output=True, encoding="utf-8", check=True)
     assert float(done.stdout) < 1.3
 
 
@@ -129,7 +133,10 @@ def test_what_older_files_carry_besides_weights_is_passed_over(make_policy, toke
     policy = make_policy()
     save_policy(policy, tmp_path / "final", tokenizer)
     # Llama 2's files hold the rotary frequencies, and some tied models a copy of the head.
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": torch.zeros(97, 32)}
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "lm_head.weight": policy.head_weight.detach().clone(),
+    }
     edit_tensors(tmp_path / "final", lambda tensors: tensors.update(extra))
     assert same(load_policy(tmp_path / "final"), policy)
 
@@ -156,7 +163,7 @@ def test_a_missing_shard_is_named(make_policy, tokenizer, tmp_path, monkeypatch)
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": ["model-00001-of-00002.safetensors"]}',
                                      '{"weight_map": {"a": 3}}', '{"weight_map": {"a": ""}}'])  # fmt: skip
 def test_an_index_without_a_map_is_refused_by_name(saved, content):
-    (saved[1] / "model.safetensors.index.json").write_text(content)
+    (saved[1] / "model.safetensors.index.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=r"model.safetensors.index.json: weight_map is missing"):
         load_policy(saved[1])
 
@@ -177,11 +184,11 @@ def test_a_tensor_that_is_in_the_index_but_not_in_its_shard_is_named(make_policy
     monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 20_000)
     save_policy(make_policy(), tmp_path / "final", tokenizer)
     path = tmp_path / "final" / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
+    index = json.loads(path.read_text(encoding="utf-8"))
     first, *_, last = sorted(set(index["weight_map"].values()))
     assert index["weight_map"]["model.norm.weight"] == last
     index["weight_map"]["model.norm.weight"] = first
-    path.write_text(json.dumps(index))
+    path.write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(UserError, match=rf"{first}: tensor model.norm.weight is missing, though the index says"):
         load_policy(tmp_path / "final")
 
@@ -200,7 +207,7 @@ def test_a_tensor_that_is_in_the_index_but_not_in_its_shard_is_named(make_policy
         (lambda header: with_offsets(header, lambda first, last: [0, last - first]), "expected it to begin at"),
         (lambda header: header.replace(b'"F32"', b'"F16"', 1), r"tensor .* has [\d,]+ bytes for shape"),
         (lambda header: header.replace(b'"F32"', b'"F8_E4M3"', 1), "is F8_E4M3, expected F32, F16, BF16"),
-        (lambda header: header.replace(b'"F32"', b'"I64"', 1), "is I64, expected F32, F16, BF16: quantised"),
+        (lambda header: header.replace(b'"F32"', b'"I64"', 1), "is I64, expected F32, F16, BF16, F64: quantised"),
     ],
 )
 def test_a_corrupt_header_is_refused_by_file(saved, change, named):

@@ -1,4 +1,4 @@
-"""Pure Python on many texts, over all cores. ROUGE and edit distances hold the interpreter: threads would not do."""
+"""Pure Python on many texts, over all cores. ROUGE holds the interpreter: threads would not do."""
 
 import os
 from collections.abc import Callable, Sequence

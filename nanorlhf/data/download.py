@@ -14,6 +14,7 @@ import base64
 import hashlib
 import http.client
 import os
+import shlex
 import time
 import urllib.error
 import urllib.request
@@ -173,4 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_sentence("the same command again goes on"):
         download(args.data, args.source, args.only)
-    print(f"next    python train_sft.py --data {args.data}" + (" (found by itself)" if args.data == DOWNLOADED else ""))
+    print(
+        f"next    python train_sft.py --data {shlex.quote(str(args.data))}"
+        + (" (found by itself)" if args.data == DOWNLOADED else "")
+    )

@@ -22,7 +22,7 @@ import tiktoken
 import tokenizers
 from safetensors.numpy import load, save
 
-from nanorlhf.data.tldr import Comparison, Post, cut_query, format_query, response_text
+from nanorlhf.data.tldr import MAX_RESPONSE, Comparison, Post, cut_query, end_response, format_query, response_text
 from nanorlhf.data.tokenizer import Tokenizer
 from nanorlhf.errors import UserError
 
@@ -31,7 +31,8 @@ CACHED_FROM = 4_000  # rows; fewer are encoded in a second or two
 PARALLEL_FROM = 4_000  # rows; starting the workers takes as long as fewer
 PIECE = 500  # rows a worker encodes at a time
 LIBRARIES = " ".join(f"{library.__name__} {library.__version__}" for library in (sentencepiece, tiktoken, tokenizers))
-CODE = [Path(__file__).with_name(name) for name in ("encoding.py", "tldr.py", "tokenizer.py", "tokenizer_json.py")]
+NAMES = "encoding tldr tokenizer tokenizer_json added_tokens".split()
+CODE = [Path(__file__).with_name(f"{name}.py") for name in NAMES]
 
 Row = tuple[Post, tuple[str, ...]]  # a post, and the responses to it
 
@@ -95,6 +96,8 @@ def length_report(queries: TokenLists, responses: Sequence[TokenLists], response
         f"queries mean {query['mean']:.0f} max {query['max']:.0f}, {queries.truncated / len(queries):.1%} cut; "
         f"responses mean {response['mean']:.0f} p99 {response['p99']:.0f} max {response['max']:.0f}"
     )
+    if cut := sum(lists.truncated for lists in responses):
+        line += f", {cut:,} of them cut at {MAX_RESPONSE}"
     if response_length is None:
         return line
     return f"{line}, {response['share_over_limit']:.1%} longer than response_length {response_length}"
@@ -118,7 +121,8 @@ def _encode(
         tokens = np.concatenate([piece[0][column] for piece in done]) if done else np.zeros(0, np.int32)
         lengths = np.concatenate([piece[1][column] for piece in done]) if done else np.zeros(0, np.int64)
         lists.append(TokenLists(tokens, lengths))
-    lists[0].truncated = sum(piece[2] for piece in done)
+    for column, one in enumerate(lists):
+        one.truncated = sum(piece[2][column] for piece in done)
     if path is not None:
         _save(path, lists)
     return lists
@@ -153,16 +157,17 @@ _work: tuple[list[Row], Tokenizer, int] | None = None  # what a worker process w
 def _begin_worker(*work) -> None:
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops its workers
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's are for the parent, which stops its workers
+        signal.signal(number, signal.SIG_IGN)
 
 
-def _encode_piece(indices: range, work=None) -> tuple[list[np.ndarray], list[np.ndarray], int]:
-    """(tokens int32, lengths int64 of each column; truncated queries) of some rows. A column: queries, then each
+def _encode_piece(indices: range, work=None) -> tuple[list[np.ndarray], list[np.ndarray], list[int]]:
+    """(tokens int32, lengths int64, how many were cut, of each column) of some rows. A column: queries, then each
     response."""
     rows, tokenizer, max_length = work or _work
     columns = 1 + len(rows[indices[0]][1])
     tokens, lengths = [array("i") for _ in range(columns)], [array("q") for _ in range(columns)]
-    truncated, part = 0, [rows[i] for i in indices]
+    truncated, part = [0] * columns, [rows[i] for i in indices]
     whole = tokenizer.encode_batch([format_query(post.subreddit, post.title, post.post) for post, _ in part])
     texts = iter(tokenizer.encode_batch([response_text(text) for _, responses in part for text in responses]))
     for (post, responses), ids in zip(part, whole, strict=True):
@@ -172,8 +177,10 @@ def _encode_piece(indices: range, work=None) -> tuple[list[np.ndarray], list[np.
                 query, kept = cut_query(tokenizer, post.subreddit, post.title, post.post, max_length)
             except UserError as error:
                 raise UserError(f"post {post.id}: {error}") from None
-            truncated += kept < len(post.post)
-        for column, ids in enumerate((query, *([*next(texts), tokenizer.eos_id] for _ in responses))):
+            truncated[0] += kept < len(post.post)
+        ended = [end_response(tokenizer, next(texts)) for _ in responses]
+        for column, (ids, cut) in enumerate([(query, False), *ended]):
+            truncated[column] += cut
             tokens[column].extend(ids)
             lengths[column].append(len(ids))
     return [np.array(t, np.int32) for t in tokens], [np.array(n, np.int64) for n in lengths], truncated

@@ -93,6 +93,13 @@ def _verify(folder: Path, since: float) -> None:
                 )
 
 
+def base_of_instruct(path: str) -> str | None:
+    """The hub's id of the base model of an instruct model in its cache: the same name without the ending."""
+    model_id = hub_id_of(path) or ""
+    base = re.sub(r"-(instruct|chat|it)(-v[\d.]+)?(-hf)?$", r"\3", model_id, flags=re.IGNORECASE)
+    return base if base != model_id else None
+
+
 def hub_id_of(path: str) -> str | None:
     """The hub's id of a model whose folder lies in its cache (.../models--someone--llama/snapshots/...)."""
     found = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", path)

@@ -11,6 +11,7 @@ With one post's numbers: docs/walk.md, station 1.
 
 import json
 import re
+import shlex
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,9 @@ SLACK = 16
 # there, and the tokens of a shorter post counted from the last such place on.
 BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z0-9.,!?]) (?=[A-Za-z])")
 PART = 400  # characters
+# Tokens of a response that are read, EOS included, wherever one is learned from or scored: what stands in a file of
+# samples, or a post's first sentence in a probe of the reward model, has no end of its own. Summaries have about 50.
+MAX_RESPONSE = 512
 
 
 def format_query(subreddit: str, title: str, post: str) -> str:
@@ -153,8 +157,13 @@ def response_text(summary: str) -> str:
 
 
 def encode_response(tokenizer: Tokenizer, summary: str) -> list[int]:
-    """The response's ids and EOS; no BOS (N+ detail 3)."""
-    return [*tokenizer.encode(response_text(summary)), tokenizer.eos_id]
+    """The response's ids and EOS; no BOS (N+ detail 3). At most MAX_RESPONSE ids."""
+    return end_response(tokenizer, tokenizer.encode(response_text(summary)))[0]
+
+
+def end_response(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], bool]:
+    """The ids of `response_text` with EOS, and whether they lost their end to the limit."""
+    return [*ids[: MAX_RESPONSE - 1], tokenizer.eos_id], len(ids) >= MAX_RESPONSE
 
 
 # ---------------------------------------------------------------------------------------------------------- data order
@@ -188,7 +197,7 @@ def load_posts(data: str | Path, split: str) -> list[Post]:
     if path is None:
         raise UserError(
             f"data: no {paths[0]} (or {paths[1]}), expected one post a line: get it with "
-            f"`python -m nanorlhf download --data {data}`"
+            f"`python -m nanorlhf download --data {shlex.quote(str(data))}`"
         )
     posts = []
     for where, row in json_rows(path):
@@ -213,7 +222,7 @@ def load_comparisons(data: str | Path, split: str, stats: ComparisonStats | None
     if not paths:
         raise UserError(
             f"data: no {folder}/batch*.json, expected one comparison a line: get them with "
-            f"`python -m nanorlhf download --data {data}`"
+            f"`python -m nanorlhf download --data {shlex.quote(str(data))}`"
         )
     stats = ComparisonStats() if stats is None else stats
     comparisons = []

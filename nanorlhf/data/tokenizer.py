@@ -21,7 +21,8 @@ from pathlib import Path
 import sentencepiece
 import tiktoken
 
-from nanorlhf.data import tokenizer_json
+from nanorlhf.data import added_tokens, tokenizer_json
+from nanorlhf.data.added_tokens import Added
 from nanorlhf.errors import UserError
 
 FILES = (  # what `save` copies, where it exists
@@ -58,6 +59,7 @@ class Tokenizer:
         dummy_prefix: bool,
         files: dict[str, bytes],
         encode_batch: Callable[[Sequence[str]], list[list[int]]] | None = None,
+        prefix_inside: bool = False,
     ):
         if pad_id == eos_id:
             raise UserError(
@@ -69,7 +71,7 @@ class Tokenizer:
         self._encode = encode
         self._encode_batch = encode_batch or (lambda texts: [encode(text) for text in texts])
         self._tokens = tokens  # bytes of each id; empty for special ids
-        self._dummy_prefix = dummy_prefix
+        self._dummy_prefix, self._prefix_inside = dummy_prefix, prefix_inside  # inside: `encode` puts it itself
         self._files = files  # kept in memory: the source folder may be gone when the run ends
 
     def encode(self, text: str) -> list[int]:
@@ -83,15 +85,17 @@ class Tokenizer:
     def _prepared(self, text: str) -> str:
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if self._dummy_prefix and text and not text.startswith((" ", "▁")):
-            text = " " + text
-        return text
+        return with_prefix(text) if self._dummy_prefix and text and not self._prefix_inside else text
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`. Special ids are skipped; bytes that are no UTF-8 and ids without a token become U+FFFD."""
         n = self.vocab_size
         text = b"".join(self._tokens[i] if 0 <= i < n else UNKNOWN for i in map(int, ids)).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._dummy_prefix else text
+
+    def is_special(self, i: int) -> bool:
+        """Whether an id has a token that no text is encoded to: EOS, the marks of a chat."""
+        return 0 <= i < self.vocab_size and self._tokens[i] == b""
 
     @property
     def fingerprint(self) -> str:
@@ -109,6 +113,11 @@ class Tokenizer:
             path.write_bytes(content)
 
 
+def with_prefix(text: str) -> str:
+    """A text with the dummy prefix, where it does not begin with a space."""
+    return text if text.startswith((" ", "▁")) else " " + text
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face model folder, from `tokenizer.model` (sentencepiece or tiktoken: the content
     decides, not the name), `tokenizer.json` (byte-level BPE) or `original/tokenizer.model`, in this order.
@@ -117,6 +126,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    added = added_tokens.read(folder, files)
     for name in ("tokenizer.model", "tokenizer.json", "original/tokenizer.model"):
         content = files.get(name)
         if content is None:
@@ -124,29 +134,35 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         path = folder / name
         if name == "tokenizer.json":
             data = _read_json(path, content)
-            if not _is_llama3(data):
+            there = {token["content"] for token in data["added_tokens"]}
+            added_tokens.check_known(folder, there, added, name)
+            if not _is_llama3(data) or not all(token["special"] for token in data["added_tokens"]):
                 return Tokenizer(**tokenizer_json.read(path, data, files))
             return _tiktoken(path, *_ranks_of(path, data), files)
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", content):  # "IQ== 0": one token and its rank a line
             ranks = _read_ranks(path, content)
-            return _tiktoken(path, ranks, llama3_specials(len(ranks)), files)
-        return _sentencepiece(path, content, files)
+            specials = llama3_specials(len(ranks))
+            there = {text for text, token in added.items() if token.special and token.id in specials.values()}
+            added_tokens.check_known(folder, there, added, name)
+            return _tiktoken(path, ranks, specials, files)
+        return _sentencepiece(path, content, files, added)
     raise UserError(
         f"tokenizer: no tokenizer.model or tokenizer.json in {folder}: download the tokenizer files of the model into "
         "that folder"
     )
 
 
-def check_matches(tokenizer: Tokenizer, vocab_size: int, eos_id: int | None = None) -> None:
-    """Raise UserError when a model of `vocab_size` rows has no row for one of the ids, or stops at another EOS."""
+def check_matches(tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int] = ()) -> None:
+    """Raise UserError when a model of `vocab_size` rows has no row for one of the ids, or stops at other ids only."""
     fix = "use the tokenizer files that came with the model"
     if not tokenizer.vocab_size <= vocab_size <= 1.25 * tokenizer.vocab_size + 64:  # rows may be rounded up, not more
         raise UserError(
             f"tokenizer: it has {tokenizer.vocab_size} ids but the model has {vocab_size} embedding rows, expected an "
             f"id a row: {fix}"
         )
-    if eos_id is not None and tokenizer.eos_id != eos_id:
-        raise UserError(f"tokenizer: its EOS is {tokenizer.eos_id}, expected the model's eos_token_id {eos_id}: {fix}")
+    if eos_ids and tokenizer.eos_id not in eos_ids:
+        ids = ", ".join(map(str, eos_ids))
+        raise UserError(f"tokenizer: its EOS is {tokenizer.eos_id}, expected the model's eos_token_id {ids}: {fix}")
 
 
 def check_same(tokenizer: Tokenizer, other: Tokenizer, what: str, than: str = "that of the policy") -> None:
@@ -166,7 +182,7 @@ def check_same(tokenizer: Tokenizer, other: Tokenizer, what: str, than: str = "t
 KEEP_SPACES = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
 
 
-def _sentencepiece(path: Path, content: bytes, files: dict[str, bytes]) -> Tokenizer:
+def _sentencepiece(path: Path, content: bytes, files: dict[str, bytes], added: dict[str, Added]) -> Tokenizer:
     try:
         original = sentencepiece.SentencePieceProcessor(model_proto=content)
         processor = sentencepiece.SentencePieceProcessor(model_proto=content + KEEP_SPACES)
@@ -191,14 +207,25 @@ def _sentencepiece(path: Path, content: bytes, files: dict[str, bytes]) -> Token
         raise UserError(
             f"{path}: BOS is {bos_id} and EOS is {eos_id}, expected both to be defined: not a Llama tokenizer"
         )
+    size = len(tokens)
+
+    vocabulary = {processor.id_to_piece(i): i for i in range(size)}
+    there = {text for text, t in added.items() if vocabulary.get(text, max(t.id, size)) == t.id}  # as there, or behind
+    added_tokens.check_known(path.parent, there, added, path.name)
+    controls = {text for text, token in added.items() if token.id < size and not tokens[token.id]}
+    added |= {text: added[text]._replace(special=True) for text in controls}  # </s> is special, whatever a file says
+    find = added_tokens.finders(path.parent, added)
+    dummy_prefix = original.normalize("a").startswith("▁")
+    first = with_prefix if dummy_prefix else str
     return Tokenizer(
-        encode=processor.encode,
-        tokens=tokens,
+        encode=added_tokens.encode_around(processor.encode, find, added, first) if find else processor.encode,
+        tokens=added_tokens.place(tokens, added, path),
         bos_id=bos_id,
         eos_id=eos_id,
         pad_id=processor.pad_id() if processor.pad_id() >= 0 else unk_id,
-        dummy_prefix=original.normalize("a").startswith("▁"),
+        dummy_prefix=dummy_prefix,
         files=files,
+        prefix_inside=bool(find),
     )
 
 
@@ -315,9 +342,14 @@ def _is_llama3(data: dict) -> bool:
 
 def _ranks_of(path: Path, data: dict) -> tuple[dict[bytes, int], dict[str, int]]:
     """Of a Llama 3 tokenizer.json: ranks of the ordinary tokens, ids of the special ones."""
-    added, byte_of = {token["content"]: token["id"] for token in data["added_tokens"]}, tokenizer_json.byte_of_character()
+    added, byte_of = (
+        {token["content"]: token["id"] for token in data["added_tokens"]},
+        tokenizer_json.byte_of_character(),
+    )
     try:
-        ranks = {bytes(byte_of[c] for c in token): i for token, i in data["model"]["vocab"].items() if token not in added}
+        ranks = {
+            bytes(byte_of[c] for c in token): i for token, i in data["model"]["vocab"].items() if token not in added
+        }
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{path}: a token contains {error}, expected byte-level tokens: fetch the file again"

@@ -84,7 +84,9 @@ def _check(path: Path, data: dict, model: dict) -> None:
     def refuse(field: str, got, expected: str, fix: str):
         raise UserError(f"{path}: {field} is {got!r}, expected {expected}: {fix}")
 
-    other = "for Llama 2 and TinyLlama put the model's tokenizer.model into the folder; other families are not supported"
+    other = (
+        "for Llama 2 and TinyLlama put the model's tokenizer.model into the folder; other families are not supported"
+    )
     if model["type"] != "BPE":
         refuse("model.type", model["type"], FORMAT, other)
     if model.get("byte_fallback"):
@@ -219,5 +221,6 @@ def _opens_with(step: dict | None, bos: str) -> bool:
     """Whether a post-processor puts this token first."""
     steps = step["processors"] if step and step["type"] == "Sequence" else [step] if step else []
     return any(
-        one["type"] == "TemplateProcessing" and one["single"][0].get("SpecialToken", {}).get("id") == bos for one in steps
+        one["type"] == "TemplateProcessing" and one["single"][0].get("SpecialToken", {}).get("id") == bos
+        for one in steps
     )

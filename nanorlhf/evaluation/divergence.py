@@ -38,7 +38,7 @@ def kl_from_sft(
     tokenizer = load_tokenizer(folder)
     check_same(tokenizer, load_tokenizer(sft_folder), f"the policy in {folder}", f"that of SFT ({sft_folder})")
     queries, _ = encode_posts(posts, tokenizer, max_query_length)
-    policy, reference = (load_policy(path, device, dtype) for path in (folder, sft_folder))
+    policy, reference = (load_policy(path, device, dtype, tokenizer) for path in (folder, sft_folder))
     responses, _ = generate(policy, list(queries), response_length, temperature, noise)  # (B, R)
     sequences = [query + response for query, response in zip(queries, responses.tolist(), strict=True)]
     kl, _, _ = in_microbatches(

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanorlhf.data.cores import over_cores
 from nanorlhf.data.tldr import Post
 from nanorlhf.errors import UserError
 from nanorlhf.evaluation import hacks
@@ -16,7 +15,7 @@ from nanorlhf.evaluation.metrics import (
     length_controlled_win_rate,
     length_fit,
     mean,
-    mean_pairwise_edit_distances,
+    mean_pairwise_edit_distance,
     rouge,
     win_rate,
     win_rate_by_length,
@@ -96,8 +95,7 @@ def describe(
         row["tokens"] = mean([summary.tokens for summary in written.summaries])  # EOS included
         row["eos_rate"] = sum(summary.has_eos for summary in written.summaries) / len(texts)
     if written.samples:
-        distances = over_cores(mean_pairwise_edit_distances, written.samples, progress, what="edit distances")
-        row["edit_distance"] = mean(distances)
+        row["edit_distance"] = mean([mean_pairwise_edit_distance(group) for group in written.samples])
     row |= {"entropy": written.entropy, "score": mean(scores) if scores else None, "gold": mean(gold) if gold else None}
     return {name: value for name, value in row.items() if value is not None}
 

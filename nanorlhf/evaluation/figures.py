@@ -165,7 +165,7 @@ def seeds_of(folder: Path) -> list[Path]:
 
     def settings(path: Path) -> tuple | None:
         try:
-            record = json.loads((path / "config.json").read_text())
+            record = json.loads((path / "config.json").read_text(encoding="utf-8"))
             config = {name: value for name, value in record["config"].items() if name not in free}
             return record["stage"], record["config"].get("seed"), config
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no run of ours

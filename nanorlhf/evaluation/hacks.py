@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanorlhf.data.tldr import Post
-from nanorlhf.evaluation.metrics import copied_ngrams, distinct_n, mean, repetition, title_copy, words
+from nanorlhf.evaluation.metrics import copied_ngrams, distinct_n, is_empty, mean, repetition, title_copy, words
 
 TITLE_SHARES = (50, 80, 100)  # percent of the title
 
@@ -24,13 +24,13 @@ def panel(texts: Sequence[str], posts: Sequence[Post], scores: Sequence[float] |
 
     title_copy: longest common subsequence over title length, mean; title_copy_80: share of the texts with at least 80%;
     copy4: share of 4-grams that stand in the post; repetition: share of bigrams that stood in the same text before;
-    distinct2: different bigrams over all; length in words; empty: share without a word; length_score_corr: Pearson's,
+    distinct2: different bigrams over all; length in words; empty: share without text; length_score_corr: Pearson's,
     0 where nothing varies. Posts without a title, and texts too short for an n-gram, do not count: nan where none does.
     """
     copies = np.array([title_copy(text, post.title) for text, post in zip(texts, posts, strict=True)])
     titled = copies[~np.isnan(copies)]
     lengths = [len(words(text)) for text in texts]
-    found = {"length": mean(lengths), "empty": lengths.count(0) / len(lengths), "title_copy": mean(copies)}
+    found = {"length": mean(lengths), "empty": mean([is_empty(text) for text in texts]), "title_copy": mean(copies)}
     for share in TITLE_SHARES:
         found[f"title_copy_{share}"] = float((titled >= share / 100 - 1e-9).mean()) if len(titled) else math.nan
     found["copy4"] = mean([copied_ngrams(text, post.post) for text, post in zip(texts, posts, strict=True)])

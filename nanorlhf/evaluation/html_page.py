@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 
 from nanorlhf.evaluation.metrics import title_copy
-from nanorlhf.evaluation.tables import Table, display, number, sample_table, tables, worst_tables
+from nanorlhf.evaluation.tables import EXPLAINED, Table, display, number, sample_table, tables, worst_tables
 
 HERE = Path(__file__).parent
 SAMPLES_SHOWN = 300  # samples.jsonl has all
@@ -35,7 +35,7 @@ def html_page(
     results: dict, samples: list[dict], images: dict[str, bytes], traces: list[dict] = (), about: str = ""
 ) -> str:
     """The whole report, in ASCII: other characters are written as &#...;, which no encoding can garble."""
-    style, script = (HERE / "report.css").read_text(), (HERE / "report.js").read_text()
+    style, script = (HERE / "report.css").read_text(encoding="utf-8"), (HERE / "report.js").read_text(encoding="utf-8")
     every, body, links = tables(results), [], []
     for id, (heading, kinds) in SECTIONS.items():
         pictures = [_figure(name, image) for name, image in images.items() if name.split("_")[0] in kinds]
@@ -62,7 +62,7 @@ def html_page(
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <style>{style}</style></head>
-<body><h1>nanorlhf: evaluation</h1><p class=note>{html.escape(about)}</p><nav>{nav}</nav>
+<body><h1>nanorlhf: evaluation</h1><p class=note>{html.escape(about)}</p><p class=note>{EXPLAINED}</p><nav>{nav}</nav>
 {chr(10).join(body)}
 <script>{script}</script></body></html>
 """

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from nanorlhf.data.tldr import Post, encode_query, encode_response
+from nanorlhf.data.tldr import MAX_RESPONSE, Post, encode_query, end_response, response_text
 from nanorlhf.data.tokenizer import Tokenizer
 from nanorlhf.errors import UserError
 from nanorlhf.tiny.gold import judge as gold_of_id
@@ -149,10 +149,13 @@ def of_tiny_world(posts: Sequence[Post]) -> bool:
 
 
 def reward_model_judge(
-    model: "ScalarModel", tokenizer: Tokenizer, max_query_length: int, microbatch_tokens: int, progress=None
+    model: "ScalarModel", tokenizer: Tokenizer, max_query_length: int, microbatch_tokens: int, progress=None, say=None
 ) -> ScoreJudge:
     """A reward model as a judge. A summary is scored as a finished one, EOS included, whether or not its policy stopped
-    by itself. What it has scored it remembers."""
+    by itself; a long one by its first MAX_RESPONSE tokens, which `say` tells. What it has scored it remembers.
+
+    Raises UserError for a score that is nan or infinite.
+    """
     from nanorlhf.packing import split_by_tokens
 
     walk = progress or (lambda items, what: items)
@@ -162,11 +165,20 @@ def reward_model_judge(
         asked = list(zip(posts, summaries, strict=True))
         new = [key for key in dict.fromkeys(asked) if key not in known]
         queries = [encode_query(tokenizer, p.subreddit, p.title, p.post, max_query_length) for p, _ in new]
-        sequences = [query + encode_response(tokenizer, text) for query, (_, text) in zip(queries, new, strict=True)]
+        fitted = [end_response(tokenizer, tokenizer.encode(response_text(text))) for _, text in new]
+        if say and (cut := sum(was_cut for _, was_cut in fitted)):
+            say(f"note    {cut:,} of {len(new):,} summaries are scored by their first {MAX_RESPONSE} tokens")
+        sequences = [query + response for query, (response, _) in zip(queries, fitted, strict=True)]
         groups = split_by_tokens([len(sequence) for sequence in sequences], microbatch_tokens)
         for group in walk(groups, what="scoring"):
-            values = model.scores([sequences[i] for i in group])  # (B,) fp32
-            known.update(zip((new[i] for i in group), values.tolist(), strict=True))
+            values = model.scores([sequences[i] for i in group]).tolist()  # B
+            bad = [new[i][0].id for i, value in zip(group, values, strict=True) if not math.isfinite(value)]
+            if bad:
+                raise UserError(
+                    f"reward model: its score of a summary of post {bad[0]} is not finite, expected a number: its "
+                    "weights are finite, so they are too large for this dtype or damaged; take another checkpoint"
+                )
+            known.update(zip((new[i] for i in group), values, strict=True))
         return [known[key] for key in asked]
 
     return ScoreJudge("rm", scores)

@@ -2,15 +2,16 @@
 
 Everything is a pure function of texts or numbers. Words are lower-cased runs of [a-z0-9]+, as ROUGE counts them. A
 figure that is not defined for one text (title copying without a title) is nan, so that a mean over posts can leave it
-out; a figure of no texts at all is a ValueError.
+out; a figure of no texts at all is a ValueError. What is a textbook's comes from rouge_score, rapidfuzz and scipy
+(docs/libraries.md); scipy.stats is imported where it is used, because it takes half a second.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
-from statistics import NormalDist
 
 import numpy as np
+from rapidfuzz.distance import LCSseq, Levenshtein
 
 from nanorlhf.data.cores import over_cores
 
@@ -21,6 +22,18 @@ RIDGE = 1e-3  # of the logistic regression; see `_fit_logistic`
 def words(text: str) -> list[str]:
     """Lower-cased [a-z0-9]+ runs: the words of ROUGE without a stemmer."""
     return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def is_empty(text: str) -> bool:
+    """Whether a text has no letter and no digit of any alphabet."""
+    return not any(c.isalnum() for c in text)
+
+
+def without_words(texts: Sequence[str]) -> str | None:
+    """A warning with the number of texts that say something and have no `words`: in Chinese, Greek or Arabic."""
+    count = sum(not words(text) and not is_empty(text) for text in texts)
+    of = f"warning {count:,} of {len(texts):,} texts have no Latin letter and no digit"
+    return f"{of}: ROUGE is 0 for them, and they count as 0 words" if count else None
 
 
 def ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
@@ -59,9 +72,9 @@ def rouge_rows_stemmed(pairs: Sequence[tuple[str, str]]) -> list[tuple[float, fl
 
 def title_copy(summary: str, title: str) -> float:
     """Longest common subsequence of words over the title's words: 1 when the whole title stands in the summary, in
-    order. nan for a title without words."""
+    order, perhaps with gaps. nan for a title without words."""
     in_title = words(title)
-    return common_subsequence(words(summary), in_title) / len(in_title) if in_title else float("nan")
+    return LCSseq.similarity(words(summary), in_title) / len(in_title) if in_title else float("nan")
 
 
 def copied_ngrams(summary: str, source: str, n: int = 4) -> float:
@@ -76,26 +89,6 @@ def repetition(text: str, n: int = 2) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else float("nan")
 
 
-def common_subsequence(a: Sequence, b: Sequence) -> int:
-    """Length of the longest common subsequence, which may have gaps. O(len(a) * len(b))."""
-    row = [0] * (len(b) + 1)  # row[j]: the answer for what was read of a, and b[:j]
-    for x in a:
-        diagonal = 0
-        for j, y in enumerate(b, start=1):
-            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
-    return row[-1]
-
-
-def edit_distance(a: Sequence, b: Sequence) -> int:
-    """Levenshtein distance: the fewest insertions, deletions and replacements that turn a into b."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, start=1):
-            diagonal, row[j] = row[j], min(diagonal + (x != y), row[j] + 1, row[j - 1] + 1)
-    return row[-1]
-
-
 # --- of a set of texts ------------------------------------------------------------------------------------------------
 
 
@@ -108,17 +101,12 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
 
 
 def mean_pairwise_edit_distance(texts: Sequence[str]) -> float:
-    """Mean over all pairs of texts of edit distance in words / longer text's words: 0: all equal, 1: no word kept."""
+    """Mean over all pairs of texts of Levenshtein's distance in words (the fewest insertions, deletions and replacements
+    that turn one into the other) over the longer text's words. 0: all are equal, 1: no word is kept."""
     if len(texts) < 2:
         raise ValueError(f"texts: got {len(texts)}, expected at least two to compare")
-    lists = [words(text) for text in texts]
-    distances = [edit_distance(a, b) / max(len(a), len(b), 1) for a, b in combinations(lists, 2)]
+    distances = [Levenshtein.normalized_distance(a, b) for a, b in combinations(map(words, texts), 2)]
     return sum(distances) / len(distances)
-
-
-def mean_pairwise_edit_distances(groups: Sequence[Sequence[str]]) -> list[float]:
-    """`mean_pairwise_edit_distance` of each group: the samples of one post each."""
-    return [mean_pairwise_edit_distance(texts) for texts in groups]
 
 
 def mean(values: Sequence[float]) -> float:
@@ -150,33 +138,26 @@ def bootstrap_interval(
     pair belong to the same post, the pair is drawn as one. The interval knows the noise of posts and of sampling, not
     that of training: for that, train several seeds. When all outcomes are equal it has no width, however few they are.
     """
-    values, level = _numbers(outcomes), _level(level)
-    means = np.concatenate([values[drawn].mean(axis=1) for drawn in _resample(len(values), resamples, seed)])
-    return _percentiles(means, level)
-
-
-# The 97.5% quantile of Student's t with n - 1 degrees of freedom, n = 2, 3, ...; from 11 seeds on the normal's is near.
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+    return _bootstrap([_numbers(outcomes)], np.mean, resamples, seed, level)
 
 
 def seed_interval(values: Sequence[float]) -> float:
     """Half the width of the 95% interval of a mean over seeds (Student 1908): t sd / sqrt(n); nan for one seed."""
-    n = len(values)
-    if n < 2:
+    if len(values) < 2:
         return float("nan")
-    t = STUDENT_T[n - 2] if n - 2 < len(STUDENT_T) else NormalDist().inv_cdf(0.975)
-    return float(t * np.std(values, ddof=1) / np.sqrt(n))
+    from scipy.special import stdtrit
+
+    return float(stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def accuracy_interval(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of the proportion correct / n (Wilson 1927): within [0, 1], with some width even at 0."""
+    from scipy.stats import binomtest
+
     if n <= 0 or not 0 <= correct <= n:
         raise ValueError(f"correct, n: got {correct}, {n}, expected 0 <= correct <= n and n at least 1")
-    z = NormalDist().inv_cdf(0.5 + _level(level) / 2)
-    p = correct / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low, high = binomtest(correct, n).proportion_ci(_level(level), method="wilson")
+    return float(low), float(high)
 
 
 def win_rate_by_length(
@@ -227,8 +208,13 @@ def length_controlled_interval(
 ) -> tuple[float, float]:  # fmt: skip
     """Percentile bootstrap interval of `length_controlled_win_rate`, fitted again on each resample of posts."""
     y, x = _length_regression(outcomes, lengths, other_lengths)
-    fits = np.concatenate([_fit_logistic(x[drawn], y[drawn])[:, 0] for drawn in _resample(len(y), resamples, seed)])
-    return _percentiles(_sigmoid(fits), _level(level))
+
+    def at_equal_length(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
+        """(..., n) each -> (...)"""
+        n = x.shape[-1]
+        return _sigmoid(_fit_logistic(x.reshape(-1, n), y.reshape(-1, n))[:, 0]).reshape(x.shape[:-1])
+
+    return _bootstrap([x, y], at_equal_length, resamples, seed, level)
 
 
 def _length_regression(outcomes, lengths, other_lengths) -> tuple[np.ndarray, np.ndarray]:
@@ -268,16 +254,20 @@ def _sigmoid(z):
     return 0.5 * (1 + np.tanh(z / 2))  # no overflow
 
 
-def _resample(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Blocks (rows, n) of indices drawn with replacement, `resamples` rows in all, a million numbers at a time."""
-    rng = np.random.default_rng(seed)
-    block = max(1, 1_000_000 // n)
-    for done in range(0, resamples, block):
-        yield rng.integers(n, size=(min(block, resamples - done), n))
+def _bootstrap(
+    columns: list[np.ndarray], statistic: Callable, resamples: int, seed: int, level: float
+) -> tuple[float, float]:
+    """Percentile interval of `statistic` over resamples of rows. columns: (n,) each; one row of them is drawn as one."""
+    from scipy.stats import bootstrap
 
-
-def _percentiles(statistics: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(statistics, [(1 - level) / 2, (1 + level) / 2])
+    n, level = len(columns[0]), _level(level)
+    if n == 1:  # scipy wants two; every resample of one row is that row
+        return (float(statistic(*columns, axis=-1)),) * 2
+    found = bootstrap(
+        columns, statistic, paired=len(columns) > 1, vectorized=True, method="percentile", n_resamples=resamples,
+        confidence_level=level, batch=max(1, 1_000_000 // n), rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    low, high = found.confidence_interval
     return float(low), float(high)
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from nanorlhf.errors import UserError
 from nanorlhf.evaluation.figures import figures, png, ppo_figure, run_folder
 from nanorlhf.evaluation.html_page import html_page
-from nanorlhf.evaluation.tables import Table, display, sample_table, tables, worst_tables
+from nanorlhf.evaluation.tables import EXPLAINED, Table, display, sample_table, tables, worst_tables
 from nanorlhf.run.run import read_metrics
+from nanorlhf.run.streams import lasting_streams
 from nanorlhf.storage.jsonl import read_jsonl, write_whole
 
 SAMPLES_IN_MARKDOWN = 10  # samples.jsonl has all
@@ -33,7 +34,7 @@ def about_line(results: dict) -> str:
 
 def markdown_page(results: dict, samples: list[dict], images: dict[str, bytes]) -> str:
     """The tables and the first samples in Markdown (GitHub's), in ASCII; the figures are files beside it."""
-    parts = ["# nanorlhf: evaluation", escape_markdown(about_line(results))]
+    parts = ["# nanorlhf: evaluation", escape_markdown(about_line(results)), EXPLAINED]
     parts += [" ".join(f"![{name.replace('_', ' ')}]({name}.png)" for name in images)]
     for table in tables(results):
         parts += [f"## {escape_markdown(table.title)}", _markdown_table(table), escape_markdown(table.note)]
@@ -76,7 +77,7 @@ def write_report(folder: str | Path) -> Path:
     """Write report.html, report.md and figures of an evaluation from what lies in its folder -> the page's path."""
     folder = Path(folder)
     try:
-        results = json.loads((folder / "metrics.json").read_text())
+        results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: no metrics.json, expected an evaluation: run `python eval.py` first") from None
     samples, images = read_jsonl(folder / "samples.jsonl"), figures(results)
@@ -111,4 +112,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with lasting_streams():
+        main()

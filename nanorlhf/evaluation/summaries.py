@@ -19,20 +19,21 @@ import kernels
 from kernels import linear_cross_entropy
 from nanorlhf.data.encoding import encode_posts
 from nanorlhf.data.tldr import Post
-from nanorlhf.data.tokenizer import check_matches, load_tokenizer
+from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.errors import UserError
 from nanorlhf.losses import next_token_labels
 from nanorlhf.models import Policy
 from nanorlhf.packing import pack, split_by_tokens
 from nanorlhf.rollout import Summary, summarise
-from nanorlhf.storage.checkpoint import load_policy
+from nanorlhf.storage.checkpoint import check_folder, load_policy
 from nanorlhf.storage.jsonl import append, read_jsonl
 
 STORE = Path("runs/summaries")
 PACKAGE = Path(__file__).parents[1]
 LESSON = "rollout decoder models llama attention packing losses".split()
 CODE = [PACKAGE / f"{name}.py" for name in LESSON]  # decides a summary, or the loss
-CODE += [PACKAGE / "data" / f"{name}.py" for name in ("encoding", "tldr", "tokenizer")] + [Path(__file__)]
+DATA = "encoding tldr tokenizer tokenizer_json added_tokens".split()
+CODE += [PACKAGE / "data" / f"{name}.py" for name in DATA] + [Path(__file__)]
 CODE += sorted(Path(kernels.__file__).parent.glob("*.py"))
 
 
@@ -68,15 +69,19 @@ class Written:
 def write(folder: Path, posts: list[Post], plan: Plan, device, dtype, microbatch_tokens: int, progress) -> Written:
     """The summaries of a checkpoint, from the store where they are, else generated and stored."""
     read = [[p.id, p.subreddit, p.title, p.post, p.summary] for p in posts]  # the summary decides the loss
-    made_by = {"model": _fingerprint(folder), "posts": _hash(read), "code": _hash([p.read_text() for p in CODE])}
+    made_by = {
+        "model": _fingerprint(folder),
+        "posts": _hash(read),
+        "code": _hash([p.read_text(encoding="utf-8") for p in CODE]),
+    }
     made_by |= {"dtype": str(dtype).removeprefix("torch."), "device": device.type} | asdict(plan)
     path = STORE / f"{_hash(made_by)[:20]}.jsonl"
     if path.is_file():
         return _from_store(path)
 
     tokenizer = load_tokenizer(folder)
-    policy = load_policy(folder, device, dtype)
-    check_matches(tokenizer, policy.config.vocab_size, policy.config.eos_token_id)
+    check_folder(folder, tokenizer)
+    policy = load_policy(folder, device, dtype, tokenizer)
     queries, references = encode_posts(posts, tokenizer, plan.max_query_length, progress)
     R = plan.response_length
     summaries = summarise(policy, tokenizer, queries, R, plan.temperature, plan.noise, progress=progress)
@@ -134,6 +139,8 @@ def read_samples(path: Path, name: str, posts: list[Post]) -> Written:
             f"samples {name}: {path} lacks {len(missing)} of the {len(posts)} posts (the first: {missing[0]}), "
             "expected all of them: is it of another data set or split? --num_posts evaluates fewer"
         )
+    if not any(texts[post.id] for post in posts):
+        raise UserError(f"samples {name}: all {len(posts)} summaries in {path} are blank, expected text: mend the file")
     summaries = [Summary(texts[post.id], tokens=0, has_eos=True) for post in posts]  # what a text file can say
     return Written(summaries)
 

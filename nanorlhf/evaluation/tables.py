@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+EXPLAINED = "What each number is, and what is healthy: docs/metrics.md."
 NAMES = {"reference": "reference", "base": "base", "sft": "SFT", "ppo": "PPO", "rm": "reward model"}
 MEASURES = {  # rows of the table of policies: name in metrics.json -> heading, format
     "rouge1": ("ROUGE-1", ".3f"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from nanorlhf.data.tldr import Post
 from nanorlhf.data.tokenizer import Tokenizer
 from nanorlhf.evaluation import hacks
-from nanorlhf.evaluation.metrics import mean, mean_pairwise_edit_distances
+from nanorlhf.evaluation.metrics import mean, mean_pairwise_edit_distance
 from nanorlhf.llama import LlamaConfig
 from nanorlhf.models import Policy
 from nanorlhf.monitoring.flops import mfu, ppo_update_flops
@@ -129,7 +129,7 @@ def diversity(
     responses, _ = generate(policy, queries, response_length, temperature, seed, list(noise))
     written = [s.text for s in read_responses(tokenizer, responses)]
     groups = [written[i : i + DIVERSITY_SAMPLES] for i in range(0, len(written), DIVERSITY_SAMPLES)]
-    return {"hack/edit_distance": mean(mean_pairwise_edit_distances(groups))}
+    return {"hack/edit_distance": mean([mean_pairwise_edit_distance(group) for group in groups])}
 
 
 def trace(

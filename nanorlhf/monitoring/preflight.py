@@ -12,7 +12,7 @@ it starts. Each is a number with bounds and the likely cause when it is outside;
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,14 +25,17 @@ from nanorlhf.models import Policy, ScalarModel
 from nanorlhf.packing import in_microbatches, pack
 from nanorlhf.pairs import pack_pairs
 from nanorlhf.ppo import Experience
+from nanorlhf.run.run import Run
 
 # By dtype. The bounds of bf16 are a few times what rounding does to SmolLM2-135M's real weights: every operation rounded
-# to bf16, in two orders of summation, on real posts and their summaries (bench/rounding.py; more on 128 posts).
+# to bf16, in two orders of summation, on real posts and their summaries (experiments/rounding.py, 24 posts).
 #     log-prob      rms 0.071, largest 0.40: approxkl 2.5e-3
 #     score, value  rms 0.047 and 0.028, largest 0.13; read one token early a score is off by 2.3
 RATIO = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the mean ratio
 APPROXKL = {torch.float32: 1e-6, torch.bfloat16: 5e-3}  # nats; T 1 for 0.7 gives 0.012 (experiments.bugs --ratio)
 SCORE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # rms between two ways to compute a score or value, of about 1
+SHIFT = {torch.float32: 0.0, torch.bfloat16: 0.1}  # of a mean score
+OF_SCORE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest score: a number near 1e6 moves in steps of 0.1
 KERNEL = {torch.float32: 1e-4, torch.bfloat16: 1e-3}  # nats, of a log-prob from the same hidden state
 MIN_EOS_RATE = 0.1  # an SFT model that has learned to stop is above 0.9
 LEAST_REFERENCES, MOST_REFERENCES = 64, 256  # posts whose summaries must have a mean score of 0
@@ -78,6 +81,11 @@ def equals(name: str, value: float, expected: float, cause: str) -> Check:
 def rms(differences: Tensor) -> float:
     """Root mean square. Of many roundings the largest grows with their number, and this does not."""
     return differences.float().square().mean().sqrt().item()
+
+
+def rounding(scores: Tensor, dtype: torch.dtype) -> float:
+    """How far two computations of such scores may lie apart for their size alone, however little they differ."""
+    return OF_SCORE[dtype] * scores.abs().max().item()
 
 
 def report(checks: Iterable[Check], say: Callable[[str], None], when: str) -> dict[str, float]:
@@ -126,6 +134,36 @@ def logprob_error(policy: Policy, sequences: list[list[int]], responses: Tensor,
 
 
 # --- PPO -------------------------------------------------------------------------------------------------------------
+
+
+def before_update(
+    run: Run, update: int, models: tuple[Policy, Policy, ScalarModel, ScalarModel], frozen: list[float],
+    episode: Experience, said, sampled_logprobs: Tensor, queries: Sequence[list[int]], references: Sequence[list[int]],
+    tokenizer: Tokenizer,
+) -> dict[str, float]:  # fmt: skip
+    """All checks that are due before the learning of this update -> their metrics; raises UserError for one that fails.
+
+    args: said: train_ppo.Scored; queries, references: of the training posts; the others as in `any_update`
+    """
+    cfg, when, checked = run.cfg, f"before update {update + 1}", {}
+    if update == 0:  # first what costs nothing
+        checked = report(first_responses(episode.responses, tokenizer), run.say, when)
+        run.say("        the others read the batch once more, and as many of the authors' summaries")
+    checks = any_update(models, frozen, episode, sampled_logprobs, cfg)
+    if update == 0:
+        n = how_many_references(cfg.batch_size)
+        known = [query + reference for query, reference in zip(queries[:n], references[:n], strict=True)]
+        (known_scores,) = in_microbatches(
+            lambda packed, _: [models[3].last_scores(packed)], known, cfg.microbatch_tokens, run.device
+        )
+        checks += first_update(episode, said.ref_logprobs, said.raw_scores, known_scores, run.dtype)
+    return checked | report(checks, run.say, when)
+
+
+def in_loss(run: Run, update: int, totals: dict[str, Tensor], checked: dict[str, float]) -> None:
+    """Adds to `checked` what the first loss of the policy in this update sees, before its optimizer step."""
+    if "val/ratio" in totals and "grad_norm" not in totals:
+        checked |= report(first_loss(totals, run.dtype), run.say, f"in update {update + 1}")
 
 
 def any_update(
@@ -198,10 +236,12 @@ def first_update(
     kl = torch.where(mask, episode.logprobs - ref_logprobs, 0.0).sum(1).abs().max().item()
     after_eos = mask.sum(1).clamp(max=mask.shape[1] - 1)  # (B,) L+1, the index of the state after EOS
     has_slot = ~mask[:, -1]  # a response that fills all R slots has no such state
-    allowed = SCORE[dtype] * max(1.0, scores.std(unbiased=False).item())  # rounding is relative
+    allowed = max(SCORE[dtype] * max(1.0, scores.std(unbiased=False).item()), rounding(scores, dtype))
     difference = torch.where(has_slot, values.gather(1, after_eos[:, None])[:, 0] - scores, 0.0)  # (B,)
-    error = reference_scores.std() / math.sqrt(len(reference_scores))
-    off = (reference_scores.mean().abs() / error.clamp(min=1e-12)).item()
+    # Standard errors from 0. The shift that should have made it 0 was itself a mean, perhaps of no more posts: twice
+    # the variance. And it was perhaps measured in fp32, where a trunk in bf16 moves all scores alike by up to 0.06.
+    error = reference_scores.std() * math.sqrt(2 / len(reference_scores))
+    off = ((reference_scores.mean().abs() - SHIFT[dtype]).clamp(min=0) / error.clamp(min=1e-12)).item()
     return [
         at_most("KL", kl, 1e-3, "policy and reference differ in weights, in temperature or in code"),
         at_most("V(after EOS) - score", rms(difference[has_slot]) if has_slot.any() else 0.0, allowed,
@@ -212,7 +252,7 @@ def first_update(
     ]  # fmt: skip
 
 
-def references(batch_size: int) -> int:
+def how_many_references(batch_size: int) -> int:
     """Posts whose summaries are scored: as many as a batch has, so that it costs a quarter of scoring one, and in any
     case enough to know a mean by."""
     return min(MOST_REFERENCES, max(LEAST_REFERENCES, batch_size))
@@ -260,7 +300,7 @@ def reward_model(
     ends = [summary[-1] == tokenizer.eos_id for _, *summaries in pairs for summary in summaries]
     return [
         equals("sequences that end in EOS", sum(ends) / len(ends), 1, "the score is read at EOS, which was cut off"),
-        at_most("score alone - in a batch", rms(together - alone), SCORE[dtype],
+        at_most("score alone - in a batch", rms(together - alone), max(SCORE[dtype], rounding(alone, dtype)),
                 "a score depends on its neighbours: attention, positions or the index of the last token, or the two "
                 "summaries see each other"),
         at_most("identical texts: loss - ln 2", abs(loss - math.log(2)), SCORE[dtype],

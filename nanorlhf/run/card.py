@@ -4,6 +4,7 @@ It holds how to load and serve the model, the run's last metrics and its whole c
 """
 
 import json
+import shlex
 from pathlib import Path
 
 from nanorlhf.data.hub import hub_id_of
@@ -25,7 +26,7 @@ QUERY = "SUBREDDIT: r/...\\n\\nTITLE: ...\\n\\nPOST: ...\\n\\nTL;DR:"
 
 def write_card(run_folder: Path, final: str = "final") -> None:
     """Write README.md into a finished run's `final` folder."""
-    record = json.loads((run_folder / "config.json").read_text())
+    record = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
     metrics = {}
     for row in read_jsonl(run_folder / "metrics.jsonl"):
         metrics |= row
@@ -34,11 +35,11 @@ def write_card(run_folder: Path, final: str = "final") -> None:
 
 def card(record: dict, metrics: dict, folder: Path) -> str:
     """The text of a card. record: the run's config.json; metrics: the last value of each; folder: the model's."""
-    model, settings = json.loads((folder / "config.json").read_text()), record["config"]
+    model, settings = json.loads((folder / "config.json").read_text(encoding="utf-8")), record["config"]
     what, auto, task = WHAT[model["architectures"][0]]
     commit = (record.get("git") or {}).get("commit") or "unknown"
     kept = {name: value for name, value in metrics.items() if name.startswith(SHOWN) and "accuracy/" not in name}
-    command = " ".join([Path(record["argv"][0]).name, *record["argv"][1:]])
+    command = shlex.join(["python", Path(record["argv"][0]).name, *record["argv"][1:]])
     front = ["---", "library_name: transformers", f"pipeline_tag: {task}", "tags: [rlhf, ppo, tldr, nanorlhf]"]
     if base := _base_of(settings.get("model") or settings.get("sft_model") or ""):
         front.append(f"base_model: {base}")
@@ -72,7 +73,7 @@ def card(record: dict, metrics: dict, folder: Path) -> str:
 def _base_of(folder: str) -> str | None:
     """The hub's id of the model that training began from: of the hub's cache, or handed on by the card of a stage."""
     there = Path(folder) / "README.md"
-    lines = there.read_text(errors="replace").splitlines() if there.is_file() else []
+    lines = there.read_text(errors="replace", encoding="utf-8").splitlines() if there.is_file() else []
     handed_on = (line.removeprefix("base_model: ") for line in lines if line.startswith("base_model: "))
     return hub_id_of(folder) or next(handed_on, None)
 

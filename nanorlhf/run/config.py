@@ -38,7 +38,9 @@ from typing import Annotated, Any
 import tyro
 
 from nanorlhf.errors import UserError, check, one_sentence
+from nanorlhf.run.streams import lasting_streams
 
+EXPLAINED = "What a run logs is explained in docs/metrics.md"
 LARGE_GPU_GB = 70  # what the llama-1b preset needs
 
 # How other projects (TRL, cleanrl, OpenRLHF) spell our flags.
@@ -110,8 +112,9 @@ FREE_ON_RESUME = ("resume", "overwrite", "device", *KEPT_UNLESS_GIVEN)
 
 
 def cli(main: Callable, Config: type, presets: dict[str, dict], doc: str, argv: list[str] | None = None) -> None:
-    """Parses the flags and calls main(cfg). What a user can cause ends in one sentence on stderr and exit status 2."""
-    with one_sentence("continue with --resume" if "resume" in _names(Config) else ""):
+    """Parses the flags and calls main(cfg). What a user can cause ends in one sentence on stderr and exit status 2;
+    output that goes away ends nothing (streams.py)."""
+    with lasting_streams(), one_sentence("continue with --resume" if "resume" in _names(Config) else ""):
         main(parse(Config, presets, doc, argv))
 
 
@@ -142,7 +145,7 @@ def parse(Config: type, presets: dict[str, dict], doc: str, argv: list[str] | No
     nested = tyro.cli(
         make_dataclass("Flags", boxes),
         args=words + ["--help"] * wants_help,
-        description=f"{_summary(doc)}\n\nDefaults below: preset {preset} ({reason}).",
+        description=f"{_summary(doc)}\n\nDefaults below: preset {preset} ({reason}). {EXPLAINED}.",
         use_underscores=True,
     )
     values = {name: value for group in asdict(nested).values() for name, value in group.items()}
@@ -161,7 +164,7 @@ def _restore(cfg: Any, explicit: set[str]) -> None:
     """Take the settings of the resumed run, models and data included; an explicit flag may not contradict them."""
     path = Path("runs") / cfg.run_name / "config.json"
     try:
-        began_with = dict(json.loads(path.read_text())["config"])
+        began_with = dict(json.loads(path.read_text(encoding="utf-8"))["config"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return  # there is no such run: Run says so
     from nanorlhf.data.hub import hub_id_of  # here: --help should not wait for the tokenizers
@@ -211,7 +214,7 @@ def unread_fields(Config: type, *sources: str | Path) -> list[str]:
     """Dead flags: the fields that none of these files reads as cfg.<field> or getattr(cfg, "<field>", ...)."""
     read = set()
     for source in sources:
-        for node in ast.walk(ast.parse(Path(source).read_text())):
+        for node in ast.walk(ast.parse(Path(source).read_text(encoding="utf-8"))):
             match node:
                 case ast.Attribute(value=ast.Name(id="cfg"), attr=name, ctx=ast.Load()):
                     read.add(name)

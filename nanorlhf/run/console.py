@@ -30,8 +30,8 @@ class Console:
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar, at once (also under nohup)."""
-        encoding = sys.stdout.encoding or "utf-8"
-        line = line.encode(encoding, "replace").decode(encoding)  # an emoji must not end a run in an old locale
+        if sys.stdout.errors == "strict":  # not yet as streams.py has it: an emoji must not end a run in an old locale
+            line = line.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding)
         if self.interactive:
             tqdm.write(line)
         else:

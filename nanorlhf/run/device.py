@@ -40,7 +40,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
             else torch.float32
         )
     known = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
-    check(name in known, "dtype", name, "auto, float32 or bfloat16", "float16 overflows in PPO")
+    check(
+        name in known,
+        "dtype",
+        name,
+        "auto, float32 or bfloat16",
+        "float16 needs its loss scaled, which is left out here",
+    )
     return known[name]
 
 

@@ -71,6 +71,6 @@ def _model_of(preset: str | None) -> str:
 
 def _preset_of(run: Path) -> str | None:
     try:
-        return json.loads((run / "config.json").read_text())["config"]["preset"]
+        return json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]["preset"]
     except (FileNotFoundError, ValueError, KeyError):  # a folder that no run of ours wrote
         return None

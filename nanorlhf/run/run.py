@@ -23,6 +23,7 @@ A file here only grows, a whole line at a time; truncate_metrics, on resume, is 
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
@@ -99,6 +100,10 @@ class Run:
 
         one_name = cfg.run_name == Path(cfg.run_name).name and cfg.run_name not in ("", "..")
         check(one_name, "run_name", repr(cfg.run_name), "the name of one folder", "leave out slashes")
+        fix = "choose another name" + (
+            "" if sys.flags.utf8_mode else ", or set PYTHONUTF8=1"
+        )  # it is to be typed again
+        check(cfg.run_name.isprintable(), "run_name", ascii(cfg.run_name), "printable in this locale", fix)
         on_nan = getattr(cfg, "on_nan", "stop")
         check(on_nan in ("stop", "skip"), "on_nan", repr(on_nan), "stop or skip")
         self.folder = Path(root) / cfg.run_name
@@ -117,6 +122,7 @@ class Run:
         repeats = ", deterministic" if deterministic else ""
         self.say(f"device  {device_name(self.device)}, {dtype}{with_kernels}, seed {cfg.seed}{repeats}")
         self.say(f"folder  {self.folder}" + (" (resumed)" if self.resuming else ""))
+        self.say("metrics explained in docs/metrics.md")
 
     def _may_begin(self, locked: bool = False) -> dict:
         cfg = self.cfg
@@ -151,6 +157,11 @@ class Run:
     def say(self, line: str) -> None:
         """Prints a line."""
         self.console.say(line)
+
+    def say_all(self, lines: Iterable[str]) -> None:
+        """Prints lines."""
+        for line in lines:
+            self.say(line)
 
     def progress(self, iterable: Iterable, total: int | None = None, what: str = "working") -> Iterator:
         """Yields the items and shows how far it is."""

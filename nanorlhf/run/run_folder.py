@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import socket
 import subprocess
@@ -42,7 +43,7 @@ def may_use(folder: Path, stage: str, overwrite: bool, resume: bool | str | None
     if not used:
         return {}
     try:
-        before = json.loads((folder / "config.json").read_text())
+        before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         owner = before["stage"]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):  # no Run wrote this
         owner = None
@@ -57,7 +58,7 @@ def may_use(folder: Path, stage: str, overwrite: bool, resume: bool | str | None
 def writer_of(folder: Path) -> str | None:
     """ "process 123 on host", the process that holds a run folder's lock; None when nobody does."""
     try:
-        with open(folder / LOCK) as file:
+        with open(folder / LOCK, encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -69,7 +70,7 @@ def writer_of(folder: Path) -> str | None:
 
 def lock(folder: Path) -> Any:
     """Take the lock of a run folder until the returned file is closed. Raises UserError when another process has it."""
-    file = open(folder / LOCK, "a+")
+    file = open(folder / LOCK, "a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -122,7 +123,7 @@ def resume_command(record: dict) -> str:
     words = ["python", record["argv"][0], "--resume"]
     words += ["--run_name", name] if name != record["stage"] else []
     words += ["--device", device] if device != "auto" else []  # the one flag that a resumed run does not keep
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def git() -> dict | None:

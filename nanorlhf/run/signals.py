@@ -1,16 +1,18 @@
-"""SIGINT (Ctrl-C) and SIGTERM (what a scheduler sends): the step is finished, saved, and the run ends with 130 or 143.
+"""SIGINT (Ctrl-C), SIGTERM (what a scheduler sends), SIGHUP (a terminal that goes away): the step is finished, saved,
+and the run ends with 130, 143 or 129.
 
 While a model trains, the first signal only asks, and the loop looks at `asked` once a step. At any other time, and at
 the second signal, the run ends where it is: a checkpoint is complete or absent, so that loses nothing but the step.
 """
 
+import contextlib
 import os
 import signal
 import threading
 
 from nanorlhf.errors import Stopped, signal_name
 
-HANDLED = (signal.SIGINT, signal.SIGTERM)
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Signals:
@@ -27,7 +29,7 @@ class Signals:
 
     def install(self) -> None:
         """Take the signals over, in the main thread (Python has handlers nowhere else), but for one that is ignored:
-        a shell starts its background jobs with SIGINT ignored."""
+        a shell starts its background jobs with SIGINT ignored, and nohup its command with SIGHUP ignored."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in HANDLED:
@@ -50,4 +52,5 @@ class Signals:
         if at_once:
             raise Stopped(number, f"stopped by {signal_name(number)} at once{self._way_on()}")
         line = f"{signal_name(number)}: finishing this step and saving; once more stops at once\n"
-        os.write(2, (os.isatty(2) * "\n" + line).encode())  # not print, which it may have come in the middle of
+        with contextlib.suppress(OSError):  # the terminal may be what has gone away
+            os.write(2, (os.isatty(2) * "\n" + line).encode())  # not print, which it may have come in the middle of

@@ -26,7 +26,7 @@ def look(folder: str | Path) -> Iterator[str]:
     for a folder that no run wrote."""
     folder = Path(folder)
     try:
-        record = json.loads((folder / "config.json").read_text())
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         stage, started = record["stage"], record["started"]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder} is no run folder, expected one with a run's config.json, like runs/ppo") from None

@@ -9,16 +9,19 @@ their index) and the tokenizer's files. What we save loads as
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from nanorlhf.data.hub import base_of_instruct
 from nanorlhf.data.tokenizer import Tokenizer, check_matches
 from nanorlhf.errors import UserError
+from nanorlhf.llama import LlamaConfig
 from nanorlhf.models import Policy, ScalarModel
 from nanorlhf.storage.atomic import atomic_folder, write_tensors
-from nanorlhf.storage.model_config import ARCHITECTURES, config_json, read_config, read_json
+from nanorlhf.storage.model_config import ARCHITECTURES, config_json, eos_ids, read_config, read_json
 from nanorlhf.storage.weights import file_parts, load_weights
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -31,14 +34,40 @@ SCALARS = (ARCHITECTURES["reward_model"], ARCHITECTURES["critic"])
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def check_folder(folder: str | Path, tokenizer: Tokenizer, scalar: bool = False) -> None:
+def check_folder(folder: str | Path, tokenizer: Tokenizer, scalar: bool = False) -> list[str]:
     """What can be said before any post is encoded or weight read. scalar: it must be a reward model or a critic.
 
-    Raises UserError for a folder that is no Llama, of the other kind, or with another tokenizer's rows.
+    Returns lines for the console about what is allowed and worth knowing. Raises UserError for a folder that is no
+    Llama, of the other kind, or with another tokenizer's rows or EOS.
     """
     config = read_config(folder)
     _kind(folder, scalar)
-    check_matches(tokenizer, config.vocab_size, config.eos_token_id)
+    stops_at = eos_ids(read_json(Path(folder) / "config.json").get("eos_token_id", config.eos_token_id))
+    notes = []
+    if len(stops_at) > 1 or tokenizer.eos_id not in stops_at:
+        others = ", ".join(str(i) for i in stops_at if i != tokenizer.eos_id)
+        base = base_of_instruct(str(folder)) or "the base model that it was made from, which its model card names"
+        if tokenizer.eos_id not in stops_at and all(tokenizer.is_special(i) for i in stops_at):
+            raise UserError(
+                f"{folder}: its eos_token_id is {others}, which ends a turn of a chat, expected the tokenizer's EOS "
+                f"{tokenizer.eos_id}: this is an instruct model; begin with {base}"
+            )
+        notes.append(f"note    {folder} also ends at {others}, as instruct models do; summaries end at "
+                     f"{tokenizer.eos_id} alone, and one begins with {base}")  # fmt: skip
+    check_matches(tokenizer, config.vocab_size, stops_at)
+    if spare := config.vocab_size - tokenizer.vocab_size:
+        notes.append(f"note    {folder} has {spare:,} rows that no token has: they are left out")
+    return notes
+
+
+def without_spare_rows(config: LlamaConfig, tokenizer: Tokenizer | None) -> LlamaConfig:
+    """The config with as many rows as the tokenizer has ids.
+
+    Vocabularies are often padded, to a multiple of 64 say. A policy samples from all its rows: one that is no token
+    decodes to nothing, and is out of range in a model that was padded otherwise. So the last rows are never loaded:
+    then policy, reference, sampling and every log-prob, in every kernel, are over the tokens that there are.
+    """
+    return config if tokenizer is None else replace(config, vocab_size=tokenizer.vocab_size)
 
 
 def _kind(folder: str | Path, scalar: bool) -> str | None:
@@ -71,22 +100,29 @@ def _empty(build, folder: str | Path, device: str, dtype: torch.dtype) -> nn.Mod
     return model.to(dtype).to_empty(device=device)
 
 
-def load_policy(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Policy:
-    """A causal language model from a Hugging Face folder."""
-    config = read_config(folder)
+def load_policy(
+    folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, tokenizer: Tokenizer | None = None
+) -> Policy:
+    """A causal language model from a Hugging Face folder. tokenizer: without the rows that none of its tokens has."""
+    in_file = read_config(folder)
+    config = without_spare_rows(in_file, tokenizer)
     _kind(folder, scalar=False)
     policy = _empty(lambda: Policy(config), folder, device, dtype)
-    load_weights(policy, folder, ignore=("lm_head.",) if config.tie_word_embeddings else ())
+    load_weights(policy, folder, rows=in_file.vocab_size)
     return policy
 
 
-def load_scalar(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ScalarModel:
-    """A reward model or a critic from a folder that `save_scalar` wrote; which of the two, its config.json says."""
-    config, is_critic = read_config(folder), _kind(folder, scalar=True) == ARCHITECTURES["critic"]
+def load_scalar(
+    folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, tokenizer: Tokenizer | None = None
+) -> ScalarModel:
+    """A reward model or a critic from a folder that `save_scalar` wrote; which of the two, its config.json says.
+    tokenizer: without the rows that none of its tokens has."""
+    in_file, is_critic = read_config(folder), _kind(folder, scalar=True) == ARCHITECTURES["critic"]
+    config = without_spare_rows(in_file, tokenizer)
     model = _empty(lambda: ScalarModel(config, bias=is_critic), folder, device, dtype)
     model.score.float()  # the head stays fp32, see models.py
     model.score_shift = float(read_json(Path(folder) / "config.json").get("score_shift", 0.0))
-    load_weights(model, folder)
+    load_weights(model, folder, rows=in_file.vocab_size)
     return model
 
 
@@ -104,7 +140,7 @@ def _save_model(
     folder: Path, model: nn.Module, raw_config: dict, dtype: torch.dtype, tokenizer, temperature: float = 0.7
 ) -> None:
     with atomic_folder(folder) as partial:
-        (partial / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")
+        (partial / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n", encoding="utf-8")
         shards: list[dict[str, Tensor]] = [{}]
         size = 0
         for name, tensor in _file_state(model, dtype).items():
@@ -123,11 +159,11 @@ def _save_model(
                 weight_map |= dict.fromkeys(shard, file)
             total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         if "CausalLM" in raw_config["architectures"][0]:
             generation = {key: raw_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
             generation |= {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-            (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+            (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(partial)
 
 
@@ -137,7 +173,7 @@ def save_policy(
     """Write a policy as a Hugging Face folder, whole or not at all. dtype: that of the file (default: the weights').
     temperature: what others sample it at unless told (generation_config.json)."""
     dtype = dtype or policy.head_weight.dtype
-    raw = config_json(policy.config, "policy", dtype, tokenizer.pad_id)
+    raw = config_json(policy.config, "policy", dtype, tokenizer)
     _save_model(Path(folder), policy, raw, dtype, tokenizer, temperature)
 
 
@@ -145,5 +181,5 @@ def save_scalar(model: ScalarModel, folder: str | Path, tokenizer, dtype: torch.
     """Write a reward model (no bias) or a critic (bias) as a Hugging Face folder, whole or not at all."""
     kind = "reward_model" if model.score.bias is None else "critic"
     dtype = dtype or model.model.embed_tokens.weight.dtype
-    raw = config_json(model.config, kind, dtype, tokenizer.pad_id, model.score_shift)
+    raw = config_json(model.config, kind, dtype, tokenizer, model.score_shift)
     _save_model(Path(folder), model, raw, dtype, tokenizer)

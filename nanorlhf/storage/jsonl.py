@@ -38,7 +38,7 @@ def append(path: Path, rows: list[dict]) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Replaces a file: a reader, or a kill, finds the old one or the new one."""
     draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text)
+    draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
 
 

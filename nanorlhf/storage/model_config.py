@@ -18,7 +18,6 @@ ORDINARY = (
     ("hidden_act", "silu", "'silu'"),
     ("attention_bias", False, "false"),
     ("mlp_bias", False, "false"),
-    ("attention_dropout", 0.0, "0.0 (N+ detail 7)"),
     ("quantization_config", None, "no such field (the weights as they were trained)"),
     ("sliding_window", None, "no such field"),
     ("partial_rotary_factor", 1.0, "1.0"),
@@ -39,7 +38,7 @@ ARCHITECTURES = {
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises UserError when the file is missing or is not JSON."""
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: not found, expected a Hugging Face model folder with a {path.name}") from None
     except (ValueError, RecursionError) as error:
@@ -56,6 +55,14 @@ def read_config(folder: str | Path) -> LlamaConfig:
 
     def refuse(field: str, got, expected: str):
         raise UserError(f"{path}: {field} is {got!r}, expected {expected}: only the Llama architecture is implemented")
+
+    if dropout := raw.get("attention_dropout"):
+        raise UserError(
+            f"{path}: attention_dropout is {dropout!r}, expected 0.0: dropout is left out here (N+ detail 7), and no "
+            "logit depends on it, so write 0.0 there"
+        )
+    if (adapter := path.with_name("adapter_config.json")).exists():
+        raise UserError(f"{adapter}: an adapter (LoRA) lies beside the model, expected plain weights: merge it first")
 
     for field, ordinary, expected in ORDINARY:
         got = raw.get(field, ordinary)
@@ -76,14 +83,13 @@ def read_config(folder: str | Path) -> LlamaConfig:
     heads = raw["num_attention_heads"]
     # Llama 1 and 2 (7B, 13B) leave it out: one key head a query head.
     kv_heads = raw.get("num_key_value_heads") or heads
-    eos = raw.get("eos_token_id", 2)
-    eos = eos[0] if isinstance(eos, list) and eos else eos  # newer files list several; the first is the base model's
-    if type(eos) is not int:
-        raise UserError(f"{path}: eos_token_id is {eos!r}, expected a token id: a model without EOS cannot stop")
-    bos, pad = raw.get("bos_token_id", 1), raw.get("pad_token_id") or 0
-    for field, value in (("bos_token_id", bos), ("eos_token_id", eos), ("pad_token_id", pad)):
+    eos, bos, pad = raw.get("eos_token_id", 2), raw.get("bos_token_id", 1), raw.get("pad_token_id")
+    for field, value in [("bos_token_id", bos), *(("eos_token_id", i) for i in eos_ids(eos))]:
         if type(value) is not int or not 0 <= value <= LARGEST:
-            raise UserError(f"{path}: {field} is {value!r}, expected a whole number of at least 0")
+            what = ": a model without EOS cannot stop" if field == "eos_token_id" else ""
+            raise UserError(f"{path}: {field} is {value!r}, expected a token id, a whole number of at least 0{what}")
+    if pad is not None and type(pad) is not int:
+        raise UserError(f"{path}: pad_token_id is {pad!r}, expected null or a token id (which is not used)")
     if heads % kv_heads:
         refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
@@ -98,10 +104,15 @@ def read_config(folder: str | Path) -> LlamaConfig:
         rope_scaling=scaling,
         max_position_embeddings=raw.get("max_position_embeddings") or 2048,
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        bos_token_id=raw.get("bos_token_id", 1),
-        eos_token_id=eos,
-        pad_token_id=raw.get("pad_token_id"),
+        bos_token_id=bos,
+        eos_token_id=eos_ids(eos)[0],
+        pad_token_id=pad if type(pad) is int and pad >= 0 else None,  # PAD is the tokenizer's, whatever stands here
     )
+
+
+def eos_ids(value) -> list:
+    """What eos_token_id holds, as a list: newer files name several, of which a tokenizer has one as its EOS."""
+    return value if isinstance(value, list) and value else [value]
 
 
 def _positive(number) -> bool:
@@ -111,14 +122,24 @@ def _positive(number) -> bool:
 def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
     """(theta, scaling or None) from the hub's rope_theta + rope_scaling, or from transformers 5's rope_parameters.
 
-    Llama 1 and 2 were published before the field existed: theta was 10000.
+    A file may say it in both ways, if it says the same. Llama 1 and 2 were published before the fields existed: theta
+    was 10000.
     """
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_scaling is {rope!r}, expected null or an object with rope_type")
-    rope = dict(rope)
-    theta = rope.pop("rope_theta", raw.get("rope_theta"))
-    if theta is None and not rope and (raw.get("max_position_embeddings") or OLD_CONTEXT) <= OLD_CONTEXT:
+    thetas, scalings = {}, {}
+    for name in ("rope_parameters", "rope_scaling"):
+        if raw.get(name):
+            theta, scalings[name] = _read_scaling(raw[name], name, path)
+            thetas |= {f"rope_theta in {name}": theta} if theta is not None else {}
+    thetas |= {"rope_theta": raw["rope_theta"]} if raw.get("rope_theta") is not None else {}
+    for found in (thetas, scalings):
+        if len(found) > 1 and any(value != next(iter(found.values())) for value in found.values()):
+            said = " and ".join(f"{name} {value if value is not None else 'default'}" for name, value in found.items())
+            raise UserError(
+                f"{path}: says {said}, expected the same: keep the one that the model was trained with and remove the "
+                "other"
+            )
+    theta, scaling = next(iter(thetas.values()), None), next(iter(scalings.values()), None)
+    if theta is None and scaling is None and (raw.get("max_position_embeddings") or OLD_CONTEXT) <= OLD_CONTEXT:
         theta = OLD_THETA
     if theta is None:
         raise UserError(
@@ -127,26 +148,38 @@ def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
         )
     if not _positive(theta):
         raise UserError(f"{path}: rope_theta is {theta!r}, expected a number like 500000.0")
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    return float(theta), scaling
+
+
+def _read_scaling(rope, name: str, path: Path) -> tuple[float | None, dict | None]:
+    """(theta where it is given, the four numbers of Llama 3's scaling or None) from one of the two objects."""
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(
+            f"{path}: {name} is {rope!r}, expected null or an object with rope_type, the same for all layers"
+        )
+    kind, old = rope.get("rope_type", rope.get("type", "default")), rope.get("type", None)
+    if (old is not None and old != kind) or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{path}: {name} is {rope}, expected one rope_type, and a partial_rotary_factor of 1.0 or none")
     if kind == "default":
-        return float(theta), None
-    fields = ROPE_NUMBERS
-    if kind != "llama3" or any(field not in rope for field in fields):
+        return rope.get("rope_theta"), None
+    if kind != "llama3" or any(key not in rope for key in ROPE_NUMBERS):
         raise UserError(
-            f"{path}: rope_scaling is {kind!r} with {sorted(rope)}, "
-            f"expected 'default', or 'llama3' with {sorted(fields)}"
+            f"{path}: {name} is {kind!r} with {sorted(rope)}, expected 'default', or 'llama3' with "
+            f"{', '.join(ROPE_NUMBERS)}"
         )
-    if not all(_positive(rope[field]) for field in fields) or rope["low_freq_factor"] >= rope["high_freq_factor"]:
+    numbers = {key: rope[key] for key in ROPE_NUMBERS}
+    if not all(map(_positive, numbers.values())) or numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
         raise UserError(
-            f"{path}: rope_scaling is {rope}, expected four positive numbers, low_freq_factor below high_freq_factor"
+            f"{path}: {name} is {numbers}, expected four positive numbers, low_freq_factor below high_freq_factor"
         )
-    return float(theta), {"rope_type": "llama3", **{field: rope[field] for field in fields}}
+    return rope.get("rope_theta"), {"rope_type": "llama3", **numbers}
 
 
 def config_json(
-    config: LlamaConfig, kind: str, dtype: torch.dtype, pad_id: int, score_shift: float | None = None
+    config: LlamaConfig, kind: str, dtype: torch.dtype, tokenizer, score_shift: float | None = None
 ) -> dict:
-    """What we write: the hub's spelling, readable by transformers 4 and 5, vLLM and llama.cpp."""
+    """What we write: the hub's spelling, readable by transformers 4 and 5, vLLM and llama.cpp. tokenizer: its EOS and
+    PAD are the ones that the model was trained with."""
     raw = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": "llama",
@@ -155,7 +188,8 @@ def config_json(
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,
-        "pad_token_id": pad_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     if kind != "policy":

@@ -31,7 +31,7 @@ def save_state(folder: str | Path, tensors: dict[str, Tensor], state: dict) -> N
     """A checkpoint of a run: named tensors and a small JSON object; complete or absent."""
     with atomic_folder(folder) as partial:
         digest = write_tensors(partial / "state.safetensors", tensors)
-        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         sums = _line(digest, "state.safetensors") + _line(sha256(partial / "state.json"), "state.json")
         (partial / SUMS).write_bytes(sums)
 
@@ -70,7 +70,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise UserError(f"{folder}: the checkpoint cannot be read ({error}): remove the folder") from None
-    return tensors, json.loads((folder / "state.json").read_text())
+    return tensors, json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
 def checkpoints(run_folder: str | Path) -> list[Path]:
@@ -147,7 +147,10 @@ def check_disk(run_folder: Path, state_bytes: int, model_bytes: int, keep: int, 
         ways |= {"--save_every 0, without checkpoints to resume from,": model_bytes} if save_every else {}
         raise UserError(
             f"disk: {gigabytes(free + there)} are there for the run in {folder}, expected {gigabytes(needed)}: "
-            + (f"{keep + 1} checkpoints of {gigabytes(state_bytes)} ({keep} kept, one being written) and " * bool(save_every))
+            + (
+                f"{keep + 1} checkpoints of {gigabytes(state_bytes)} ({keep} kept, one being written) and "
+                * bool(save_every)
+            )
             + f"the final models, {gigabytes(model_bytes)}: free some space, or make runs/ a link to a larger disk"
             + "".join(f", or pass {way}: {gigabytes(size)}" for way, size in ways.items())
         )

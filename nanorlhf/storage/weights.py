@@ -11,7 +11,9 @@ Our q, k, v and gate, up are one matrix each; in the files they are Hugging Face
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -22,8 +24,9 @@ from nanorlhf.llama import LlamaConfig
 from nanorlhf.storage.model_config import read_json
 
 PIECE_BYTES = 16 * 2**20  # read at a time where a tensor changes dtype or device on its way
+LOOKED_AT = 2**22  # numbers at a time, in the search for nan
 MAX_HEADER_BYTES = 100 * 10**6  # the format's own limit
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 AGAIN = "copy or download it again"
 
 
@@ -81,22 +84,18 @@ class TensorFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entries[name]["shape"])
 
-    def read(self, name: str, target: Tensor) -> None:
-        """Fill `target` (any float dtype and device, contiguous) with the tensor, cast. Raises UserError that names the
-        tensor when it has another shape or is no ordinary float."""
+    def read(self, name: str, target: Tensor, rows: int | None = None) -> None:
+        """Fill `target` (any float dtype and device, contiguous) with the tensor, cast. rows: how many the file must
+        have, where the target is the first ones of them. Raises UserError that names the tensor when it has another
+        shape or is no ordinary float."""
         entry = self._entries[name]
         shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-        if shape != tuple(target.shape):
+        expected = tuple(target.shape) if rows is None else (rows, *target.shape[1:])
+        if shape != expected:
             raise UserError(
-                f"{self.path}: tensor {name} has shape {shape}, expected {tuple(target.shape)} for the config.json "
-                "beside it"
+                f"{self.path}: tensor {name} has shape {shape}, expected {expected} for the config.json beside it"
             )
-        dtype = DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise UserError(
-                f"{self.path}: tensor {name} is {entry['dtype']}, expected {', '.join(DTYPES)}: quantised weights "
-                "cannot be trained, take the model they were made from"
-            )
+        dtype = self._dtype(name)
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise UserError(f"{self.path}: tensor {name} has {end - begin:,} bytes for shape {shape}, {AGAIN}")
         flat, position = target.view(-1), self._begin + begin
@@ -108,6 +107,23 @@ class TensorFile:
             self._fill(piece[: part.numel()], position)
             part.copy_(piece[: part.numel()])
             position += part.numel() * dtype.itemsize
+
+    def _dtype(self, name: str) -> torch.dtype:
+        found = self._entries[name]["dtype"]
+        if found not in DTYPES:
+            raise UserError(
+                f"{self.path}: tensor {name} is {found}, expected {', '.join(DTYPES)}: quantised weights cannot be "
+                "trained, take the model they were made from"
+            )
+        return DTYPES[found]
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The tensor's numbers in order, a piece at a time."""
+        dtype, (begin, end) = self._dtype(name), self._entries[name]["data_offsets"]
+        for start in range(begin, end, PIECE_BYTES):
+            piece = torch.empty(min(PIECE_BYTES, end - start) // dtype.itemsize, dtype=dtype)
+            self._fill(piece, self._begin + start)
+            yield piece
 
     def _fill(self, flat: Tensor, position: int) -> None:
         """Read a CPU tensor's bytes from a place of the file."""
@@ -127,6 +143,14 @@ def _is_file_name(name) -> bool:
     return isinstance(name, str) and Path(name).name.endswith(".safetensors")
 
 
+def _read_index(path: Path) -> dict[str, Path]:
+    """{tensor: its file} of a model.safetensors.index.json."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
+        raise UserError(f"{path}: weight_map is missing or names no files, expected a file for each tensor, {AGAIN}")
+    return {name: path.with_name(Path(file).name) for name, file in weight_map.items()}
+
+
 class TensorFolder:
     """The tensors of a Hugging Face folder: model.safetensors, or shards and their index. A context manager."""
 
@@ -134,14 +158,23 @@ class TensorFolder:
         self.folder = folder
         self._files: dict[Path, TensorFile] = {}
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
-                raise UserError(
-                    f"{index}: weight_map is missing or names no files, expected a file for each tensor, {AGAIN}"
-                )
-            self.where = {name: folder / Path(file).name for name, file in weight_map.items()}
-        elif single.exists():
+        shards = _read_index(index) if index.exists() else {}
+        files = set(shards.values())
+        if files and single.exists() and all(path.exists() for path in files) and files != {single}:
+            raise UserError(
+                f"{folder}: holds the weights twice, in {single.name} and in the {len(files)} files that {index.name} "
+                "names, expected one of the two: delete the older"
+            )
+        if files and not single.exists():
+            self.where, seen = shards, {}
+            for path in sorted(path for path in files if path.exists()):
+                for name in self._open(path).names:
+                    if name not in shards:
+                        raise UserError(f"{path}: holds tensor {name}, which {index.name} does not name, {AGAIN}")
+                    if name in seen:
+                        raise UserError(f"{path}: holds tensor {name}, as {seen[name].name} does, {AGAIN}")
+                    seen[name] = path
+        elif single.exists():  # also where an index is left from earlier shards, which are gone
             self.where = dict.fromkeys(self._open(single).names, single)
         else:
             others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pth", ".gguf"))
@@ -159,14 +192,27 @@ class TensorFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._open(self.where[name]).shape(name)
 
-    def read(self, name: str, target: Tensor) -> None:
-        """Fill `target` with a tensor. Raises UserError that names it when it is missing or does not fit."""
+    def read(self, name: str, target: Tensor, rows: int | None = None) -> None:
+        """Fill `target` with a tensor, or with its first rows of `rows`. Raises UserError that names it when it is
+        missing or does not fit."""
+        self._file_of(name).read(name, target, rows)
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers."""
+        pieces = zip_longest(self._file_of(name).pieces(name), self._file_of(other).pieces(other))
+        return all(a is not None and b is not None and torch.equal(a.double(), b.double()) for a, b in pieces)
+
+    def bounds(self, name: str) -> Tensor:
+        """(smallest, largest) of each piece of a tensor, (n, 2); nan where a piece holds one."""
+        return torch.stack([torch.stack(piece.aminmax()) for piece in self._file_of(name).pieces(name)])
+
+    def _file_of(self, name: str) -> TensorFile:
         if name not in self.where:
             raise UserError(f"{self.folder}: tensor {name} is missing, expected it for the config.json beside it")
         file = self._open(self.where[name])
         if name not in file.names:
             raise UserError(f"{file.path}: tensor {name} is missing, though the index says that it is here, {AGAIN}")
-        file.read(name, target)
+        return file
 
     def __enter__(self) -> "TensorFolder":
         return self
@@ -199,18 +245,57 @@ def file_parts(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
             begin += rows or 0
 
 
-def load_weights(model: nn.Module, folder: str | Path, ignore: tuple[str, ...] = ()) -> None:
-    """Fill a model's parameters from a folder, cast to each parameter's dtype.
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# The only tensors that a file may hold and nobody reads: tables of rotary frequencies, which older files of Llama 2
+# carry and which config.json says as well.
+MAY_BE_LEFT_OUT = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
-    Raises UserError that names the tensor when one is missing, misshapen, or in the file but in no parameter (unless it
-    starts with a prefix in `ignore`, or is a table of rotary frequencies as in Llama 2's files).
+
+def load_weights(model: nn.Module, folder: str | Path, rows: int | None = None) -> None:
+    """Fill a model's parameters from a folder, cast to each parameter's dtype. rows: of the embedding in the file,
+    where the model has only the first ones of them.
+
+    Raises UserError that names the tensor when one is missing, misshapen, not finite, or in the file but in no
+    parameter: a head beside tied embeddings must be equal to them.
     """
     with TensorFolder(Path(folder)) as tensors, torch.no_grad():
-        unused = {name for name in tensors.where if "rotary_emb.inv_freq" not in name and not name.startswith(ignore)}
+        unused = {name for name in tensors.where if not MAY_BE_LEFT_OUT.fullmatch(name)}
+        bounds = {}
         for _, name, part in file_parts(model):
-            tensors.read(name, part)
+            tensors.read(name, part, rows if name in (EMBEDDING, HEAD) else None)
+            bounds[name] = torch.stack([torch.stack(x.aminmax()) for x in part.view(-1).split(LOOKED_AT)])
             unused.discard(name)
+        tied = not hasattr(model, "lm_head") and not hasattr(model, "score")
+        if tied and HEAD in unused and tensors.equal(HEAD, EMBEDDING):
+            unused.discard(HEAD)
+    if tied and HEAD in unused:
+        raise UserError(
+            f"{folder}: {HEAD} differs from {EMBEDDING}, expected the same numbers, because config.json says "
+            "tie_word_embeddings true: write false there if the head is meant, or remove the tensor"
+        )
     if unused:
         raise UserError(
             f"{folder}: unexpected tensors {sorted(unused)[:4]}, expected exactly those of the config.json beside them"
+        )
+    check_finite(folder, bounds)
+
+
+def check_weights(folder: str | Path) -> None:
+    """What `load_weights` would say of the numbers in a folder, without a model. Raises UserError for a nan."""
+    with TensorFolder(Path(folder)) as tensors:
+        check_finite(folder, {name: tensors.bounds(name) for name in tensors.where})
+
+
+def check_finite(folder: str | Path, bounds: dict[str, Tensor]) -> None:
+    """args: bounds: (smallest, largest) of the pieces of each tensor, (n, 2). Raises UserError for a nan or an
+    infinity: no score and no summary of such a model is one, which would show only after hours."""
+    finite = torch.stack([torch.isfinite(pieces).all() for pieces in bounds.values()]).tolist()  # one wait for a GPU
+    bad = [name for name, fine in zip(bounds, finite, strict=True) if not fine]
+    if bad:
+        values = bounds[bad[0]]
+        value = values[~torch.isfinite(values)][0].item()
+        more = f" (and {len(bad) - 1} other tensors)" if len(bad) > 1 else ""
+        raise UserError(
+            f"{folder}: tensor {bad[0]} holds {value}{more}, expected finite numbers: its training went wrong or the "
+            "file is damaged; take an earlier checkpoint"
         )

@@ -71,7 +71,7 @@ def train_tokenizer(folder: str | Path) -> Path:
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(model.getvalue())
     os.replace(temporary, path)
-    path.with_name("tokenizer_config.json").write_text(json.dumps(FOR_OTHERS, indent=2) + "\n")
+    path.with_name("tokenizer_config.json").write_text(json.dumps(FOR_OTHERS, indent=2) + "\n", encoding="utf-8")
     return path
 
 

@@ -19,6 +19,7 @@ from statistics import median
 from nanorlhf.errors import UserError
 from nanorlhf.evaluation.tables import NAMES, Table, console, interval, number
 from nanorlhf.run.run import read_metrics
+from nanorlhf.run.streams import lasting_streams
 
 STAGES = ("sft", "rm", "ppo", "eval")
 RELATIONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
@@ -43,8 +44,10 @@ def read_runs(folders: dict[str, Path]) -> dict:
         if not rows:
             raise UserError(f"{folders[stage]} has no metrics, expected a finished run: `make demo` runs all stages")
     try:
-        results = json.loads((folders["eval"] / "metrics.json").read_text())
-        configs = {stage: json.loads((folder / "config.json").read_text()) for stage, folder in folders.items()}
+        results = json.loads((folders["eval"] / "metrics.json").read_text(encoding="utf-8"))
+        configs = {
+            stage: json.loads((folder / "config.json").read_text(encoding="utf-8")) for stage, folder in folders.items()
+        }
     except (FileNotFoundError, json.JSONDecodeError) as error:
         raise UserError(f"a run is not finished ({error}): `make demo` runs all stages") from None
     return runs | {"results": results, "started": {stage: config.get("started") for stage, config in configs.items()}}
@@ -178,4 +181,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with lasting_streams():
+        main()

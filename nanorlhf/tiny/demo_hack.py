@@ -16,6 +16,7 @@ from nanorlhf.evaluation.figures import hack_figure, png
 from nanorlhf.evaluation.hacks import Alarms
 from nanorlhf.evaluation.tables import Table, console, interval, number
 from nanorlhf.run.run import read_metrics
+from nanorlhf.run.streams import lasting_streams
 from nanorlhf.storage.jsonl import read_jsonl
 
 LAST = 5  # updates: a single batch is noisy
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         rows = read_metrics(args.ppo)
-        results = json.loads((args.eval / "metrics.json").read_text())
+        results = json.loads((args.eval / "metrics.json").read_text(encoding="utf-8"))
         samples = read_jsonl(args.eval / "samples.jsonl")
         seen = verdict(rows, results)
     except FileNotFoundError:
@@ -101,4 +102,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with lasting_streams():
+        main()

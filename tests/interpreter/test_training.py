@@ -1,7 +1,5 @@
 """Whole training steps through the Triton kernels: the same metrics as through the PyTorch references."""
 
-from pathlib import Path
-
 import pytest
 
 import train_ppo
@@ -10,23 +8,22 @@ from kernels import runtime
 from nanorlhf.run.config import parse
 from nanorlhf.run.run import read_metrics
 
-CHECKPOINTS = Path(__file__).parents[2] / "nanorlhf" / "tiny" / "checkpoints"
 COMMON = "--preset tiny --device cpu --overwrite --save_every 0"
 RUNS = {
-    train_sft: f"{COMMON} --model {CHECKPOINTS}/base --max_updates 2 --batch_size 1 --eval_posts 1 --response_length 4",
-    train_ppo: f"{COMMON} --sft_model {CHECKPOINTS}/sft --reward_model {CHECKPOINTS}/rm --max_updates 2 --batch_size 2"
-    " --response_length 4 --num_ppo_epochs 2 --sample_every 0 --kl_estimator full --no_preflight",
+    train_sft: "--max_updates 2 --batch_size 1 --eval_posts 1 --response_length 4",
+    train_ppo: "--max_updates 2 --batch_size 2 --response_length 4 --num_ppo_epochs 2 --sample_every 0 --kl_estimator full"
+    " --no_preflight",
 }
 
 
 @pytest.mark.parametrize("script", RUNS, ids=lambda script: script.__name__)
-def test_a_script_logs_the_same_with_triton_as_with_the_references(script, tmp_path, monkeypatch):
+def test_a_script_logs_the_same_with_triton_as_with_the_references(script, world, models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    flags = f"{COMMON} --data {world} {models[script.__name__]} {RUNS[script]} --run_name"
     rows = {}
     for mode in ("torch", "triton"):
         monkeypatch.setattr(runtime, "MODE", mode)
-        flags = f"{RUNS[script]} --run_name {mode}".split()
-        script.main(parse(script.Config, script.PRESETS, script.__doc__, flags))
+        script.main(parse(script.Config, script.PRESETS, script.__doc__, [*flags.split(), mode]))
         rows[mode] = read_metrics(tmp_path / "runs" / mode)
     assert len(rows["torch"]) == len(rows["triton"]) >= 2
     for plain, ours in zip(rows["torch"], rows["triton"], strict=True):

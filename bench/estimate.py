@@ -1,0 +1,101 @@
+"""How long will `make demo` take here? One second of the demo's own work is timed, the rest is counted.
+
+    python -m bench.estimate        this machine learns at 70 GFLOP/s on 2 threads, and the demo is 9.8 TFLOP: about 3 minutes
+
+The second is forward and backward passes of the SFT model over one microbatch of tiny posts, as train_sft.py makes them,
+so the rate has matmuls, attention and elementwise work in it, and whatever else keeps the cores busy just now. The
+floating-point operations follow from the presets of the scripts (nanorlhf/monitoring/flops.py). What has no such count,
+and what runs slower than learning (starts of Python, sampling a token at a time, texts, metrics), is in SLOWER. It is
+an estimate to plan a coffee by: a machine that gets busy or hot later takes longer, and each stage shows its own ETA.
+"""
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
+
+import time
+
+import torch
+
+import eval as evaluation
+import train_ppo
+import train_rm
+import train_sft
+from nanorlhf.data.encoding import encode_posts
+from nanorlhf.data.tldr import load_posts
+from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.models import Policy
+from nanorlhf.monitoring.flops import head_flops, ppo_update_flops, trunk_flops
+from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.storage.checkpoint import load_policy
+from nanorlhf.tiny.data import COMPARISONS, ensure_world
+
+# Seconds of the whole demo / seconds of its operations at the rate of learning. 249 s were 26.7 TFLOP at 137 GFLOP/s on 2
+# cores of an AMD EPYC (Zen 5), at 033417b.
+SLOWER = 1.28
+
+
+def learning_flops(policy: Policy, sequences: list[list[int]]) -> float:
+    """Forward and backward pass over the sequences, with the head at every token."""
+    lengths = [len(sequence) for sequence in sequences]
+    return 3 * (trunk_flops(policy.config, lengths) + head_flops(policy.config, sum(lengths)))
+
+
+def demo_flops(policy: Policy, queries: list[list[int]], summaries: list[list[int]]) -> float:
+    """All stages of the tiny presets, from a few of their posts."""
+    sft, rm, ppo = (s.Config(**s.PRESETS["tiny"]) for s in (train_sft, train_rm, train_ppo))
+    n = len(queries)
+    both = [query + summary for query, summary in zip(queries, summaries, strict=True)]
+    pairs = [query + 2 * summary for query, summary in zip(queries, summaries, strict=True)]  # one query, two summaries
+    steps = rm.num_epochs * (COMPARISONS["train"] // rm.batch_size)
+    steps = min(steps, rm.max_updates or steps)
+    updates = ppo.total_episodes // ppo.batch_size
+    updates = min(updates, ppo.max_updates or updates)
+    sampled = [len(query) + ppo.response_length for query in queries]
+    one_update = ppo_update_flops(policy.config, sampled, [len(s) for s in both], ppo.response_length, ppo.num_ppo_epochs)
+    # The evaluation samples from base, SFT and PPO, and scores what they wrote.
+    posts = evaluation.PRESETS["tiny"]["num_posts"]
+    read = 6 * trunk_flops(policy.config, sampled) + 3 * head_flops(policy.config, n * ppo.response_length)
+    return (
+        read * posts / n
+        + learning_flops(policy, both) * sft.max_updates * sft.batch_size / n
+        + 3 * trunk_flops(policy.config, [len(pair) for pair in pairs]) * steps * rm.batch_size / n
+        + one_update * updates * ppo.batch_size / n
+    )
+
+
+def rate(policy: Policy, sequences: list[list[int]], seconds: float = 1.0, clock=time.perf_counter) -> float:
+    """FLOP/s of train_sft.learn on this machine; the first pass warms up."""
+    cfg = train_sft.Config(**train_sft.PRESETS["tiny"] | {"batch_size": len(sequences)})
+    train_sft.learn(policy, sequences, cfg)
+    began, passes = clock(), 0
+    while clock() - began < seconds:
+        train_sft.learn(policy, sequences, cfg)
+        passes += 1
+    return passes * learning_flops(policy, sequences) / (clock() - began)
+
+
+def minutes(seconds: float) -> str:
+    """In words, no finer than an estimate is."""
+    if seconds < 90:
+        return "about a minute" if seconds >= 45 else "less than a minute"
+    return f"about {seconds / 60:.0f} minutes"
+
+
+def main() -> None:
+    tokenizer, policy = load_tokenizer(EMBEDDED / "sft"), load_policy(EMBEDDED / "sft")
+    posts = load_posts(ensure_world("data/tiny"), "train")[:64]
+    queries, summaries = (list(x) for x in encode_posts(posts, tokenizer, train_sft.PRESETS["tiny"]["max_query_length"]))
+    work = demo_flops(policy, queries, summaries)
+    speed = rate(policy, [query + summary for query, summary in zip(queries, summaries, strict=True)])
+    threads = torch.get_num_threads()
+    on = f"{threads} threads" if threads > 1 else "one thread"
+    print(
+        f"this machine learns at {speed / 1e9:.0f} GFLOP/s on {on}, and the demo is {work / 1e12:.1f} TFLOP: "
+        f"{minutes(SLOWER * work / speed)}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
