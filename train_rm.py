@@ -17,6 +17,8 @@ folder. The steps, numbered as in the code:
 Bradley-Terry sees differences only, so the level of the scores is arbitrary until step 4,
 which PPO depends on: a response without EOS is given -1, and the critic starts as this
 model (N+ details 10 to 16). Left out: margins, ensembles. Next: train_ppo.py.
+
+With one post's numbers: docs/walk.md, station 4.
 """
 
 import os

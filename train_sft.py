@@ -14,6 +14,8 @@ Reads a base model and TL;DR posts; writes runs/sft/final, a Hugging Face folder
 The loss counts the query's tokens too, as in the paper (N+ detail 9); there is no
 dropout, no warm-up and no gradient clipping in the paper's recipe. Left out: LoRA,
 several GPUs, sequence packing across the attention mask. Next: train_rm.py.
+
+With one post's numbers: docs/walk.md, station 3.
 """
 
 import os

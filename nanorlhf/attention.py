@@ -4,6 +4,8 @@ On a GPU in bf16 this is torch's variable-length flash attention, which reads `c
 never forms a padded tensor. Elsewhere sequences of similar length are padded on the right to
 the longest of them, inside this file only: behind a causal mask a real token never sees the
 padding after it, so no mask tensor is needed, and the padded rows are dropped again.
+
+With one post's numbers: docs/walk.md, station 2.
 """
 
 from collections.abc import Callable
