@@ -165,7 +165,7 @@ def samples(rows: list[dict], names: list[str]) -> list[str]:
     lines = [f"## {len(rows)} posts and what was written", ""]
     for row in rows:
         post = " ".join(row["post"].split())
-        lines += [f"**r/{row['subreddit']}: {row['title']}** {post[:400]}{'...' if len(post) > 400 else ''}", ""]
+        lines += [f"**r/{row['subreddit']}: {row['title']}** X", ""]
         lines += [f"- {name}: {' '.join(row[name].split()) or '(nothing)'}" for name in names] + [""]
     return lines
 
