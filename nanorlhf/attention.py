@@ -4,6 +4,8 @@ On a GPU in bf16 this is torch's variable-length flash attention, which reads `c
 never forms a padded tensor. Elsewhere sequences of similar length are padded on the right to
 the longest of them, inside this file only: behind a causal mask a real token never sees the
 padding after it, so no mask tensor is needed, and the padded rows are dropped again.
+
+With one post's numbers: docs/walk.md, station 2.
 """
 
 from collections.abc import Callable
@@ -56,7 +58,7 @@ def _apart(pairs: PackedPairs) -> Attend:
 def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # imported here: it needs a CUDA build of torch
 
-    # Query heads share a key/value head; nothing is expanded. torch 2.11 takes that as it is, later ones ask for a flag.
+    # Query heads share a key/value head; nothing is expanded. torch 2.11 takes that as it is, later ones by a flag.
     grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if _has_flag() else {}
     cu = F.pad(packed.cu_seqlens, (0, 1), value=q.shape[0])  # (B+2,): the filling is a sequence of its own
     longest = max(packed.max_length, packed.filling)

@@ -8,6 +8,8 @@ takes to run them. On a CPU the same function runs as it is.
 
 A graph holds addresses, not numbers: the optimizer rewrites the weights in place, and the next replay reads the new
 ones. It is captured again only when the weights have moved, or for another batch size.
+
+With one post's numbers: docs/walk.md, station 5.
 """
 
 from functools import partial

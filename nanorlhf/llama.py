@@ -16,6 +16,8 @@ and of two); nanorlhf/storage/checkpoint.py merges and splits them on the way in
 
 Dimensions: N packed tokens, D model, H query heads, Hkv key/value heads, Dh head, F
 feed-forward, V vocabulary, L layers.
+
+With one post's numbers: docs/walk.md, stations 2 and 5.
 """
 
 import math

@@ -3,6 +3,8 @@
 At lr 3e-6 a bf16 weight of 0.02 would not move: half its spacing is 6e-5. So a model that trains in bf16 keeps an fp32
 master of each weight here: gradients accumulate in fp32, Adam steps on the masters, and the bf16 copy that the forward
 pass reads is rewritten in place. A model in fp32 is its own master.
+
+With one post's numbers: docs/walk.md, station 13.
 """
 
 import math

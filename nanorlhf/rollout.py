@@ -7,6 +7,8 @@ detail 23.1): every response has R tokens, and ppo.py decides what counts.
 The random numbers are a table computed before the first token: u[b, t] depends on (seed,
 episode, t) only. So the same episode gets the same noise in any batch order, in any split
 of the batch, and after a resume, and nothing has to be saved.
+
+With one post's numbers: docs/walk.md, station 5.
 """
 
 from dataclasses import dataclass, field

@@ -5,6 +5,8 @@ is one space, the summary, EOS. Both are lists of token ids that are joined as t
 again. Left out: the CNN/DM rows of the comparisons (they are counted), padding (there is none).
 
     python -m nanorlhf download       fetches OpenAI's files (nanorlhf/data/download.py)
+
+With one post's numbers: docs/walk.md, station 1.
 """
 
 import json

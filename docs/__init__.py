@@ -1,0 +1,1 @@
+"""Pages that a script makes: `python -m docs.walk`."""

@@ -1,0 +1,47 @@
+"""The fused PPO loss as the Triton kernel computes it, on a CPU: in Triton's interpreter, in a process of its own.
+
+The kernel gives gradients of the hidden states and of the head, not of the logits. With the identity for a head the
+hidden states *are* the logits, and their gradient is the one we want to see.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def gradient_of_logits(
+    logits: Tensor, labels: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, **options: float
+) -> Tensor:
+    """d loss / d logits (M, V) by the Triton kernel. options: temperature, cliprange."""
+    rows = dict(logits=logits, labels=labels, old_logprobs=old_logprobs, advantages=advantages, weights=weights)
+    sent = json.dumps([{name: tensor.tolist() for name, tensor in rows.items()}, options])
+    environment = os.environ | {"NANORLHF_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "docs.walking.fused"]
+    done = subprocess.run(command, input=sent, capture_output=True, text=True, env=environment, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"the fused kernel in Triton's interpreter: {done.stderr.strip().splitlines()[-1]}")
+    return torch.tensor(json.loads(done.stdout))
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def main() -> None:
+    from kernels import linear_ppo_loss  # here: which kernels run is decided when the package is imported
+
+    rows, options = json.load(sys.stdin)
+    tensors = {name: torch.tensor(values) for name, values in rows.items()}
+    logits = tensors.pop("logits").requires_grad_()
+    identity = torch.eye(logits.shape[1])
+    arguments = (tensors[name] for name in ("labels", "old_logprobs", "advantages", "weights"))
+    linear_ppo_loss(logits, identity, *arguments, **options).loss.backward()
+    json.dump(logits.grad.tolist(), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
