@@ -52,7 +52,9 @@ def demo_flops(policy: Policy, queries: list[list[int]], summaries: list[list[in
     updates = ppo.total_episodes // ppo.batch_size
     updates = min(updates, ppo.max_updates or updates)
     sampled = [len(query) + ppo.response_length for query in queries]
-    one_update = ppo_update_flops(policy.config, sampled, [len(s) for s in both], ppo.response_length, ppo.num_ppo_epochs)
+    one_update = ppo_update_flops(
+        policy.config, sampled, [len(s) for s in both], ppo.response_length, ppo.num_ppo_epochs
+    )
     # The evaluation samples from base, SFT and PPO, and scores what they wrote.
     posts = evaluation.PRESETS["tiny"]["num_posts"]
     read = 6 * trunk_flops(policy.config, sampled) + 3 * head_flops(policy.config, n * ppo.response_length)
@@ -85,7 +87,9 @@ def minutes(seconds: float) -> str:
 def main() -> None:
     tokenizer, policy = load_tokenizer(EMBEDDED / "sft"), load_policy(EMBEDDED / "sft")
     posts = load_posts(ensure_world("data/tiny"), "train")[:64]
-    queries, summaries = (list(x) for x in encode_posts(posts, tokenizer, train_sft.PRESETS["tiny"]["max_query_length"]))
+    queries, summaries = (
+        list(x) for x in encode_posts(posts, tokenizer, train_sft.PRESETS["tiny"]["max_query_length"])
+    )
     work = demo_flops(policy, queries, summaries)
     speed = rate(policy, [query + summary for query, summary in zip(queries, summaries, strict=True)])
     threads = torch.get_num_threads()

@@ -27,7 +27,7 @@ from nanorlhf.tiny.data import ensure_world
 SAMPLE = 1024  # posts and pairs whose lengths are taken
 # The recipe that the present one replaced, where it differs from the presets.
 BEFORE = {
-    "sft": dict(lr=2e-3, batch_size=64, max_updates=96),
+    "sft": dict(lr=2e-3, batch_size=64, max_updates=96, eval_posts=256),
     "rm": dict(lr=1.5e-3, batch_size=64, max_updates=None, eval_pairs=1024),
     "ppo": dict(lr=3e-4, critic_lr=None, critic_warmup=0, lr_warmup=0, kl_coef=0.15, num_ppo_epochs=4, num_minibatches=1,
                 batch_size=128, total_episodes=3072),

@@ -107,12 +107,12 @@ def read(folders: list[Path], page: str) -> dict[str, dict[str, list[tuple[float
     """{heading: {name: the numbers of each run}} of run folders, for the names on the page and those they stand for."""
     found = {heading: {} for heading in sections(page)}
     for folder in folders:
-        stage = json.loads((folder / "config.json").read_text())["stage"]
+        stage = json.loads((folder / "config.json").read_text(encoding="utf-8"))["stage"]
         check(stage in STAGES, "run", folder, f"of {', '.join(STAGES)}")
         rows, heading = read_metrics(folder), STAGES[stage]
         numbers = {name: of_lines(rows, name) for name in dict.fromkeys(key for row in rows for key in row)}
         if stage == "eval":
-            results = json.loads((folder / "metrics.json").read_text())
+            results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             known = {name for row in sections(page)[heading] for name in names(row)}
             numbers = {name: of_evaluation(results, name) or numbers.get(name, ()) for name in known}
         for name, values in numbers.items():
@@ -128,12 +128,15 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence():
         for run in args.runs:
             check((run / "config.json").is_file(), "run", run, "a run's folder")
-        page, records = PAGE.read_text(), [json.loads((run / "config.json").read_text()) for run in args.runs]
+        page, records = (
+            PAGE.read_text(encoding="utf-8"),
+            [json.loads((run / "config.json").read_text(encoding="utf-8")) for run in args.runs],
+        )
         commits = sorted({record["git"]["commit"][:7] for record in records if record["git"]})
         seeds = sorted({record["config"]["seed"] for record in records})
         machine = args.machine or " and ".join(sorted({record["device"] for record in records}))
         where = f"seeds {', '.join(map(str, seeds))} at {', '.join(commits)} on {machine}"
-        PAGE.write_text(fill(page, read(args.runs, page), where))
+        PAGE.write_text(fill(page, read(args.runs, page), where), encoding="utf-8")
         print(f"{PAGE}: filled from {len(args.runs)} runs")
 
 

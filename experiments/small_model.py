@@ -50,7 +50,15 @@ from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.storage.jsonl import read_jsonl, write_whole
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo, "eval": evaluation}
-SHARES = {"lr": 4, "sft": 3, "rm": 2, "ppo": 8, "eval": 3, "out_again": 1, "preflight": 1}  # of the time that is left, part by part
+SHARES = {
+    "lr": 4,
+    "sft": 3,
+    "rm": 2,
+    "ppo": 8,
+    "eval": 3,
+    "out_again": 1,
+    "preflight": 1,
+}  # of the time that is left, part by part
 PROBE_STEPS = 3  # on a GPU the first compiles
 LR_STEPS = 24  # of the comparison of learning rates, at most
 MOST_EPISODES = 10**9  # of PPO's schedule, which ends with its last update

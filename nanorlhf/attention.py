@@ -58,7 +58,7 @@ def _apart(pairs: PackedPairs) -> Attend:
 def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # imported here: it needs a CUDA build of torch
 
-    # Query heads share a key/value head; nothing is expanded. torch 2.11 takes that as it is, later ones ask for a flag.
+    # Query heads share a key/value head; nothing is expanded. torch 2.11 takes that as it is, later ones by a flag.
     grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if _has_flag() else {}
     cu = F.pad(packed.cu_seqlens, (0, 1), value=q.shape[0])  # (B+2,): the filling is a sequence of its own
     longest = max(packed.max_length, packed.filling)

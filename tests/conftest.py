@@ -25,7 +25,6 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
 
 
-
 def pytest_xdist_auto_num_workers(config) -> int:
     """`-n auto`: a process a core, 8 at most (a gigabyte each); on a GPU one, because tests measure its memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -108,7 +108,9 @@ def test_an_sft_step_of_both_sides_moves_the_weights_alike(both_sides):
 
 
 def test_the_estimate_of_the_demo_is_its_operations_at_the_rate_of_this_machine(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(estimate, "ensure_world", lambda folder: write_world(tmp_path / "world", {"train": 64}, {"train": 1}))
+    monkeypatch.setattr(
+        estimate, "ensure_world", lambda folder: write_world(tmp_path / "world", {"train": 64}, {"train": 1})
+    )
     monkeypatch.setattr(estimate, "demo_flops", lambda *_: 7e12)
     monkeypatch.setattr(estimate, "rate", lambda *_: 7e12 * estimate.SLOWER / 480)
     estimate.main()

@@ -86,7 +86,7 @@ def test_the_choice_is_that_of_the_processor_in_every_process():
     for capability in (None, "avx2"):
         environment = os.environ | ({"ATEN_CPU_CAPABILITY": capability} if capability else {})
         command = [sys.executable, "-c", program]
-        said = {subprocess.check_output(command, cwd=ROOT, env=environment, text=True) for _ in range(2)}
+        said = {subprocess.check_output(command, cwd=ROOT, env=environment, encoding="utf-8") for _ in range(2)}
         expected = linear_file.onednn_products(*([capability.upper()] if capability else []))
         assert said == {f"{expected}\n"}
 

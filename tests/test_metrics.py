@@ -254,7 +254,9 @@ def test_the_interval_over_seeds_covers_the_truth_19_times_in_20():
     draws = generator.normal(3.0, 2.0, (4000, 3))
     covered = np.mean([abs(row.mean() - 3.0) <= seed_interval(row) for row in draws])
     assert covered == pytest.approx(0.95, abs=0.015)
-    assert np.isnan(seed_interval([1.0])) and seed_interval([1.0, 3.0]) == pytest.approx(12.706, abs=1e-3)  # t sd / sqrt 2
+    assert np.isnan(seed_interval([1.0])) and seed_interval([1.0, 3.0]) == pytest.approx(
+        12.706, abs=1e-3
+    )  # t sd / sqrt 2
     eleven = np.arange(11.0)  # the printed table: t 2.228 at 10 degrees of freedom, where the normal has 1.960
     assert seed_interval(eleven) == pytest.approx(2.228 * np.std(eleven, ddof=1) / np.sqrt(11), rel=3e-4)
     assert seed_interval([0.0, 1.0] * 50) == pytest.approx(1.984 * np.std([0, 1] * 50, ddof=1) / 10, rel=1e-3)

@@ -44,7 +44,7 @@ def logged(tmp_path_factory, world, models):
 
 def of_eval(folder: Path) -> set[str]:
     """Names of an evaluation, without the policies' and the pairs' own: they are the same for each of them."""
-    results = json.loads((folder / "metrics.json").read_text())
+    results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert tuple(results) == WHOLE
     described = {name for row in results["policies"].values() for name in row}
     games = {name for row in results["win_rates"] for name in row}
@@ -56,7 +56,7 @@ def of_eval(folder: Path) -> set[str]:
 
 
 def rows(heading: str) -> list[list[str]]:
-    return [row for row in sections(PAGE.read_text())[heading] if names(row)]
+    return [row for row in sections(PAGE.read_text(encoding="utf-8"))[heading] if names(row)]
 
 
 @pytest.mark.parametrize("script", [*MORE, "eval"])
@@ -83,7 +83,7 @@ def test_what_every_script_logs_is_logged(logged):
 
 
 def test_every_row_says_all_there_is_to_say():
-    for heading, table in sections(PAGE.read_text()).items():
+    for heading, table in sections(PAGE.read_text(encoding="utf-8")).items():
         titles = None
         for row in table:
             if row[0] == "name":
@@ -107,7 +107,10 @@ def test_help_console_and_report_point_to_the_page(world, models, tmp_path, monk
     flags = f"--preset tiny --device cpu --data {world} --response_length 4 --diversity_samples 0 --policy sft=runs/sft/final"
     flags += f" --reward_model {models['train_ppo'].split()[3]}"
     evaluation.main(parse(evaluation.Config, evaluation.PRESETS, evaluation.__doc__, flags.split()))
-    assert all("docs/metrics.md" in (tmp_path / "runs/eval" / page).read_text() for page in ("report.html", "report.md"))
+    assert all(
+        "docs/metrics.md" in (tmp_path / "runs/eval" / page).read_text(encoding="utf-8")
+        for page in ("report.html", "report.md")
+    )
 
 
 # -- the column that is filled from runs
@@ -123,7 +126,10 @@ def test_a_metric_is_told_by_its_first_line_and_the_mean_of_the_last_quarter():
 def test_an_evaluation_is_told_by_ppo_its_games_and_its_card():
     results = {
         "policies": {"sft": {"gold": 3.0}, "ppo": {"gold": 4.0}},
-        "win_rates": [{"ours": "ppo", "theirs": "sft", "rate": 0.7}, {"ours": "ppo", "theirs": "reference", "rate": 0.1}],
+        "win_rates": [
+            {"ours": "ppo", "theirs": "sft", "rate": 0.7},
+            {"ours": "ppo", "theirs": "reference", "rate": 0.1},
+        ],
         "reward_model": {"accuracy": 0.72, "interval": [0.7, 0.74]},
     }
     assert of_evaluation(results, "gold") == (3.0, 4.0)
@@ -148,21 +154,23 @@ def test_the_column_is_filled_and_nothing_else_is_touched():
     found = {"train_sft.py": {"a": [(1.0, 0.5), (2.0, 0.25)], "b/one": [(1234.5,)], "b/two": [(0.00001,)]}}
     found["train_sft.py"]["time/x"] = [(3.0,)]
     filled = fill(PAGE_OF_TWO, found, "seeds 1, 2")
-    expected = PAGE_OF_TWO.replace("nothing", "seeds 1, 2").replace("| p(y \\| x) | old", "| p(y \\| x) | 1 to 2 → 0.25 to 0.5; 1e-5 to 1234", 1)
+    expected = PAGE_OF_TWO.replace("nothing", "seeds 1, 2").replace(
+        "| p(y \\| x) | old", "| p(y \\| x) | 1 to 2 → 0.25 to 0.5; 1e-5 to 1234", 1
+    )
     assert filled == expected.replace("seconds | old", "seconds | -")
     assert fill(filled, found, "seeds 1, 2") == filled
 
 
 def test_the_column_is_filled_from_run_folders(logged, tmp_path, world, models, monkeypatch, capsys):
     page = tmp_path / "metrics.md"
-    page.write_text(PAGE.read_text())
+    page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(metric_ranges, "PAGE", page)
     monkeypatch.chdir(tmp_path)
     folder = run("train_rm", world, models["train_rm"])
     metric_ranges.main([str(folder), "--machine", "an abacus"])
-    assert "on an abacus<!--" in page.read_text()
+    assert "on an abacus<!--" in page.read_text(encoding="utf-8")
     accuracy = read_metrics(folder)[-1]["eval/rm/validation/accuracy"]
-    table = sections(page.read_text())["train_rm.py"]
+    table = sections(page.read_text(encoding="utf-8"))["train_rm.py"]
     (row,) = [row for row in table if row[0] == "`eval/rm/validation/accuracy`"]
     assert row[3] == f"{accuracy:.3g}"
     with pytest.raises(SystemExit) as ended:

@@ -26,8 +26,8 @@ def experiment(tmp_path, monkeypatch):
         rows = [{"step": i + 1, "time": 100.0 + 2 * i, "lr": flags.get("lr", 0)} for i in range(steps)]
         rows[-1] |= {"validation/sft/loss": 3 - flags.get("lr", 0), "validation/sft/rouge/rougeL": 0.2,
                      "validation/sft/eos_rate": 1.0}  # fmt: skip
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "config.json").write_text("{}")
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (folder / "config.json").write_text("{}", encoding="utf-8")
         return small_model.Done(folder, seconds=7.0, peak_gib=1.0)
 
     def make(**changes):
@@ -79,7 +79,7 @@ def test_what_is_done_is_not_done_again_and_what_was_stopped_goes_on(experiment,
     again.do("sft")
     assert len(again.calls) == count and "sft: done before" in capsys.readouterr().out
     (tmp_path / "runs" / "small_rm").mkdir(parents=True)
-    (tmp_path / "runs" / "small_rm" / "config.json").write_text("{}")  # begun, then killed
+    (tmp_path / "runs" / "small_rm" / "config.json").write_text("{}", encoding="utf-8")  # begun, then killed
     again.do("rm")
     assert again.calls[-1][1] == {"run_name": "small_rm", "device": "cpu", "resume": True}
 

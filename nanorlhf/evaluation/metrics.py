@@ -101,8 +101,8 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
 
 
 def mean_pairwise_edit_distance(texts: Sequence[str]) -> float:
-    """Mean over all pairs of texts of Levenshtein's distance in words (the fewest insertions, deletions and replacements
-    that turn one into the other) over the longer text's words. 0: all are equal, 1: no word is kept."""
+    """Mean over all pairs of texts of Levenshtein's distance in words (the fewest insertions, deletions and
+    replacements that turn one into the other) over the longer text's words. 0: all are equal, 1: no word is kept."""
     if len(texts) < 2:
         raise ValueError(f"texts: got {len(texts)}, expected at least two to compare")
     distances = [Levenshtein.normalized_distance(a, b) for a, b in combinations(map(words, texts), 2)]

@@ -27,8 +27,8 @@ from nanorlhf.pairs import pack_pairs
 from nanorlhf.ppo import Experience
 from nanorlhf.run.run import Run
 
-# By dtype. The bounds of bf16 are a few times what rounding does to SmolLM2-135M's real weights: every operation rounded
-# to bf16, in two orders of summation, on real posts and their summaries (experiments/rounding.py, 24 posts).
+# By dtype. The bounds of bf16 are a few times what rounding does to SmolLM2-135M's real weights: every operation
+# rounded to bf16, in two orders of summation, on real posts and their summaries (experiments/rounding.py, 24 posts).
 #     log-prob      rms 0.071, largest 0.40: approxkl 2.5e-3
 #     score, value  rms 0.047 and 0.028, largest 0.13; read one token early a score is off by 2.3
 RATIO = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the mean ratio

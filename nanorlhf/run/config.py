@@ -285,7 +285,7 @@ def _nearest(name: str, comments: dict[str, str]) -> str:
 
 
 def _resolve_preset(presets: dict[str, dict], flags: list[tuple[str, ...]]) -> tuple[str, str]:
-    """(name, reason): the preset asked for, or llama-1b where its GPU is present, smollm2 on a smaller GPU, else tiny."""
+    """(name, reason): the preset asked for, or llama-1b where its GPU is present, smollm2 on a smaller one, else tiny."""
     typed = {flag: values[0] for flag, *values in flags}  # the last one counts, as everywhere on a command line
     preset = typed.get("--preset", "auto")
     if preset != "auto":
