@@ -126,8 +126,8 @@ PRESETS = {
     # in four steps instead of four passes in one each, a critic that learns first and faster, and a policy that begins
     # slowly: as good a result in a quarter of the operations.
     "tiny": dict(lr=4e-4, critic_lr=1.5e-3, critic_warmup=1, lr_warmup=1, num_ppo_epochs=1, num_minibatches=4,
-                 kl_coef=0.15, max_grad_norm=1.0, total_episodes=1536, max_query_length=104, response_length=32,
-                 microbatch_tokens=4096, sample_every=4, save_every=4),
+                 kl_coef=0.15, max_grad_norm=1.0, total_episodes=2304, max_query_length=104, response_length=32,
+                 microbatch_tokens=4096, sample_every=6, save_every=6),
 }  # fmt: skip
 
 

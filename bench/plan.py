@@ -7,8 +7,8 @@
 No GPU is needed: the real passes of train_sft.py, train_rm.py and train_ppo.py run at the shape of the model on the
 meta device, which has shapes and lifetimes but no data, and bench/memory.py counts the storages. When the preset's
 --microbatch_tokens does not fit, halves of it are tried, then the same with --activation_checkpointing, which keeps the
-inputs of each block and computes the rest again, then, of PPO, half the batch. Of an 80 GB card, 0.6 GiB are CUDA's own and 3% are left for
-fragmentation. One JSON line last.
+inputs of each block and computes the rest again, then, of PPO, half the batch. Of an 80 GB card, 0.6 GiB are CUDA's own
+and 3% are left for fragmentation. One JSON line last.
 """
 
 import argparse

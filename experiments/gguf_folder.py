@@ -80,7 +80,8 @@ def folder_from_gguf(path: str | Path, folder: str | Path, dtype: torch.dtype = 
         field = {name: entry.contents() for name, entry in reader.fields.items()}
     except (ValueError, IndexError, KeyError) as error:  # what numpy and gguf say of bytes that are not there
         raise UserError(
-            f"{path}: not a complete GGUF file ({type(error).__name__}: {error}), expected that of a Llama: fetch it again"
+            f"{path}: not a complete GGUF file ({type(error).__name__}: {error}), expected that of a Llama: fetch "
+            "it again"
         ) from None
     architecture = field.get("general.architecture")
     if architecture != "llama":

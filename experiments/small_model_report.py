@@ -87,7 +87,8 @@ def ppo(found: dict, _: Path) -> list[str]:
         shown = sorted({0, *range(every - 1, len(rows), every), len(rows) - 1})
         speed = sorted(row["perf/tokens_per_s"] for row in rows)[len(rows) // 2]
         lines += [f"## PPO: {name}, lr {rows[0]['lr']:g} at the start", "",
-                  f"{len(rows)} updates in {run['s']:.0f} s, {speed:,.0f} tokens/s, peak {run['peak_gib']:.1f} GiB.", ""]  # fmt: skip
+                  f"{len(rows)} updates in {run['s']:.0f} s, {speed:,.0f} tokens/s, peak {run['peak_gib']:.1f} GiB.",
+                  ""]  # fmt: skip
         columns = [[rows[i]["step"], *(rows[i].get(metric) for metric in PPO_COLUMNS.values())] for i in shown]
         lines += table(["update", *PPO_COLUMNS], columns)
     return [*lines, *(f"- went on without it: {why}" for why in found["refused"])]
@@ -116,8 +117,9 @@ def evaluation(found: dict, out: Path) -> list[str]:
     card = found["reward_model"]
     n, hits = card["comparisons"], round(card["accuracy"] * card["comparisons"])
     low, high = accuracy_interval(hits, n)
-    lines += [f"Reward model: {hits} of {n} held-out pairs, {hits / n:.3f} (95% {low:.3f} to {high:.3f}); the longer text "
-              f"wins {card['length_baseline']:.3f}. With {n} pairs a difference below about 0.13 is noise.", ""]  # fmt: skip
+    lines += [f"Reward model: {hits} of {n} held-out pairs, {hits / n:.3f} (95% {low:.3f} to {high:.3f}); the longer "
+              f"text wins {card['length_baseline']:.3f}. With {n} pairs a difference below about 0.13 is noise.",
+              ""]  # fmt: skip
     rows = [
         [f"{row['ours']} over {row['theirs']}", row["rate"], _interval(row["interval"])] for row in found["win_rates"]
     ]
@@ -165,7 +167,7 @@ def samples(rows: list[dict], names: list[str]) -> list[str]:
     lines = [f"## {len(rows)} posts and what was written", ""]
     for row in rows:
         post = " ".join(row["post"].split())
-        lines += [f"**r/{row['subreddit']}: {row['title']}** {post[:400]}{'...' if len(post) > 400 else ''}", ""]
+        lines += [f"**r/{row['subreddit']}: {row['title']}** {post[:160]}{'...' if len(post) > 160 else ''}", ""]
         lines += [f"- {name}: {' '.join(row[name].split()) or '(nothing)'}" for name in names] + [""]
     return lines
 

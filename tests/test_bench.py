@@ -10,7 +10,7 @@ import torch
 
 import train_ppo
 import train_sft
-from bench import against, all, estimate, scaling, tables, update
+from bench import against, all, estimate, ppo_run, scaling, tables, tiny_run, update
 from bench.shapes import shape_for
 from nanorlhf.data.encoding import encode_posts
 from nanorlhf.data.tldr import load_posts
@@ -274,6 +274,26 @@ def test_what_is_missing_is_said_first_and_how_to_bring_it(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert ended.value.code == 2 and "missing here: tyro rouge-score (pyproject.toml)" in said
     assert "-m pip download" in said and "--no-index" in said
+
+
+def test_the_tiny_pipeline_is_held_to_its_bounds_and_to_the_same_flags():
+    committed = [{"episode": 64, "lr": 0.1, "train/rm/loss": 0.7}, {"eval/rm/validation/accuracy": 0.72}]
+    near = [committed[0] | {"train/rm/loss": 0.7005}, {"eval/rm/validation/accuracy": 0.70}]
+    far = [committed[0] | {"train/rm/loss": 0.705}, {"eval/rm/validation/accuracy": 0.60}]
+    assert [row["holds"] for row in tiny_run.compare("rm", "float32", near, committed, whole=True)] == [True, True]
+    assert [row["holds"] for row in tiny_run.compare("rm", "float32", far, committed, whole=True)] == [False, False]
+    assert [row["holds"] for row in tiny_run.compare("rm", "bfloat16", far, committed, whole=False)] == [True]
+    assert tiny_run.same_flags(near, committed) and not tiny_run.same_flags([near[0] | {"lr": 0.2}], committed)
+
+
+def test_a_run_whose_memory_or_time_creeps_is_seen():
+    def update(seconds: float, peak: float) -> dict:
+        return {"time/rollout": 0.3, "time/score": 0.8, "time/learn": seconds, "perf/peak_gib": peak, "preflight/kl": 0}
+
+    flat = ppo_run.summary([update(9.0, 60.0)] + [update(4.9, 71.0)] * 19)  # the first captures and checks
+    assert flat["seconds"]["drift"] == flat["peak_growth"] == 0 and flat["seconds"]["median"] == pytest.approx(6.0)
+    creeping = ppo_run.summary([update(4.9 + 0.1 * i, 71.0 + i) for i in range(20)])
+    assert creeping["seconds"]["drift"] > 0.1 and creeping["peak_growth"] > 0.2
 
 
 def test_the_commands_of_a_visit_to_a_gpu_run_on_a_cpu(tmp_path):

@@ -1,4 +1,4 @@
-"""The driver of the real rung without the model: shares of the time, steps from a probe, going on, what failed, report."""
+"""The driver of the real rung, without the model: shares of the time, a probe, going on, what failed, the report."""
 
 import argparse
 import json
@@ -31,8 +31,8 @@ def experiment(tmp_path, monkeypatch):
         return small_model.Done(folder, seconds=7.0, peak_gib=1.0)
 
     def make(**changes):
-        args = dict(minutes=10, name="small", data=str(tmp_path), model=str(tmp_path), seed=1, device="cpu", dtype="auto",
-                    sft_lrs=[1e-4], rm_lr=3e-5, ppo_lrs=[1e-5])  # fmt: skip
+        args = dict(minutes=10, name="small", data=str(tmp_path), model=str(tmp_path), seed=1, device="cpu",
+                    dtype="auto", sft_lrs=[1e-4], rm_lr=3e-5, ppo_lrs=[1e-5])  # fmt: skip
         made = small_model.Experiment(argparse.Namespace(**args | changes), tmp_path)
         made.calls = calls
         return made

@@ -83,7 +83,7 @@ def differences(a: str, b: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", PAGES + DRAWINGS)
 def test_a_page_is_what_the_script_makes(made, name):
-    found = differences(visible(name, (DOCS / name).read_text()), visible(name, made[name]))
+    found = differences(visible(name, (DOCS / name).read_text(encoding="utf-8")), visible(name, made[name]))
     assert found == [], "run: python -m docs.walk"
 
 
@@ -111,7 +111,7 @@ def test_a_changed_weight_changes_the_page(walked, monkeypatch, tmp_path, stage,
     tensors["model.norm.weight"] *= 1.2
     save_file(tensors, path, metadata={"format": "pt"})
     monkeypatch.setattr(inputs, "EMBEDDED", tmp_path / "checkpoints")
-    source = WALK.read_text().split("# %% [markdown]\n# ## 6.")[0]
+    source = WALK.read_text(encoding="utf-8").split("# %% [markdown]\n# ## 6.")[0]
     changed = {"__name__": "walk"}
     exec(compile(source, str(WALK), "exec"), changed)
 
@@ -124,20 +124,20 @@ def test_a_changed_weight_changes_the_page(walked, monkeypatch, tmp_path, stage,
 
 def test_the_notebook_runs_from_its_own_folder(walked):
     """Its cells, one after the other, as Jupyter runs them: with nothing set up and in docs/."""
-    notebook = json.loads((DOCS / "walk.ipynb").read_text())
+    notebook = json.loads((DOCS / "walk.ipynb").read_text(encoding="utf-8"))
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
     assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     program = "import json, sys\nfor cell in json.load(sys.stdin):\n    exec(cell, globals())\nprint(len(book.blocks))"
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, input=json.dumps(cells), capture_output=True, text=True, cwd=DOCS, timeout=600)
+    done = subprocess.run(command, input=json.dumps(cells), capture_output=True, text=True, cwd=DOCS, timeout=600, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) == len(walked["book"].blocks)
 
 
 def test_prose_holds_no_computed_number():
     for script in (WALK, DOCS / "kl_estimators.py"):
-        for cell in cells_of(script.read_text()):
+        for cell in cells_of(script.read_text(encoding="utf-8")):
             if cell.kind == "markdown":
                 said = set(re.findall(r"\d+\.\d\d+", cell.source))
                 assert said <= CONSTANTS, f"{script.name}: {said - CONSTANTS} would stay when the weights change"
@@ -156,19 +156,19 @@ def test_every_station_ends_with_a_question_and_shows_the_code_that_runs(walked)
 
 def test_links_inside_the_pages_lead_to_headings():
     for page in PAGES[::3]:
-        for target, anchor in re.findall(r"\]\(([\w.]*)#([^)]+)\)", (DOCS / page).read_text()):
-            text = (DOCS / (target or page)).read_text()
+        for target, anchor in re.findall(r"\]\(([\w.]*)#([^)]+)\)", (DOCS / page).read_text(encoding="utf-8")):
+            text = (DOCS / (target or page)).read_text(encoding="utf-8")
             assert anchor in {slug(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}, (page, anchor)
 
 
 @pytest.mark.parametrize("file", LESSON)
 def test_a_file_of_the_lesson_names_its_stations(file):
     """And station by station the page shows where it is: the numbers in the docstring are headings of the walk."""
-    said = " ".join(ast.get_docstring(ast.parse((ROOT / file).read_text())).split())
+    said = " ".join(ast.get_docstring(ast.parse((ROOT / file).read_text(encoding="utf-8"))).split())
     named = re.search(r"docs/walk\.md[:,]? stations? ([\d, toand]+)", said)
     assert named, f'{file}: its docstring ends without "docs/walk.md, station ..."'
     numbers = set(re.findall(r"\d+", named[1]))
-    assert numbers and numbers <= set(re.findall(r"^## (\d+)\. ", (DOCS / "walk.md").read_text(), re.MULTILINE))
+    assert numbers and numbers <= set(re.findall(r"^## (\d+)\. ", (DOCS / "walk.md").read_text(encoding="utf-8"), re.MULTILINE))
 
 
 # ------------------------------------------------------------------------------------------------------------ browser
@@ -198,20 +198,21 @@ window.addEventListener("load", () => {
 
 def browse(folder: Path, width: int, *flags: str) -> dict:
     """Load docs/walk.html with the probe in it -> what the probe saw, and what the browser logged."""
-    page = (DOCS / "walk.html").read_text()
+    page = (DOCS / "walk.html").read_text(encoding="utf-8")
     page = page.replace("script-src '", "script-src 'unsafe-inline' 'nothing-", 1)  # of the test alone: admits the probe
     page = page.replace("<style>", f"<script>{ERRORS}</script><style>", 1)
-    (folder / "walk.html").write_text(page.replace("</body>", f"<script>{PROBE}</script></body>"))
+    (folder / "walk.html").write_text(page.replace("</body>", f"<script>{PROBE}</script></body>"), encoding="utf-8")
     frame = folder / "frame.html"  # a window is at least 500 wide without a frame of its own
     frame.write_text(
         f'<iframe id=f src="walk.html" style="width:{width}px;height:900px;border:0"></iframe><script>'
         'setTimeout(() => document.documentElement.setAttribute("data-found", document.getElementById("f")'
-        ".contentDocument.documentElement.dataset.found), 1500)</script>"
+        ".contentDocument.documentElement.dataset.found), 1500)</script>",
+        encoding="utf-8",
     )
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
     command += ["--disable-background-networking", "--enable-logging=stderr", "--virtual-time-budget=4000", *flags]
     command += [f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000", "--dump-dom", frame.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, encoding="utf-8")
     found = re.search(r'<html data-found="(.*?)"', done.stdout)
     assert found, done.stdout[:500] + done.stderr[-2000:]
     console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line and "nothing-" not in line]
@@ -251,9 +252,9 @@ def test_the_page_and_its_figures_are_dark_where_the_reader_s_system_is(tmp_path
 
 
 def test_the_page_names_no_address_that_a_browser_would_fetch():
-    page = (DOCS / "walk.html").read_text()
+    page = (DOCS / "walk.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in page
     for fetched in (r"<link\b", r"<img\b", r"<iframe\b", r"\bsrc\s*=", r"@import", r"url\(", r"\bfetch\(", r"XMLHttpRequest", r"import\("):
         assert not re.search(fetched, page), fetched
     for drawing in DRAWINGS:
-        assert set(re.findall(r"https?://[^\"]+", (DOCS / drawing).read_text())) == {"http://www.w3.org/2000/svg"}
+        assert set(re.findall(r"https?://[^\"]+", (DOCS / drawing).read_text(encoding="utf-8"))) == {"http://www.w3.org/2000/svg"}

@@ -99,7 +99,7 @@ class Book:
     def __init__(self, script: str, title: str):
         """args: script: the file, for its cells; title: of the HTML page"""
         self.script, self.title = Path(script), title
-        self.cells = cells_of(self.script.read_text())
+        self.cells = cells_of(self.script.read_text(encoding="utf-8"))
         self.blocks: list[tuple[int, Block]] = []  # (index of the cell, block)
 
     def say(self, text: str) -> None:

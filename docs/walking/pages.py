@@ -111,8 +111,8 @@ def html_block(block: Block) -> str:
 
 def html_page(book: Book, ribbon: list[str]) -> str:
     """One page that needs nothing but itself, in ASCII. ribbon: the tokens that light up, one a response index."""
-    style = (HERE / "walk.css").read_text() + FIGURE_CSS
-    script = (HERE / "walk.js").read_text()
+    style = (HERE / "walk.css").read_text(encoding="utf-8") + FIGURE_CSS
+    script = (HERE / "walk.js").read_text(encoding="utf-8")
     sections: list[dict] = []
     for index, cell in enumerate(book.cells):
         if cell.kind == "markdown":

@@ -180,7 +180,8 @@ def _named_specials(path: Path, files: dict[str, bytes], ids: dict[str, int]) ->
         if said.get(kind) not in ids:
             raise UserError(
                 f"{path.with_name('tokenizer_config.json')}: {kind}_token is {said.get(kind)!r}, expected one of the "
-                f"special tokens of tokenizer.json ({', '.join(list(ids)[:4])} ...): copy the file of the model, or add it"
+                f"special tokens of tokenizer.json ({', '.join(list(ids)[:4])} ...): copy the file of the model, or add "
+                "it"
             )
     taken = {said["bos"], said["eos"]}
     own = [said["pad"]] if said.get("pad") in ids and said["pad"] not in taken else []
@@ -189,8 +190,8 @@ def _named_specials(path: Path, files: dict[str, bytes], ids: dict[str, int]) ->
     free = free or [name for name in ids if name not in taken]
     if not free:
         raise UserError(
-            f"{path}: its special tokens are {sorted(ids)}, expected one beside BOS and EOS that can be PAD: add one to "
-            "added_tokens"
+            f"{path}: its special tokens are {sorted(ids)}, expected one beside BOS and EOS that can be PAD: "
+            "add one to added_tokens"
         )
     return {kind: (name, ids[name]) for kind, name in (("bos", said["bos"]), ("eos", said["eos"]), ("pad", free[0]))}
 

@@ -30,7 +30,7 @@ BARS = (  # (what `measure` calls it, relation, bound, in words)
     ("preflight_kl_error", "<=", 1e-3, "|KL| before the first PPO update"),
     ("max_kl", "<", 10.0, "largest objective/kl, nats a response"),
     ("gold_gain", ">=", 0.4, "gold score, PPO - SFT"),
-    ("ppo_vs_sft", ">=", 0.65, "gold win rate, PPO vs SFT"),
+    ("ppo_vs_sft", ">=", 0.60, "gold win rate, PPO vs SFT"),  # what seeds leave of it: docs/robustness.md
     ("ppo_vs_sft_low", ">", 0.55, "its 95% interval's lower end"),
     ("ppo_vs_reference", ">=", 0.58, "gold win rate, PPO vs reference"),
     ("eos_rate", ">=", 0.95, "share of PPO's summaries that stop"),
