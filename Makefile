@@ -6,7 +6,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 PY = .venv/bin/python
 
-.PHONY: demo demo-hack test test-all test-oldest setup clean
+.PHONY: demo demo-hack test test-all test-oldest walk setup clean
 
 demo: .venv/run
 	@$(PY) -m bench.estimate
@@ -42,6 +42,10 @@ test-oldest:
 	.venv-oldest/bin/python -m pip install --quiet $(PIP_FLAGS) --group test "torch==$(OLDEST)"
 	.venv-oldest/bin/python -m pytest tests/test_fake_gpu.py tests/test_syncs.py tests/test_plan.py
 	.venv-oldest/bin/python -m bench.compile --check
+
+# One post from text to gradient, with the real numbers: docs/walk.md, walk.html and walk.ipynb are made anew.
+walk: .venv/test
+	$(PY) -m docs.walk
 
 setup: .venv/run
 

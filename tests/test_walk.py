@@ -99,7 +99,10 @@ def test_what_the_comparison_lets_pass():
     assert differences("1.2345e-05", "1.3e-05")
 
 
-@pytest.mark.parametrize("stage, station", [("base", 3), ("sft", 3), ("rm", 4), ("ppo", 5)])
+@pytest.mark.parametrize(
+    "stage, station",
+    [("rm", 4), ("ppo", 5), *(pytest.param(stage, 3, marks=pytest.mark.nightly) for stage in ("base", "sft"))],
+)
 def test_a_changed_weight_changes_the_page(walked, monkeypatch, tmp_path, stage, station):
     """The first five stations with one tensor of one checkpoint a little larger."""
     shutil.copytree(inputs.EMBEDDED, tmp_path / "checkpoints")

@@ -13,11 +13,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels import linear_ppo_loss
+from kernels.runtime import triton
+
+ROOT = Path(__file__).parents[2]
+
 
 def gradient_of_logits(
     logits: Tensor, labels: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, **options: float
 ) -> Tensor:
-    """d loss / d logits (M, V) by the Triton kernel. options: temperature, cliprange."""
+    """d loss / d logits (M, V) by the Triton kernel; nan where Triton is not installed. options: temperature, cliprange."""
+    if triton is None:
+        return torch.full_like(logits, float("nan"))
     rows = dict(logits=logits, labels=labels, old_logprobs=old_logprobs, advantages=advantages, weights=weights)
     sent = json.dumps([{name: tensor.tolist() for name, tensor in rows.items()}, options])
     environment = os.environ | {"NANORLHF_KERNELS": "triton", "TRITON_INTERPRET": "1"}
@@ -28,12 +35,7 @@ def gradient_of_logits(
     return torch.tensor(json.loads(done.stdout))
 
 
-ROOT = Path(__file__).parents[2]
-
-
 def main() -> None:
-    from kernels import linear_ppo_loss  # here: which kernels run is decided when the package is imported
-
     rows, options = json.load(sys.stdin)
     tensors = {name: torch.tensor(values) for name, values in rows.items()}
     logits = tensors.pop("logits").requires_grad_()
