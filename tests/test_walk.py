@@ -201,7 +201,8 @@ window.addEventListener("load", () => {
   const lit = () => new Set(Array.from(document.querySelectorAll(".lit"), (e) => (e.closest("section") || e).id));
   const token = document.querySelector(".ribbon button:nth-child(3)");
   const say = (name) => token.dispatchEvent(new MouseEvent(name, { bubbles: true }));
-  say("mouseover"); found.lit = [...lit()]; found.same = [...document.querySelectorAll(".lit")].every((e) => e.dataset.t === "2");
+  say("mouseover"); found.lit = [...lit()];
+  found.same = [...document.querySelectorAll(".lit")].every((e) => e.dataset.t === "2");
   say("mouseout"); found.after = lit().size;
   token.click(); say("mouseout"); found.kept = lit().size;
   token.click(); found.gone = lit().size;
