@@ -26,7 +26,8 @@ book = Book(ROOT / "docs" / "kl_estimators.py", "KL estimators")
 # # KL estimators: k1, k2, k3, the exact one, and where to put them
 #
 # "Why is my KL negative?" "Which estimator should I use?" "In the reward or in the loss?" Four answers with the numbers
-# of a real policy (the embedded PPO checkpoint) against its reference (SFT), made by `python -m docs.walk`. It belongs to
+# of a real policy (the embedded PPO checkpoint) against its reference (SFT), made by `python -m docs.walk`. It
+# belongs to
 # [station 7 of the walk](walk.md#7-score-and-kl).
 #
 # p is the policy, q the reference, both at the sampling temperature; a token x is drawn from p, and r = q(x) / p(x).
@@ -108,7 +109,8 @@ book.table(
 #
 # The penalty that is wanted has the gradient of KL(p || q). With g = d log p(x) / d z, z the logits:
 #
-# **In the reward** (the paper, `train_ppo.py`) the number is a constant that makes the drawn token better or worse, and the policy
+# **In the reward** (the paper, `train_ppo.py`) the number is a constant that makes the drawn token better or worse,
+# and the policy
 # gradient multiplies it with g. At the state where it is paid this gives, on average over the draw,
 #
 # ```
@@ -117,10 +119,12 @@ book.table(
 # exact   E[KL g]     = 0               the same number for every token: nothing to choose
 # ```
 #
-# And the return carries it back in time: with any of them, earlier tokens pay for the states that they lead to. With the
+# And the return carries it back in time: with any of them, earlier tokens pay for the states that they lead to. With
+# the
 # exact KL (`--kl_estimator full`) that is all; the divergence at the token's own state is charged to those before it.
 #
-# **In the loss** (GRPO and others) the estimator itself is differentiated at the drawn token, which is another question (Tang and
+# **In the loss** (GRPO and others) the estimator itself is differentiated at the drawn token, which is another
+# question (Tang and
 # Munos 2025, [arXiv 2506.09477](https://arxiv.org/abs/2506.09477)):
 #
 # ```
@@ -173,11 +177,18 @@ assert all(torch.allclose(found, claimed, atol=1e-9) for found, claimed in claim
 most = wanted.abs().topk(3).indices.tolist()
 pieces = [tokenizer.decode([i]).replace(" ", "␣") if i != tokenizer.eos_id else "<EOS>" for i in most]
 every = {"**wanted**": wanted}
-every |= {f"{name} in the reward": g for name, g in reward.items()} | {f"{name} in the loss": g for name, g in loss.items()}
+every |= {f"{name} in the reward": g for name, g in reward.items()} | {
+    f"{name} in the loss": g for name, g in loss.items()
+}
 book.table(
     ["", *(f"by the logit of `{piece}`" for piece in pieces), "norm", "cosine with the wanted one"],
     [
-        [name, *row(g[most]), fixed(g.norm()), fixed(g @ wanted / (g.norm() * wanted.norm()), 2) if g.norm() > 1e-9 else ""]
+        [
+            name,
+            *row(g[most]),
+            fixed(g.norm()),
+            fixed(g @ wanted / (g.norm() * wanted.norm()), 2) if g.norm() > 1e-9 else "",
+        ]
         for name, g in every.items()
     ]
     + [["p", *row(p[state, most]), "", ""], ["q", *row(logq[state, most].exp()), "", ""]],

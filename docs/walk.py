@@ -71,10 +71,12 @@ def quoted(tokens: list[int]) -> str:
 # rollout, rewards, advantages, loss, gradient, one step of the optimizer. Every number below was computed by the code
 # shown beside it; none was typed. `python -m docs.walk` makes these pages again, and a test compares.
 #
-# Three forms of the same page: [walk.md](walk.md), walk.html (open it from a clone: point at a token and it lights up at
+# Three forms of the same page: [walk.md](walk.md), walk.html (open it from a clone: point at a token and it lights up
+# at
 # every station), and [walk.ipynb](walk.ipynb), to change things and see.
 #
-# **Where we are in training.** The policy is the embedded PPO checkpoint, so it differs from its reference, the SFT model,
+# **Where we are in training.** The policy is the embedded PPO checkpoint, so it differs from its reference, the SFT
+# model,
 # and KL is not zero. The critic is as new as in the first update of `train_ppo.py`: it *is* the reward model, and has
 # learned nothing about unfinished summaries yet. The walk then makes one update with a small batch.
 #
@@ -117,7 +119,8 @@ book.figure("walk_pipeline", figures.pipeline(shapes), "The four models of PPO a
 # %% [markdown]
 # ## 1. Text becomes ids
 #
-# A post is put into a fixed frame that ends in `TL;DR:` without a space; the space belongs to the response [details 2.1,
+# A post is put into a fixed frame that ends in `TL;DR:` without a space; the space belongs to the response [details
+# 2.1,
 # 2.3, 3]. BOS opens the query and EOS, a token of its own, closes the response. Ids are joined as they are and never
 # decoded and encoded again. A query over the limit loses the end of its *post*, never its title or its `TL;DR:` [detail
 # 2.2].
@@ -139,10 +142,16 @@ book.table(
     [
         ["query", f"{len(query)}", quoted(query[:7]), quoted(query[-7:])],
         [f"the same, at most {short} ids", f"{len(cut)}", quoted(cut[:7]), quoted(cut[-7:])],
-        ["author's response", f"{len(reference_response)}", quoted(reference_response[:5]), quoted(reference_response[-4:])],
+        [
+            "author's response",
+            f"{len(reference_response)}",
+            quoted(reference_response[:5]),
+            quoted(reference_response[-4:]),
+        ],
     ],
     note=f"Of the {len(post.post)} characters of the post, {kept} stay at {short} ids.",
 )
+
 
 # %%
 @torch.no_grad()
@@ -172,7 +181,8 @@ book.question(
 # %% [markdown]
 # ## 2. Many posts, one row
 #
-# Sequences of different lengths are put one after the other into a single row: no padding, so no padding bugs. Positions
+# Sequences of different lengths are put one after the other into a single row: no padding, so no padding bugs.
+# Positions
 # restart at 0, and `cu_seqlens` tells attention where it may not look across [detail 5: the paper pads instead; the
 # results are the same]. What must be right here is the shift by one: the hidden state that *predicts* response token t
 # is that of the token before it.
@@ -190,9 +200,15 @@ book.table(
         ["lengths", str(list(packed_two.lengths))],
         ["tokens (N,)", f"N = {len(packed_two.tokens)}, of which {packed_two.filling} are filling that nobody reads"],
         ["cu_seqlens (B+1,)", str(packed_two.cu_seqlens.tolist())],
-        ["positions at the seam", "... " + " ".join(map(str, packed_two.positions[packed_two.lengths[0] - 3 :][:6].tolist())) + " ..."],
+        [
+            "positions at the seam",
+            "... " + " ".join(map(str, packed_two.positions[packed_two.lengths[0] - 3 :][:6].tolist())) + " ...",
+        ],
         ["rows that predict our response", f"{rows_of_response[which, 0]} to {rows_of_response[which, -1]}"],
-        ["token in the first of them", f"`{shown(packed_two.tokens[rows_of_response[which, 0]].item())}`, the last of the query"],
+        [
+            "token in the first of them",
+            f"`{shown(packed_two.tokens[rows_of_response[which, 0]].item())}`, the last of the query",
+        ],
     ],
     note="Two posts of the batch, ours among them.",
 )
@@ -256,7 +272,11 @@ book.code(losses.next_token_labels, losses.sequence_mean_weights)
 book.table(
     ["label", "p of the label", "by hand: w (p - 1)", "autograd"],
     [
-        [f"`{shown(labels[i].item())}`", fixed(p[i]), *row([1000 * weights[i] * (p[i] - 1), 1000 * logits.grad[i, labels[i]]])]
+        [
+            f"`{shown(labels[i].item())}`",
+            fixed(p[i]),
+            *row([1000 * weights[i] * (p[i] - 1), 1000 * logits.grad[i, labels[i]]]),
+        ]
         for i in range(first, first + 5)
     ],
     note=f"The first tokens of the author's summary under the SFT model. Gradients in thousandths; w = 1/{int(counts.sum())}.",
@@ -301,7 +321,14 @@ book.code(losses.bradley_terry_loss, ScalarModel.last_scores)
 book.table(
     ["", "head", "minus the shift: score", "by hand", "autograd", "summary"],
     [
-        [who, fixed(score + reward_model.score_shift), fixed(score), fixed(by_hand, 4), fixed(gradient, 4), text.strip()]
+        [
+            who,
+            fixed(score + reward_model.score_shift),
+            fixed(score),
+            fixed(by_hand, 4),
+            fixed(gradient, 4),
+            text.strip(),
+        ]
         for who, score, by_hand, gradient, text in zip(
             ("chosen", "rejected"), pair_scores, (sigma - 1, 1 - sigma), leaf.grad, (chosen, rejected), strict=True
         )
@@ -311,7 +338,7 @@ book.table(
 )
 right = pair_scores[0] > pair_scores[1]
 book.say(
-    f"""The reward model agrees with the annotator here, who errs at times too.""" if right else
+    """The reward model agrees with the annotator here, who errs at times too.""" if right else
     """The reward model disagrees with the annotator here, who errs at times, as it does."""
 )  # fmt: skip
 
@@ -333,7 +360,8 @@ book.question(
 # ## 5. Rollout: five likely tokens and a random number
 #
 # The policy writes R tokens for each query, whether it has stopped or not, at temperature T: logits are divided by T
-# before the softmax, nothing is cut off and nothing forbidden [detail 23.1]. A token is drawn with one uniform number u.
+# before the softmax, nothing is cut off and nothing forbidden [detail 23.1]. A token is drawn with one uniform number
+# u.
 # Put the probabilities of the whole vocabulary end to end, in the order of the ids; the token whose stretch holds u is
 # it. u depends on (seed, episode, t) alone, so that a rollout can be repeated.
 
@@ -379,8 +407,11 @@ book.question(
         ["over the batch", "as it should be", "with the fault"],
         [
             ["tokens that differ", "", f"{differ:.0%}"],
-            ["mean log-prob of a drawn token", fixed(sampled_logprobs[action_mask].mean()),
-             fixed(narrow_logprobs[ppo.action_mask(narrow, tokenizer.eos_id)].mean())],
+            [
+                "mean log-prob of a drawn token",
+                fixed(sampled_logprobs[action_mask].mean()),
+                fixed(narrow_logprobs[ppo.action_mask(narrow, tokenizer.eos_id)].mean()),
+            ],
             ["minus mean entropy, its expectation", fixed(-entropy[action_mask].mean()), ""],
         ],
     ),  # fmt: skip
@@ -392,7 +423,8 @@ book.question(
 # ## 6. What counts: the masks
 #
 # The policy answers for its tokens up to and with the first EOS: `action_mask`, t <= L. Values are trained one state
-# further, t <= L + 1, because value t belongs to the state *before* token t: value L + 1 is that of the finished response.
+# further, t <= L + 1, because value t belongs to the state *before* token t: value L + 1 is that of the finished
+# response.
 # Masks come from EOS, never from PAD [details 23.2 and U5].
 
 # %%
@@ -412,7 +444,9 @@ book.figure(
     ),
     "action mask and value mask of the response, and where KL penalty and score are paid",
 )
-book.say(f"In the batch, {int(action_mask.sum())} of {B * R} sampled tokens count as actions, {int(value_mask.sum())} states have a value.")
+book.say(
+    f"In the batch, {int(action_mask.sum())} of {B * R} sampled tokens count as actions, {int(value_mask.sum())} states have a value."
+)
 
 # %%
 with planted(FAULTS["eos_is_no_action"]):
@@ -431,7 +465,8 @@ book.question(
 # Four models look at the same response. The reward model reads it up to EOS and gives one score; a response without EOS
 # gets -1 in its place [detail 23.3]. Policy and reference give each token a log-prob, both at temperature T. Their
 # difference on the token that was drawn is `k1`: a sample of the KL divergence between the two models, right on average
-# and noisy, below 0 whenever the reference likes the token more. The exact KL, over the whole vocabulary, is never below 0. More
+# and noisy, below 0 whenever the reference likes the token more. The exact KL, over the whole vocabulary, is never
+# below 0. More
 # on its estimators: [kl_estimators.md](kl_estimators.md).
 
 # %%
@@ -452,8 +487,19 @@ book.say(
 actions = range(L + 1)
 book.table(
     ["t", "token", "policy", "reference", "k1", "exact KL"],
-    [[str(t), f"`{names[t]}`", *row([logprobs[mine, t], ref_logprobs[mine, t], kl[mine, t], exact_kl[mine, t]])] for t in actions]
-    + [["", "*sum*", *row([logprobs[mine, : L + 1].sum(), ref_logprobs[mine, : L + 1].sum(), kl[mine].sum(), exact_kl[mine].sum()])]],
+    [
+        [str(t), f"`{names[t]}`", *row([logprobs[mine, t], ref_logprobs[mine, t], kl[mine, t], exact_kl[mine, t]])]
+        for t in actions
+    ]
+    + [
+        [
+            "",
+            "*sum*",
+            *row(
+                [logprobs[mine, : L + 1].sum(), ref_logprobs[mine, : L + 1].sum(), kl[mine].sum(), exact_kl[mine].sum()]
+            ),
+        ]
+    ],
     [*actions, None],
     note=f"Mean of the sums over the batch: k1 {fixed(kl.sum(1).mean())}, exact {fixed(exact_kl.sum(1).mean())} nats a response. "
     f"{int((kl[action_mask] < -0.0005).sum())} of {int(action_mask.sum())} k1 are below 0.",
@@ -520,7 +566,12 @@ book.question(
     Table(
         ["", "reward at L", "reward at L + 1", "sum of the row", "advantages that move", "advantage at L"],
         [
-            [name, *row([r[mine, L], r[mine, L + 1], r[mine].sum()]), f"{moved(a, raw_advantages)} of {L + 2}", fixed(a[mine, L])]
+            [
+                name,
+                *row([r[mine, L], r[mine, L + 1], r[mine].sum()]),
+                f"{moved(a, raw_advantages)} of {L + 2}",
+                fixed(a[mine, L]),
+            ]
             for name, (r, a) in {"as it should be": (rewards, raw_advantages), **three}.items()
         ],
     ),
@@ -543,7 +594,8 @@ book.question(
 # ```
 #
 # The critic begins as the reward model, so V at L + 1 *is* the score, and the last delta is 0: an identity that the
-# pre-flight of `train_ppo.py` checks. At other tokens the reward model's output means nothing yet [detail 13], and the first
+# pre-flight of `train_ppo.py` checks. At other tokens the reward model's output means nothing yet [detail 13], and
+# the first
 # advantages are mostly the critic's own errors.
 
 # %%
@@ -586,7 +638,11 @@ book.question(
     Table(
         ["t", "token", "advantage", "with the fault", "rewards from here on, minus V"],
         [
-            [str(t), f"`{names[t]}`", *row([raw_advantages[mine, t], undamped[mine, t], rewards[mine, t:].sum() - values[mine, t]])]
+            [
+                str(t),
+                f"`{names[t]}`",
+                *row([raw_advantages[mine, t], undamped[mine, t], rewards[mine, t:].sum() - values[mine, t]]),
+            ]
             for t in states
         ],
         states,
@@ -599,7 +655,8 @@ book.question(
 # ## 10. Whitening
 #
 # Advantages are shifted and scaled to mean 0 and deviation 1 over the tokens that count, those of the whole batch
-# together [detail 25]. A token is reinforced if it did better than the batch's average, whatever the scale of the score.
+# together [detail 25]. A token is reinforced if it did better than the batch's average, whatever the scale of the
+# score.
 
 # %%
 mean = ppo.masked_mean(raw_advantages, action_mask)
@@ -610,7 +667,9 @@ book.table(
     ["t", "token", "advantage", "whitened"],
     [[str(t), f"`{names[t]}`", fixed(raw_advantages[mine, t]), fixed(advantages[mine, t])] for t in actions],
     actions,
-    note=f"For example ({fixed(raw_advantages[mine, L])} - {fixed(mean)}) / {fixed(deviation)} = {fixed(advantages[mine, L])}.".replace("- -", "+ "),
+    note=f"For example ({fixed(raw_advantages[mine, L])} - {fixed(mean)}) / {fixed(deviation)} = {fixed(advantages[mine, L])}.".replace(
+        "- -", "+ "
+    ),
 )
 
 # %%
@@ -629,9 +688,12 @@ book.question(
 # %% [markdown]
 # ## 11. Ratio, clip and loss
 #
-# `ratio = exp(new log-prob - old log-prob)` says how much likelier the token has become since it was sampled. The loss is
-# the mean over all actions of `max(-A ratio, -A clip(ratio, 0.8, 1.2))`: the clipped surrogate of Schulman et al. 2017, eq. 7,
-# with a loss's sign. Before the first step the ratio is 1 everywhere, nothing is clipped, and the loss is minus the mean
+# `ratio = exp(new log-prob - old log-prob)` says how much likelier the token has become since it was sampled. The
+# loss is
+# the mean over all actions of `max(-A ratio, -A clip(ratio, 0.8, 1.2))`: the clipped surrogate of Schulman et al.
+# 2017, eq. 7,
+# with a loss's sign. Before the first step the ratio is 1 everywhere, nothing is clipped, and the loss is minus the
+# mean
 # of the whitened advantages: 0. Its *gradient* is not.
 
 # %%
@@ -659,7 +721,10 @@ size = [int(action_mask[half].sum()) for half in halves]
 def first_quarter_weight() -> float:
     """Weight of a token of the first quarter of the batch in the sum of two microbatches' losses."""
     leaf = logprobs.clone().requires_grad_()
-    sum(ppo.policy_loss(leaf[h], logprobs[h], advantages[h], action_mask[h], cfg.cliprange, denominator=n)[0] for h in halves).backward()
+    sum(
+        ppo.policy_loss(leaf[h], logprobs[h], advantages[h], action_mask[h], cfg.cliprange, denominator=n)[0]
+        for h in halves
+    ).backward()
     return (-leaf.grad[halves[0]] / advantages[halves[0]])[action_mask[halves[0]]].median().item()
 
 
@@ -708,7 +773,13 @@ autograd = logit_gradient()
 A, p = advantages[mine, : L + 1], logprobs[mine, : L + 1].exp()
 by_hand = -A * (1 - p) / (T * n)
 kernel = fused.gradient_of_logits(
-    logits[: L + 1], ours, logprobs[mine, : L + 1], A, torch.full((L + 1,), 1 / int(n)), temperature=T, cliprange=cfg.cliprange
+    logits[: L + 1],
+    ours,
+    logprobs[mine, : L + 1],
+    A,
+    torch.full((L + 1,), 1 / int(n)),
+    temperature=T,
+    cliprange=cfg.cliprange,
 ).gather(1, ours[:, None])[:, 0]
 scale = by_hand.abs().max()
 assert (by_hand - autograd).abs().max() < 1e-4 * scale and not (by_hand - kernel).abs().max() > 1e-4 * scale
@@ -717,7 +788,13 @@ book.code(clipped_loss)
 book.table(
     ["t", "token", "A", "p", "by hand", "autograd", "fused kernel"],
     [
-        [str(t), f"`{names[t]}`", fixed(A[t]), fixed(p[t], 4), *row(micro * torch.stack((by_hand[t], autograd[t], kernel[t])), 2)]
+        [
+            str(t),
+            f"`{names[t]}`",
+            fixed(A[t]),
+            fixed(p[t], 4),
+            *row(micro * torch.stack((by_hand[t], autograd[t], kernel[t])), 2),
+        ]
         for t in actions
     ],
     actions,
@@ -741,8 +818,10 @@ book.question(
 # %% [markdown]
 # ## 13. One step of AdamW
 #
-# Policy and critic share one optimizer and one step [detail 22]. Adam divides the gradient by its own size, so in the first step
-# nearly every weight moves by the learning rate, towards the sign of its gradient; eps = 1e-5, larger than usual, holds back the
+# Policy and critic share one optimizer and one step [detail 22]. Adam divides the gradient by its own size, so in the
+# first step
+# nearly every weight moves by the learning rate, towards the sign of its gradient; eps = 1e-5, larger than usual,
+# holds back the
 # weights whose gradient is tiny [detail 20]. With g the clipped gradient of a weight w, the first step is
 #
 # ```
@@ -803,7 +882,12 @@ book.table(
 book.table(
     ["t", "token", "A", "log-prob before", "after", "ratio"],
     [
-        [str(t), f"`{names[t]}`", fixed(A[t]), *row([logprobs[mine, t], stepped[mine, t], (stepped - logprobs)[mine, t].exp()])]
+        [
+            str(t),
+            f"`{names[t]}`",
+            fixed(A[t]),
+            *row([logprobs[mine, t], stepped[mine, t], (stepped - logprobs)[mine, t].exp()]),
+        ]
         for t in actions
     ],
     actions,
@@ -829,7 +913,8 @@ book.question(
 # %% [markdown]
 # ## 14. The clipped objective
 #
-# The batch is used for several epochs, and the ratio leaves 1. The objective (the loss, negated) is drawn here for A > 0 and A < 0
+# The batch is used for several epochs, and the ratio leaves 1. The objective (the loss, negated) is drawn here for A
+# > 0 and A < 0
 # in units of |A|. Where the line is flat a token has no gradient: it has been pushed far enough already. It is flat on
 # one side only: a token that has moved the *wrong* way is always pulled back.
 
@@ -884,7 +969,13 @@ book.question(
     Table(
         ["epoch", "approxkl", "with the fault", "clipped tokens", "with the fault"],
         [
-            [str(i + 1), fixed(a["approxkl"], 4), fixed(b["approxkl"], 4), f"{a['clipfrac']:.1%}", f"{b['clipfrac']:.1%}"]
+            [
+                str(i + 1),
+                fixed(a["approxkl"], 4),
+                fixed(b["approxkl"], 4),
+                f"{a['clipfrac']:.1%}",
+                f"{b['clipfrac']:.1%}",
+            ]
             for i, (a, b) in enumerate(zip(seen, wrong, strict=True))
         ],
     ),

@@ -31,7 +31,11 @@ DRAWINGS = ["walk_pipeline.svg", "walk_masks.svg", "walk_strip.svg", "walk_clip.
 LESSON = [f"nanorlhf/{name}.py" for name in (
     "data/tldr", "packing", "attention", "llama", "models", "losses", "pairs", "decoder", "rollout", "ppo", "optim",
 )] + ["train_sft.py", "train_rm.py", "train_ppo.py"]  # fmt: skip
-CONSTANTS = {"0.95", "0.01", "2506.09477"}  # of the method, and an address: what prose may say with two decimals or more
+CONSTANTS = {
+    "0.95",
+    "0.01",
+    "2506.09477",
+}  # of the method, and an address: what prose may say with two decimals or more
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[-+]?\d+)?%?")
 
 
@@ -94,7 +98,13 @@ def test_every_page_that_is_made_is_compared(made):
 def test_what_the_comparison_lets_pass():
     assert differences("p = 0.123, 7 of 9, 14.9%", "p = 0.124, 7 of 9, 15.2%") == []
     assert differences("1.2345e-05", "1.2346e-05") == []
-    for other in ("p = 0.13, 7 of 9", "p = 0.123, 8 of 9", "q = 0.123, 7 of 9", "p = 0.123, 7 of 9 and", "p = -0.123, 7 of 9"):
+    for other in (
+        "p = 0.13, 7 of 9",
+        "p = 0.123, 8 of 9",
+        "q = 0.123, 7 of 9",
+        "p = 0.123, 7 of 9 and",
+        "p = -0.123, 7 of 9",
+    ):
         assert differences("p = 0.123, 7 of 9", other), other
     assert differences("1.2345e-05", "1.3e-05")
 
@@ -130,7 +140,9 @@ def test_the_notebook_runs_from_its_own_folder(walked):
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     program = "import json, sys\nfor cell in json.load(sys.stdin):\n    exec(cell, globals())\nprint(len(book.blocks))"
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, input=json.dumps(cells), capture_output=True, text=True, cwd=DOCS, timeout=600, encoding="utf-8")
+    done = subprocess.run(
+        command, input=json.dumps(cells), capture_output=True, text=True, cwd=DOCS, timeout=600, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) == len(walked["book"].blocks)
 
@@ -168,7 +180,9 @@ def test_a_file_of_the_lesson_names_its_stations(file):
     named = re.search(r"docs/walk\.md[:,]? stations? ([\d, toand]+)", said)
     assert named, f'{file}: its docstring ends without "docs/walk.md, station ..."'
     numbers = set(re.findall(r"\d+", named[1]))
-    assert numbers and numbers <= set(re.findall(r"^## (\d+)\. ", (DOCS / "walk.md").read_text(encoding="utf-8"), re.MULTILINE))
+    assert numbers and numbers <= set(
+        re.findall(r"^## (\d+)\. ", (DOCS / "walk.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ browser
@@ -187,7 +201,8 @@ window.addEventListener("load", () => {
   const lit = () => new Set(Array.from(document.querySelectorAll(".lit"), (e) => (e.closest("section") || e).id));
   const token = document.querySelector(".ribbon button:nth-child(3)");
   const say = (name) => token.dispatchEvent(new MouseEvent(name, { bubbles: true }));
-  say("mouseover"); found.lit = [...lit()]; found.same = [...document.querySelectorAll(".lit")].every((e) => e.dataset.t === "2");
+  say("mouseover"); found.lit = [...lit()];
+  found.same = [...document.querySelectorAll(".lit")].every((e) => e.dataset.t === "2");
   say("mouseout"); found.after = lit().size;
   token.click(); say("mouseout"); found.kept = lit().size;
   token.click(); found.gone = lit().size;
@@ -199,7 +214,9 @@ window.addEventListener("load", () => {
 def browse(folder: Path, width: int, *flags: str) -> dict:
     """Load docs/walk.html with the probe in it -> what the probe saw, and what the browser logged."""
     page = (DOCS / "walk.html").read_text(encoding="utf-8")
-    page = page.replace("script-src '", "script-src 'unsafe-inline' 'nothing-", 1)  # of the test alone: admits the probe
+    page = page.replace(
+        "script-src '", "script-src 'unsafe-inline' 'nothing-", 1
+    )  # of the test alone: admits the probe
     page = page.replace("<style>", f"<script>{ERRORS}</script><style>", 1)
     (folder / "walk.html").write_text(page.replace("</body>", f"<script>{PROBE}</script></body>"), encoding="utf-8")
     frame = folder / "frame.html"  # a window is at least 500 wide without a frame of its own
@@ -254,7 +271,19 @@ def test_the_page_and_its_figures_are_dark_where_the_reader_s_system_is(tmp_path
 def test_the_page_names_no_address_that_a_browser_would_fetch():
     page = (DOCS / "walk.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in page
-    for fetched in (r"<link\b", r"<img\b", r"<iframe\b", r"\bsrc\s*=", r"@import", r"url\(", r"\bfetch\(", r"XMLHttpRequest", r"import\("):
+    for fetched in (
+        r"<link\b",
+        r"<img\b",
+        r"<iframe\b",
+        r"\bsrc\s*=",
+        r"@import",
+        r"url\(",
+        r"\bfetch\(",
+        r"XMLHttpRequest",
+        r"import\(",
+    ):
         assert not re.search(fetched, page), fetched
     for drawing in DRAWINGS:
-        assert set(re.findall(r"https?://[^\"]+", (DOCS / drawing).read_text(encoding="utf-8"))) == {"http://www.w3.org/2000/svg"}
+        assert set(re.findall(r"https?://[^\"]+", (DOCS / drawing).read_text(encoding="utf-8"))) == {
+            "http://www.w3.org/2000/svg"
+        }

@@ -34,7 +34,9 @@ def drawing(width: int, height: int, parts: list[str]) -> str:
 def standalone(svg: str) -> str:
     """The same as a file: with its style, and a page of its own behind it."""
     head, rest = svg.split(">", 1)
-    return f'{head}><style>{FIGURE_CSS}{BACKGROUND}</style><rect class="page" width="100%" height="100%" rx="6"/>{rest}\n'
+    return (
+        f'{head}><style>{FIGURE_CSS}{BACKGROUND}</style><rect class="page" width="100%" height="100%" rx="6"/>{rest}\n'
+    )
 
 
 def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
@@ -83,7 +85,9 @@ def pipeline(shapes: dict[str, str]) -> str:
         parts.append(arrow((132, 366), (185, 366), (185, top + 32), (210, top + 32)))
     outs = ["logprobs", "ref_logprobs", "scores", "values"]
     for top, name in zip(tops, outs, strict=True):
-        parts.append(arrow((380, 182), (585, 182), (585, 112)) if top == 150 else arrow((380, top + 32), (520, top + 32)))
+        parts.append(
+            arrow((380, 182), (585, 182), (585, 112)) if top == 150 else arrow((380, top + 32), (520, top + 32))
+        )
         parts.append(text(390, top + 24, name, "mono"))
         parts.append(text(390, top + 48, shapes[name], "small soft"))
     box(520, 56, 130, 56, "KL a token", "log-prob differences")
@@ -139,9 +143,13 @@ def bars(names: list[str], rows: list[tuple[str, list[float], str]]) -> str:
             middle, most = top + band * i + band / 2, max(abs(value) for value in values) or 1.0
             height = 28 * abs(values[t]) / most
             up = values[t] >= 0
-            inside.append(rect(x + 9, middle - height if up else middle, step - 18, height, kind or ("up" if up else "down"), 1))
+            inside.append(
+                rect(x + 9, middle - height if up else middle, step - 18, height, kind or ("up" if up else "down"), 1)
+            )
             label = f"{values[t]:.2f}".replace("-0.00", "0.00")
-            inside.append(text(x + step / 2, middle - height - 4 if up else middle + height + 12, label, "small", "middle"))
+            inside.append(
+                text(x + step / 2, middle - height - 4 if up else middle + height + 12, label, "small", "middle")
+            )
         parts.append(f'<g data-t="{t}">{rect(x, 0, step, top + band * len(rows), "hit")}{"".join(inside)}</g>')
     return drawing(left + step * len(names) + 60, top + band * len(rows) + 6, parts)
 
@@ -173,7 +181,9 @@ def clipping(dots: list[tuple[float, float]], cliprange: float, own: list[tuple[
         for ratio, advantage in dots:
             if advantage * sign > 0:
                 x, y = place(ratio)
-                parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" class="{"up" if sign > 0 else "down"}" opacity=".5"/>')
+                parts.append(
+                    f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" class="{"up" if sign > 0 else "down"}" opacity=".5"/>'
+                )
         for t, ratio, advantage in own:
             if advantage * sign > 0:
                 x, y = place(ratio)
@@ -181,7 +191,9 @@ def clipping(dots: list[tuple[float, float]], cliprange: float, own: list[tuple[
                     f'<g data-t="{t}"><circle cx="{x:.1f}" cy="{y:.1f}" r="10" class="hit"/>'
                     f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" class="{"up" if sign > 0 else "down"}"/></g>'
                 )
-        parts.append(text(x0 + size / 2, 20, "A > 0: make it likelier" if sign > 0 else "A < 0: make it rarer", "b", "middle"))
+        parts.append(
+            text(x0 + size / 2, 20, "A > 0: make it likelier" if sign > 0 else "A < 0: make it rarer", "b", "middle")
+        )
         for ratio in (low, 1 - cliprange, 1.0, 1 + cliprange, high):
             parts.append(text(x0 + (ratio - low) * scale, top + size + 18, f"{ratio:g}", "small soft", "middle"))
         parts.append(text(x0 + size / 2, top + size + 36, "ratio", "soft", "middle"))

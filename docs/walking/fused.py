@@ -29,7 +29,9 @@ def gradient_of_logits(
     sent = json.dumps([{name: tensor.tolist() for name, tensor in rows.items()}, options])
     environment = os.environ | {"NANORLHF_KERNELS": "triton", "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "docs.walking.fused"]
-    done = subprocess.run(command, input=sent, capture_output=True, text=True, env=environment, cwd=ROOT, encoding="utf-8")
+    done = subprocess.run(
+        command, input=sent, capture_output=True, text=True, env=environment, cwd=ROOT, encoding="utf-8"
+    )
     if done.returncode:
         raise RuntimeError(f"the fused kernel in Triton's interpreter: {done.stderr.strip().splitlines()[-1]}")
     return torch.tensor(json.loads(done.stdout))

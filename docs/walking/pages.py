@@ -39,7 +39,9 @@ def markdown_block(block: Block) -> str:
         case Say(text):
             return text
         case Code():
-            parts = [f"[{file}](../{file}): `{name}`\n\n```python\n{source}\n```" for file, name, source in block.parts()]
+            parts = [
+                f"[{file}](../{file}): `{name}`\n\n```python\n{source}\n```" for file, name, source in block.parts()
+            ]
             return "\n\n".join(parts)
         case Table():
             return markdown_table(block)
