@@ -37,7 +37,7 @@ class Fetch:
     def __init__(self, seed: int):
         self.random, self.counts, self.failures = random.Random(f"{self.name} {seed}"), Counter(), []
         self.folder = Path(self.name)
-        self.open(encoding="utf-8")
+        self.begin()
         began = time.monotonic()
         process = Process(self.work, counter=f"{self.name}.operations")
         assert process.wait() == 0, process.said
@@ -81,7 +81,7 @@ class Fetch:
 class Download(Fetch):
     name = "download"
 
-    def open(self) -> None:
+    def begin(self) -> None:
         self.server = Server(small_set(), pause=0.002)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         download.PIECE = 1024  # so that a file of a few kilobytes is cut in the middle, too
@@ -117,7 +117,7 @@ class Download(Fetch):
 class Questions(Fetch):
     name = "judge"
 
-    def open(self) -> None:
+    def begin(self) -> None:
         posts = [Post(f"p{i}", "r", f"title {i}", f"post {i}", "s") for i in range(20)]
         self.pairs = [Pair(post, f"one {post.id}", f"the other {post.id}" * (i % 3)) for i, post in enumerate(posts)]
         self.server = ClaudeServer(self.answer)

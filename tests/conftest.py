@@ -20,6 +20,8 @@ from nanorlhf.storage.checkpoint import save_policy
 # A shell starts what it puts into the background with SIGINT ignored, and children inherit that: back to a terminal's.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup does that
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # These need processes of their own, which test_triton.py starts: Triton decides once whether kernels are interpreted.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]

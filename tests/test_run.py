@@ -337,10 +337,11 @@ def test_the_first_lines_say_preset_device_dtype_kernels_and_folder(start, capsy
     cfg = replace(CONFIG)
     cfg.preset_reason = "no CUDA device with 70 GB or more"
     run = start(cfg, kernels="torch")
-    preset, device, folder = capsys.readouterr().out.splitlines()
+    preset, device, folder, metrics = capsys.readouterr().out.splitlines()
     assert preset == "preset  tiny: no CUDA device with 70 GB or more"
     assert device == f"device  cpu ({torch.get_num_threads()} threads), float32, kernels torch, seed 1"
     assert folder == f"folder  {run.folder}"
+    assert "docs/metrics.md" in metrics
 
 
 def test_the_time_left_after_a_resume_counts_only_the_steps_of_this_process(start, clock, capsys):
@@ -387,6 +388,6 @@ with Run("ppo", Config(), total_steps=2, unit="update", root={str(tmp_path)!r}) 
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 3, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["preset", "device", "folder", "update", "update"]
+    assert [line.split()[0] for line in lines] == ["preset", "device", "folder", "metrics", "update", "update"]
     assert lines[-1].startswith("update 2/2 | loss 0.5 |") and "\r" not in done.stdout and done.stderr == ""
     assert len(read_metrics(tmp_path / "ppo")) == 2
