@@ -17,7 +17,7 @@ The parts, each with its share of the time that is left; a part that is done is 
 
 All of them are the real scripts with the preset smollm2, called in this process, so that CUDA starts and Triton
 compiles once. How many steps a part may take is measured: its script runs for three steps, then the rest of its share
-is filled. Writes runs/<name>_*, and into --out: results.json, report.md, metrics of each stage, samples.jsonl.
+is filled; or --steps says it. On a CPU only short posts are used (short_posts.py). Writes runs/<name>_*, and into --out: results.json, report.md, metrics of each stage, samples.jsonl.
 """
 
 import argparse
@@ -35,6 +35,7 @@ import eval as evaluation
 import train_ppo
 import train_rm
 import train_sft
+from experiments.short_posts import write_short_posts
 from experiments.small_model_report import report
 from nanorlhf.data.encoding import encode_posts
 from nanorlhf.data.tldr import load_posts
@@ -50,21 +51,14 @@ from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.storage.jsonl import read_jsonl, write_whole
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo, "eval": evaluation}
-SHARES = {
-    "lr": 4,
-    "sft": 3,
-    "rm": 2,
-    "ppo": 8,
-    "eval": 3,
-    "out_again": 1,
-    "preflight": 1,
-}  # of the time that is left, part by part
+SHARES = {"lr": 4, "sft": 3, "rm": 2, "ppo": 8, "eval": 3, "out_again": 1, "preflight": 1}  # of the time that is left
 PROBE_STEPS = 3  # on a GPU the first compiles
 LR_STEPS = 24  # of the comparison of learning rates, at most
 MOST_EPISODES = 10**9  # of PPO's schedule, which ends with its last update
 MOST_EPOCHS = 2  # of SFT and the reward model; PPO goes on for as long as there is time
 GREEDY_POSTS = 6
-# What a step holds: as the preset has it on a GPU; on a CPU an eighth of it and less, of posts cut to 192 tokens.
+# What a step holds: as the preset has it on a GPU; on a CPU a sixteenth of it, of posts that are short.
+LONGEST_ON_A_CPU = 224  # tokens of a query: a quarter of the posts, none of them cut; the comparisons are all taken
 ON_A_GPU = {
     "sft": {"eval_posts": 386, "batch_size": 128},
     "rm": {"batch_size": 32, "shift_posts": 4096},
@@ -72,11 +66,12 @@ ON_A_GPU = {
     "eval": {"num_posts": 386, "diversity_posts": 64},
 }
 ON_A_CPU = {
-    "sft": {"eval_posts": 32, "batch_size": 16, "max_query_length": 192, "microbatch_tokens": 2048},
-    "rm": {"batch_size": 8, "shift_posts": 64, "max_query_length": 192, "microbatch_tokens": 2048},
-    "ppo": {"batch_size": 8, "max_query_length": 192, "microbatch_tokens": 2048, "sample_every": 0},
-    "eval": {"num_posts": 32, "diversity_samples": 0, "max_query_length": 192, "microbatch_tokens": 4096},
+    "sft": {"eval_posts": 128, "batch_size": 8, "microbatch_tokens": 2048, "save_every": 25},
+    "rm": {"batch_size": 8, "shift_posts": 256, "microbatch_tokens": 2048, "save_every": 25},
+    "ppo": {"batch_size": 8, "microbatch_tokens": 2048, "sample_every": 0, "save_every": 4},
+    "eval": {"num_posts": 128, "diversity_samples": 0, "microbatch_tokens": 4096},
 }
+LR_POSTS = {"cuda": 128, "cpu": 32}  # held out, for the comparison of learning rates
 
 
 class Clock:
@@ -133,6 +128,7 @@ class Experiment:
         self.model = str(find_model("base", args.model, "model", "smollm2")[0].resolve())
         self.device = pick_device(args.device)
         self.sizes = ON_A_GPU if self.device.type == "cuda" else ON_A_CPU
+        longest = args.longest or (None if self.device.type == "cuda" else LONGEST_ON_A_CPU)
         self.probe_steps = PROBE_STEPS if self.device.type == "cuda" else 2
         self.measured: dict[str, dict] = {}  # stage -> seconds a step, and around all of them
         self.path = out / "results.json"
@@ -140,6 +136,11 @@ class Experiment:
         dtype = str(pick_dtype(args.dtype, self.device)).removeprefix("torch.")
         about = {"device": device_name(self.device), "dtype": dtype, "torch": torch.__version__, "git": git()}
         about |= {"minutes": args.minutes, "seed": args.seed, "sizes": self.sizes, "data": Path(self.data).name}
+        if longest is not None:
+            short = out / "data"
+            counts = write_short_posts(Path(self.data), short, load_tokenizer(self.model), longest)
+            self.data, about = str(short.resolve()), about | {"longest": longest, "posts": counts}
+            print(f"posts   of at most {longest} tokens, kept of all: {counts}", flush=True)
         self.state.setdefault("about", about | {"started": time.strftime("%Y-%m-%d %H:%M:%S")})
 
     def flags(self, stage: str) -> dict:
@@ -170,10 +171,10 @@ class Experiment:
     def lr(self, seconds: float) -> dict:
         lrs, losses = self.args.sft_lrs, {}
         flags = self.flags("sft") | {"model": self.model, "run_name": self.name("lr"), "save_every": 0}
-        flags |= {"eval_posts": min(128, flags["eval_posts"]), "overwrite": True}
+        flags |= {"eval_posts": LR_POSTS[self.device.type], "overwrite": True}
         if len(lrs) < 2:
             return {"chosen": lrs[0], "steps": 0, "runs": {}}
-        steps = min(LR_STEPS, self.steps_for(seconds / len(lrs), "sft", flags)[0])
+        steps = self.args.steps.get("lr") or min(LR_STEPS, self.steps_for(seconds / len(lrs), "sft", flags)[0])
         for lr in lrs:
             last = run("sft", self.device, **flags, lr=lr, max_updates=steps).rows[-1]
             losses[f"{lr:g}"] = {name: last[f"validation/sft/{name}"] for name in ("loss", "rouge/rougeL", "eos_rate")}
@@ -274,10 +275,20 @@ class Experiment:
         if (folder / "config.json").is_file():
             measured, done = {}, run(stage, self.device, run_name=folder.name, device=self.args.device, resume=True)
         else:
-            steps, measured = self.steps_for(seconds, stage, flags)
+            steps, measured = self.args.steps.get(stage), {}
+            if steps is None:
+                steps, measured = self.steps_for(seconds, stage, flags)
             done = run(stage, self.device, **flags, max_updates=steps, run_name=folder.name)
         shutil.copy(folder / "metrics.jsonl", self.out / f"{name}_metrics.jsonl")
         return measured | {"s": round(done.seconds, 1), "peak_gib": done.peak_gib, "rows": done.rows}
+
+
+def _steps(word: str) -> tuple[str, int]:
+    """PART=N, as argparse reads it: a ValueError becomes its message."""
+    part, _, number = word.partition("=")
+    if part not in ("lr", "sft", "rm", "ppo") or not number.isdecimal() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"{word} is not lr, sft, rm or ppo, then = and a number of steps: rm=112")
+    return part, int(number)
 
 
 def main() -> None:
@@ -291,10 +302,14 @@ def main() -> None:
     parser.add_argument("--rm_lr", type=float, default=train_rm.PRESETS["smollm2"]["lr"])
     parser.add_argument("--ppo_lrs", type=float, nargs="+", default=[train_ppo.PRESETS["smollm2"]["lr"]])
     parser.add_argument("--parts", nargs="+", choices=list(SHARES), default=list(SHARES), help="only these")
+    parser.add_argument("--longest", type=int, help="leave out posts of more tokens [a CPU: 224, a GPU: none]")
+    parser.add_argument("--steps", nargs="+", type=_steps, default=[], metavar="PART=N",
+                        help="steps of lr, sft, rm or ppo, in place of what is measured")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     args = parser.parse_args()
+    args.steps = dict(args.steps)
     with one_sentence("type the same command again"):
         check(args.minutes > 0, "minutes", args.minutes, "greater than 0")
         out = args.out or Path("runs") / f"{args.name}_results"

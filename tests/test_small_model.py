@@ -32,12 +32,14 @@ def experiment(tmp_path, monkeypatch):
 
     def make(**changes):
         args = dict(minutes=10, name="small", data=str(tmp_path), model=str(tmp_path), seed=1, device="cpu",
-                    dtype="auto", sft_lrs=[1e-4], rm_lr=3e-5, ppo_lrs=[1e-5])  # fmt: skip
+                    dtype="auto", sft_lrs=[1e-4], rm_lr=3e-5, ppo_lrs=[1e-5], steps={}, longest=None)  # fmt: skip
         made = small_model.Experiment(argparse.Namespace(**args | changes), tmp_path)
         made.calls = calls
         return made
 
     monkeypatch.setattr(small_model, "run", fake)
+    monkeypatch.setattr(small_model, "write_short_posts", lambda data, folder, tokenizer, longest: {})
+    monkeypatch.setattr(small_model, "load_tokenizer", lambda folder: None)
     return make
 
 
