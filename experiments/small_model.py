@@ -12,12 +12,13 @@ The parts, each with its share of the time that is left; a part that is done is 
     rm     the reward model on the comparisons (split by post as published)
     ppo    PPO with each of --ppo_lrs
     eval   eval.py on held-out posts, the reward model as judge
-    out_again    does transformers write the same greedy text from the policy's folder?
+    out_again    do transformers, and llama.cpp from a GGUF, write the same greedy text from the policy's folder?
     preflight    what PPO's checks measure in fp32 and in bf16
 
 All of them are the real scripts with the preset smollm2, called in this process, so that CUDA starts and Triton
 compiles once. How many steps a part may take is measured: its script runs for three steps, then the rest of its share
-is filled; or --steps says it. On a CPU only short posts are used (short_posts.py). Writes runs/<name>_*, and into --out: results.json, report.md, metrics of each stage, samples.jsonl.
+is filled; or --steps says it. On a CPU only short posts are used (short_posts.py). Writes runs/<name>_*, and into
+--out: results.json, report.md, metrics of each stage, samples.jsonl.
 """
 
 import argparse
@@ -35,6 +36,7 @@ import eval as evaluation
 import train_ppo
 import train_rm
 import train_sft
+from experiments.out_again import out_again
 from experiments.short_posts import write_short_posts
 from experiments.small_model_report import report
 from nanorlhf.data.encoding import encode_posts
@@ -42,12 +44,10 @@ from nanorlhf.data.tldr import load_posts
 from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.errors import UserError, check, one_sentence
 from nanorlhf.evaluation.metrics import rouge
-from nanorlhf.rollout import generate
 from nanorlhf.run.config import parse
 from nanorlhf.run.device import device_name, peak_gib, pick_device, pick_dtype
 from nanorlhf.run.inputs import find_data, find_model
 from nanorlhf.run.run_folder import git
-from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.storage.jsonl import read_jsonl, write_whole
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo, "eval": evaluation}
@@ -56,7 +56,7 @@ PROBE_STEPS = 3  # on a GPU the first compiles
 LR_STEPS = 24  # of the comparison of learning rates, at most
 MOST_EPISODES = 10**9  # of PPO's schedule, which ends with its last update
 MOST_EPOCHS = 2  # of SFT and the reward model; PPO goes on for as long as there is time
-GREEDY_POSTS = 6
+GREEDY_POSTS, GREEDY_TOKENS = 6, 40
 # What a step holds: as the preset has it on a GPU; on a CPU a sixteenth of it, of posts that are short.
 LONGEST_ON_A_CPU = 224  # tokens of a query: a quarter of the posts, none of them cut; the comparisons are all taken
 ON_A_GPU = {
@@ -163,6 +163,7 @@ class Experiment:
             self.state[part] = {"failed": str(error)}
             print(f"failed  {part}: {error}", flush=True)
         self.state["seconds"][part] = round(time.monotonic() - began, 1)
+        self.state.setdefault("commits", {})[part] = (git() or {}).get("commit")
         self.state["about"]["total_s"] = round(time.monotonic() - self.clock.began, 1)
         write_whole(self.path, json.dumps(self.state, indent=1) + "\n")
 
@@ -235,19 +236,8 @@ class Experiment:
         return found
 
     def out_again(self, _: float) -> dict:
-        """Greedy text of our decoder and of transformers' `generate`, in fp32, from the folder that PPO wrote."""
-        from transformers import AutoModelForCausalLM
-
-        folder, same = self.final("ppo"), []
-        tokenizer, policy = load_tokenizer(folder), load_policy(folder, self.device, torch.float32)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.device)
-        queries, _ = encode_posts(load_posts(self.data, "valid")[:GREEDY_POSTS], tokenizer, 256)
-        responses, _ = generate(policy, list(queries), 40, temperature=0.0)
-        for query, ours in zip(queries, responses.tolist(), strict=True):
-            asked = torch.tensor([query], device=self.device)
-            written = theirs.generate(asked, max_new_tokens=40, do_sample=False)[0, len(query) :].tolist()
-            same.append(written == ours[: len(written)])  # theirs stops at EOS
-        return {"posts": len(same), "same_greedy_text": sum(same)}
+        queries, _ = encode_posts(load_posts(self.data, "valid")[:GREEDY_POSTS], load_tokenizer(self.final("ppo")), 256)
+        return out_again(self.final("ppo"), list(queries), GREEDY_TOKENS, self.device)
 
     # --- what they share
 
@@ -275,7 +265,7 @@ class Experiment:
         if (folder / "config.json").is_file():
             measured, done = {}, run(stage, self.device, run_name=folder.name, device=self.args.device, resume=True)
         else:
-            steps, measured = self.args.steps.get(stage), {}
+            steps, measured = self.args.steps.get(name, self.args.steps.get(stage)), {}
             if steps is None:
                 steps, measured = self.steps_for(seconds, stage, flags)
             done = run(stage, self.device, **flags, max_updates=steps, run_name=folder.name)
@@ -286,7 +276,8 @@ class Experiment:
 def _steps(word: str) -> tuple[str, int]:
     """PART=N, as argparse reads it: a ValueError becomes its message."""
     part, _, number = word.partition("=")
-    if part not in ("lr", "sft", "rm", "ppo") or not number.isdecimal() or int(number) < 1:
+    known = part in ("lr", "sft", "rm", "ppo") or part.startswith("ppo_")
+    if not known or not number.isdecimal() or int(number) < 1:
         raise argparse.ArgumentTypeError(f"{word} is not lr, sft, rm or ppo, then = and a number of steps: rm=112")
     return part, int(number)
 
@@ -303,8 +294,8 @@ def main() -> None:
     parser.add_argument("--ppo_lrs", type=float, nargs="+", default=[train_ppo.PRESETS["smollm2"]["lr"]])
     parser.add_argument("--parts", nargs="+", choices=list(SHARES), default=list(SHARES), help="only these")
     parser.add_argument("--longest", type=int, help="leave out posts of more tokens [a CPU: 224, a GPU: none]")
-    parser.add_argument("--steps", nargs="+", type=_steps, default=[], metavar="PART=N",
-                        help="steps of lr, sft, rm or ppo, in place of what is measured")  # fmt: skip
+    steps = "steps of lr, sft, rm, ppo, or a run as ppo_1e-05, in place of what is measured"
+    parser.add_argument("--steps", nargs="+", type=_steps, default=[], metavar="PART=N", help=steps)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")

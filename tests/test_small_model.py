@@ -140,6 +140,28 @@ def test_how_much_of_a_title_is_copied_is_counted_by_text_with_intervals():
     assert 0 <= low < 0.5 < high <= 1 and len(lines) == 4
 
 
+def test_each_part_has_its_seconds_its_speed_and_its_peak():
+    rows = [{"perf/tokens_per_s": speed} for speed in (10.0, 30.0, 20.0)] + [{"validation/sft/loss": 3.0}]
+    run = {"rows": rows, "s": 50.04, "peak_gib": 6.5}
+    lines = small_model_report.stages({"sft": run, "ppo": {"runs": {"ppo": run, "ppo_3e-05": run}}, "eval": {}},
+                                      {"sft": 61, "ppo": 120, "eval": 12.3})  # fmt: skip
+    assert lines[5:9] == ["| sft | 3 | 50 | 20 | 6.5 |", "| ppo | 3 | 50 | 20 | 6.5 |", "| ppo_3e-05 | 3 | 50 | 20 | 6.5 |",
+                          "| eval |  | 12 |  |  |"]  # fmt: skip
+    assert small_model_report.stages({}, {}) == []
+
+
+def test_the_steps_of_a_part_may_be_given_in_place_of_measured_ones(experiment):
+    made = experiment(steps={"sft": 7, "ppo": 5, "ppo_1e-05": 3, "lr": 2}, sft_lrs=[1e-4, 1e-3], ppo_lrs=[3e-5, 1e-5])
+    for part in ("lr", "sft", "ppo"):
+        made.do(part)
+    names = [(flags["run_name"], flags["max_updates"]) for _, flags in made.calls]
+    assert names == [("small_lr", 2), ("small_lr", 2), ("small_sft", 7), ("small_ppo", 5), ("small_ppo_1e-05", 3)]
+    assert small_model._steps("rm=112") == ("rm", 112)
+    for word in ("rm=0", "foo=3", "rm", "rm=x"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{word} is not lr, sft, rm or ppo"):
+            small_model._steps(word)
+
+
 def test_samples_are_shown_with_every_policy_on_one_line_each():
     lines = small_model_report.samples([POST | {"base": "a\nb", "sft": ""}], ["base", "sft"])
     assert "- base: a b" in lines and "- sft: (nothing)" in lines
