@@ -195,15 +195,18 @@ class Experiment:
         flags |= {"total_episodes": MOST_EPISODES}
         for i, lr in enumerate(lrs):
             name = "ppo" if i == 0 else f"ppo_{lr:g}"
-            share = (ends - time.monotonic()) / (len(lrs) - i)
+            share, refused = (ends - time.monotonic()) / (len(lrs) - i), None
             try:
                 found["runs"][name] = self.train(name, share, flags | {"lr": lr})
             except UserError as error:  # which of its figures and why is part of the result; then on without it
                 if not str(error).startswith("pre-flight") or not flags.get("preflight", True):
                     raise
-                found["refused"].append(str(error))
+                refused = str(error)
+            if refused:  # here the error, and the models that its traceback holds, are gone
+                gc.collect()
+                found["refused"].append(refused)
                 flags["preflight"] = False
-                found["runs"][name] = self.train(name, share, flags | {"lr": lr})
+                found["runs"][name] = self.train(name, share, flags | {"lr": lr}, afresh=True)
         return found
 
     def eval(self, _: float) -> dict:
@@ -259,16 +262,16 @@ class Experiment:
         print(f"plan    {stage}: {step:.2f} s a step and {around:.1f} s around them: {steps} steps in {seconds:.0f} s")
         return steps, self.measured[stage]
 
-    def train(self, name: str, seconds: float, flags: dict) -> dict:
-        """A stage trained to its end, or on from where it was stopped; its metrics go to --out."""
+    def train(self, name: str, seconds: float, flags: dict, afresh: bool = False) -> dict:
+        """A stage trained to its end, or on from where it was stopped unless `afresh`; its metrics go to --out."""
         stage, folder = name.partition("_")[0], Path("runs") / self.name(name)
-        if (folder / "config.json").is_file():
+        if (folder / "config.json").is_file() and not afresh:
             measured, done = {}, run(stage, self.device, run_name=folder.name, device=self.args.device, resume=True)
         else:
             steps, measured = self.args.steps.get(name, self.args.steps.get(stage)), {}
             if steps is None:
                 steps, measured = self.steps_for(seconds, stage, flags)
-            done = run(stage, self.device, **flags, max_updates=steps, run_name=folder.name)
+            done = run(stage, self.device, **flags, max_updates=steps, run_name=folder.name, overwrite=afresh)
         shutil.copy(folder / "metrics.jsonl", self.out / f"{name}_metrics.jsonl")
         return measured | {"s": round(done.seconds, 1), "peak_gib": done.peak_gib, "rows": done.rows}
 

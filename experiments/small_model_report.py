@@ -10,8 +10,8 @@ from nanorlhf.storage.jsonl import read_jsonl
 
 TEXTS = 10  # posts shown with what each policy wrote
 # Published ROUGE-L of SFT on OpenAI's TL;DR: another set of posts, larger models, all 116,722 posts. For orientation.
-PUBLISHED = ("For orientation, ROUGE-L elsewhere: Pythia-1B in the N+ paper 0.2471, Llama-3.2-1B in the report that this "
-             "project grew from 0.2694. Both are models eight times as large after SFT on all 116,722 posts of the "
+PUBLISHED = ("For orientation, ROUGE-L elsewhere: Pythia-1B in the N+ paper 0.2471, Llama-3.2-1B in the report that "
+             "this project grew from 0.2694. Both are models eight times as large after SFT on all 116,722 posts of the "
              "official set, measured on its own held-out posts, which people filtered")  # fmt: skip
 PPO_COLUMNS = {  # column -> metric of train_ppo.py
     "score": "objective/scores",

@@ -105,6 +105,9 @@ def test_a_pre_flight_that_refuses_is_kept_and_ppo_goes_on_without_it(experiment
 
     def refusing(stage, on, **flags):
         if flags.get("preflight", True):
+            folder = made.out / "runs" / flags["run_name"]
+            folder.mkdir(parents=True, exist_ok=True)  # as the script leaves it: it was begun
+            (folder / "config.json").write_text("{}", encoding="utf-8")
             raise UserError("pre-flight: reference score is 5.3 before update 1, expected at most 4: ...")
         return fake(stage, on, **flags)
 
@@ -112,6 +115,7 @@ def test_a_pre_flight_that_refuses_is_kept_and_ppo_goes_on_without_it(experiment
     found = made.ppo(60)
     assert found["refused"] == ["pre-flight: reference score is 5.3 before update 1, expected at most 4: ..."]
     assert list(found["runs"]) == ["ppo"] and made.calls[-1][1]["preflight"] is False
+    assert made.calls[-1][1]["overwrite"] and "resume" not in made.calls[-1][1]  # not on with what was refused
     monkeypatch.setattr(small_model, "run", lambda *a, **k: (_ for _ in ()).throw(UserError("data: gone")))
     with pytest.raises(UserError, match="data: gone"):
         experiment(name="other").ppo(60)
@@ -145,8 +149,8 @@ def test_each_part_has_its_seconds_its_speed_and_its_peak():
     run = {"rows": rows, "s": 50.04, "peak_gib": 6.5}
     lines = small_model_report.stages({"sft": run, "ppo": {"runs": {"ppo": run, "ppo_3e-05": run}}, "eval": {}},
                                       {"sft": 61, "ppo": 120, "eval": 12.3})  # fmt: skip
-    assert lines[5:9] == ["| sft | 3 | 50 | 20 | 6.5 |", "| ppo | 3 | 50 | 20 | 6.5 |", "| ppo_3e-05 | 3 | 50 | 20 | 6.5 |",
-                          "| eval |  | 12 |  |  |"]  # fmt: skip
+    of_run = " | 3 | 50 | 20 | 6.5 |"
+    assert lines[5:9] == [f"| sft{of_run}", f"| ppo{of_run}", f"| ppo_3e-05{of_run}", "| eval |  | 12 |  |  |"]
     assert small_model_report.stages({}, {}) == []
 
 
