@@ -3,7 +3,7 @@
     python -m bench.against                              rollout, SFT step and PPO update, at 1 thread and at 2
     python -m bench.against --sft_model DIR --reward_model DIR --data DIR --batch_size 4 --rows 4 --work rollout sft
                                                          other models on real posts (preset smollm2): minutes each
-    python -m bench.against ... --beside bf16            ours in bf16 in the place of transformers: does it pay on this CPU?
+    python -m bench.against ... --beside bf16            ours in bf16 in the place of transformers: does it pay here?
     python -m bench.against --trl_python VENV/bin/python     also TRL's PPOTrainer, from an environment that has it:
                                                          pip install "trl==1.12.0" "transformers>=5" (1.12 is the last
                                                          with a PPOTrainer, in trl.experimental)
@@ -313,8 +313,9 @@ def main() -> None:
                 print(f"| {threads} | TRL | | {found['error']} | | |", flush=True)
             row["trl"] = found
         results.append(row)
-    print(json.dumps({"bench": "against", "beside": args.beside, "torch": torch.__version__, "batch_size": args.batch_size, "tokens": tokens,
-                      "logprobs_apart": max(apart.values()), "results": results}))  # fmt: skip
+    print(json.dumps({"bench": "against", "beside": args.beside, "torch": torch.__version__,
+                      "batch_size": args.batch_size, "tokens": tokens, "logprobs_apart": max(apart.values()),
+                      "results": results}))  # fmt: skip
 
 
 if __name__ == "__main__":
