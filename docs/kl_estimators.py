@@ -25,10 +25,9 @@ book = Book(ROOT / "docs" / "kl_estimators.py", "KL estimators")
 # %% [markdown]
 # # KL estimators: k1, k2, k3, the exact one, and where to put them
 #
-# "Why is my KL negative?" "Which estimator should I use?" "In the reward or in the loss?" Four answers with the numbers
-# of a real policy (the embedded PPO checkpoint) against its reference (SFT), made by `python -m docs.walk`. It
-# belongs to
-# [station 7 of the walk](walk.md#7-score-and-kl).
+# "Why is my KL negative?" "Which estimator should I use?" "In the reward or in the loss?" Four answers with the
+# numbers of a real policy (the embedded PPO checkpoint) against its reference (SFT), made by `python -m docs.walk`.
+# It belongs to [station 7 of the walk](walk.md#7-score-and-kl).
 #
 # p is the policy, q the reference, both at the sampling temperature; a token x is drawn from p, and r = q(x) / p(x).
 #
@@ -67,8 +66,8 @@ assert torch.allclose(exact.float(), kl_reference(z, x, labels, T)[0].float(), a
 # %% [markdown]
 # ## How good is one token's number?
 #
-# No sampling is needed to say: with the whole distribution at hand, mean and deviation over the draw of x are sums over
-# the vocabulary, for each state of the batch.
+# No sampling is needed to say: with the whole distribution at hand, mean and deviation over the draw of x are sums
+# over the vocabulary, for each state of the batch.
 
 # %%
 mean = {name: (p * k).sum(-1) for name, k in estimators.items()}  # (M,): expectation at each state
@@ -110,8 +109,7 @@ book.table(
 # The penalty that is wanted has the gradient of KL(p || q). With g = d log p(x) / d z, z the logits:
 #
 # **In the reward** (the paper, `train_ppo.py`) the number is a constant that makes the drawn token better or worse,
-# and the policy
-# gradient multiplies it with g. At the state where it is paid this gives, on average over the draw,
+# and the policy gradient multiplies it with g. At the state where it is paid this gives, on average over the draw,
 #
 # ```
 # k1      E[k1 g]     = gradient of KL(p || q)                          the one that was wanted
@@ -120,12 +118,11 @@ book.table(
 # ```
 #
 # And the return carries it back in time: with any of them, earlier tokens pay for the states that they lead to. With
-# the
-# exact KL (`--kl_estimator full`) that is all; the divergence at the token's own state is charged to those before it.
+# the exact KL (`--kl_estimator full`) that is all; the divergence at the token's own state is charged to those before
+# it.
 #
 # **In the loss** (GRPO and others) the estimator itself is differentiated at the drawn token, which is another
-# question (Tang and
-# Munos 2025, [arXiv 2506.09477](https://arxiv.org/abs/2506.09477)):
+# question (Tang and Munos 2025, [arXiv 2506.09477](https://arxiv.org/abs/2506.09477)):
 #
 # ```
 # k1      E[g]                     = 0                          no penalty at all, only noise

@@ -51,6 +51,7 @@ PAPER = ["--num_ppo_epochs", "4", "--num_minibatches", "1"]  # as in the paper, 
 cfg = parse(train_ppo.Config, train_ppo.PRESETS, train_ppo.__doc__, ["--preset", "tiny", *PAPER])
 R, T = cfg.response_length, cfg.temperature
 FAULTS = {mutation.name: mutation for mutation in MUTATIONS}
+interpreter = fused.start()  # for station 12
 
 
 def shown(token: int) -> str:
@@ -67,18 +68,17 @@ def quoted(tokens: list[int]) -> str:
 # %% [markdown]
 # # The walk: one post from text to gradient
 #
-# One real post goes through everything that RLHF with PPO does to it: tokens, supervised fine-tuning, reward model,
-# rollout, rewards, advantages, loss, gradient, one step of the optimizer. Every number below was computed by the code
-# shown beside it; none was typed. `python -m docs.walk` makes these pages again, and a test compares.
+# One post of the [tiny world](tiny_world.md), a small Reddit whose truth is known, goes through everything that RLHF
+# with PPO does to it: tokens, supervised fine-tuning, reward model, rollout, rewards, advantages, loss, gradient, one
+# step of the optimizer. Every number below was computed by the code shown beside it; none was typed. `python -m
+# docs.walk` makes these pages again, and a test compares.
 #
 # Three forms of the same page: [walk.md](walk.md), walk.html (open it from a clone: point at a token and it lights up
-# at
-# every station), and [walk.ipynb](walk.ipynb), to change things and see.
+# at every station), and [walk.ipynb](walk.ipynb), to change things and see.
 #
 # **Where we are in training.** The policy is the embedded PPO checkpoint, so it differs from its reference, the SFT
-# model,
-# and KL is not zero. The critic is as new as in the first update of `train_ppo.py`: it *is* the reward model, and has
-# learned nothing about unfinished summaries yet. The walk then makes one update with a small batch.
+# model, and KL is not zero. The critic is as new as in the first update of `train_ppo.py`: it *is* the reward model,
+# and has learned nothing about unfinished summaries yet. The walk then makes one update with a small batch.
 #
 # | step of [train_ppo.py](../train_ppo.py) | stations |
 # |---|---|
@@ -119,11 +119,10 @@ book.figure("walk_pipeline", figures.pipeline(shapes), "The four models of PPO a
 # %% [markdown]
 # ## 1. Text becomes ids
 #
-# A post is put into a fixed frame that ends in `TL;DR:` without a space; the space belongs to the response [details
-# 2.1,
-# 2.3, 3]. BOS opens the query and EOS, a token of its own, closes the response. Ids are joined as they are and never
-# decoded and encoded again. A query over the limit loses the end of its *post*, never its title or its `TL;DR:` [detail
-# 2.2].
+# A post is put into a fixed frame that ends in `TL;DR:` without a space; the space belongs to the response
+# [details 2.1, 2.3, 3]. BOS opens the query and EOS, a token of its own, closes the response. Ids are joined as they are and
+# never decoded and encoded again. A query over the limit loses the end of its *post*, never its title or its `TL;DR:`
+# [detail 2.2].
 
 # %%
 reference_response = tldr.encode_response(tokenizer, post.summary)
@@ -182,10 +181,9 @@ book.question(
 # ## 2. Many posts, one row
 #
 # Sequences of different lengths are put one after the other into a single row: no padding, so no padding bugs.
-# Positions
-# restart at 0, and `cu_seqlens` tells attention where it may not look across [detail 5: the paper pads instead; the
-# results are the same]. What must be right here is the shift by one: the hidden state that *predicts* response token t
-# is that of the token before it.
+# Positions restart at 0, and `cu_seqlens` tells attention where it may not look across [detail 5: the paper pads
+# instead; the results are the same]. What must be right here is the shift by one: the hidden state that *predicts*
+# response token t is that of the token before it.
 
 # %%
 two = [queries[0] + responses[0].tolist(), query + response.tolist()] if mine else [query + response.tolist(),
@@ -239,8 +237,8 @@ book.question(
 # ## 3. Supervised fine-tuning: the next token
 #
 # The base model becomes the SFT model by predicting each next token of query and summary [detail 9]. The loss of a
-# sequence is the mean of `-log p` over its tokens; with p the softmax of the logits z, its gradient is the simplest of
-# the three we shall meet:
+# sequence is the mean of `-log p` over its tokens; with p the softmax of the logits z, its gradient is the simplest
+# of the three we shall meet:
 #
 # ```
 # d loss / d z_label = w (p_label - 1)        w: the token's weight, 1 / (labels of the sequence x sequences)
@@ -298,8 +296,8 @@ book.question(
 # %% [markdown]
 # ## 4. The reward model: one number
 #
-# The SFT model's trunk with a linear head, read at EOS [details 10 to 12]. It learns from pairs: with the margin
-# d = score of the chosen - score of the rejected summary, the loss is `-log sigmoid(d)`, and
+# The SFT model's trunk with a linear head, read at EOS [details 10 to 12]. It learns from pairs: with the margin d =
+# score of the chosen - score of the rejected summary, the loss is `-log sigmoid(d)`, and
 #
 # ```
 # d loss / d chosen score = sigmoid(d) - 1        d loss / d rejected score = 1 - sigmoid(d)
@@ -361,9 +359,8 @@ book.question(
 #
 # The policy writes R tokens for each query, whether it has stopped or not, at temperature T: logits are divided by T
 # before the softmax, nothing is cut off and nothing forbidden [detail 23.1]. A token is drawn with one uniform number
-# u.
-# Put the probabilities of the whole vocabulary end to end, in the order of the ids; the token whose stretch holds u is
-# it. u depends on (seed, episode, t) alone, so that a rollout can be repeated.
+# u. Put the probabilities of the whole vocabulary end to end, in the order of the ids; the token whose stretch holds
+# u is it. u depends on (seed, episode, t) alone, so that a rollout can be repeated.
 
 # %%
 u = uniforms(cfg.seed, list(range(B)), R)  # (B, R)
@@ -424,8 +421,7 @@ book.question(
 #
 # The policy answers for its tokens up to and with the first EOS: `action_mask`, t <= L. Values are trained one state
 # further, t <= L + 1, because value t belongs to the state *before* token t: value L + 1 is that of the finished
-# response.
-# Masks come from EOS, never from PAD [details 23.2 and U5].
+# response. Masks come from EOS, never from PAD [details 23.2 and U5].
 
 # %%
 slots = torch.arange(R) == min(L + 1, R - 1)
@@ -462,12 +458,11 @@ book.question(
 # %% [markdown]
 # ## 7. Score and KL
 #
-# Four models look at the same response. The reward model reads it up to EOS and gives one score; a response without EOS
-# gets -1 in its place [detail 23.3]. Policy and reference give each token a log-prob, both at temperature T. Their
-# difference on the token that was drawn is `k1`: a sample of the KL divergence between the two models, right on average
-# and noisy, below 0 whenever the reference likes the token more. The exact KL, over the whole vocabulary, is never
-# below 0. More
-# on its estimators: [kl_estimators.md](kl_estimators.md).
+# Four models look at the same response. The reward model reads it up to EOS and gives one score; a response without
+# EOS gets -1 in its place [detail 23.3]. Policy and reference give each token a log-prob, both at temperature T.
+# Their difference on the token that was drawn is `k1`: a sample of the KL divergence between the two models, right on
+# average and noisy, below 0 whenever the reference likes the token more. The exact KL, over the whole vocabulary, is
+# never below 0. More on its estimators: [kl_estimators.md](kl_estimators.md).
 
 # %%
 finished = [s[: len(s) - R + int(end) + 1] for s, end in zip(everything, last, strict=True)]
@@ -595,8 +590,7 @@ book.question(
 #
 # The critic begins as the reward model, so V at L + 1 *is* the score, and the last delta is 0: an identity that the
 # pre-flight of `train_ppo.py` checks. At other tokens the reward model's output means nothing yet [detail 13], and
-# the first
-# advantages are mostly the critic's own errors.
+# the first advantages are mostly the critic's own errors.
 
 # %%
 book.code(ppo.gae)
@@ -689,12 +683,9 @@ book.question(
 # ## 11. Ratio, clip and loss
 #
 # `ratio = exp(new log-prob - old log-prob)` says how much likelier the token has become since it was sampled. The
-# loss is
-# the mean over all actions of `max(-A ratio, -A clip(ratio, 0.8, 1.2))`: the clipped surrogate of Schulman et al.
-# 2017, eq. 7,
-# with a loss's sign. Before the first step the ratio is 1 everywhere, nothing is clipped, and the loss is minus the
-# mean
-# of the whitened advantages: 0. Its *gradient* is not.
+# loss is the mean over all actions of `max(-A ratio, -A clip(ratio, 0.8, 1.2))`: the clipped surrogate of Schulman et
+# al. 2017, eq. 7, with a loss's sign. Before the first step the ratio is 1 everywhere, nothing is clipped, and the
+# loss is minus the mean of the whitened advantages: 0. Its *gradient* is not.
 
 # %%
 n = action_mask.sum()
@@ -744,8 +735,8 @@ book.question(
 # %% [markdown]
 # ## 12. The gradient by hand
 #
-# log p = z / T - log sum exp(z / T), so its derivative by the logit of the sampled token is (1 - p) / T. The chain rule
-# through the ratio gives, where the ratio is not clipped,
+# log p = z / T - log sum exp(z / T), so its derivative by the logit of the sampled token is (1 - p) / T. The chain
+# rule through the ratio gives, where the ratio is not clipped,
 #
 # ```
 # d loss / d z = -A ratio (1 - p) / (T n)           n: all actions of the minibatch
@@ -773,6 +764,7 @@ autograd = logit_gradient()
 A, p = advantages[mine, : L + 1], logprobs[mine, : L + 1].exp()
 by_hand = -A * (1 - p) / (T * n)
 kernel = fused.gradient_of_logits(
+    interpreter,
     logits[: L + 1],
     ours,
     logprobs[mine, : L + 1],
@@ -819,10 +811,9 @@ book.question(
 # ## 13. One step of AdamW
 #
 # Policy and critic share one optimizer and one step [detail 22]. Adam divides the gradient by its own size, so in the
-# first step
-# nearly every weight moves by the learning rate, towards the sign of its gradient; eps = 1e-5, larger than usual,
-# holds back the
-# weights whose gradient is tiny [detail 20]. With g the clipped gradient of a weight w, the first step is
+# first step nearly every weight moves by the learning rate, towards the sign of its gradient; eps = 1e-5, larger than
+# usual, holds back the weights whose gradient is tiny [detail 20]. With g the clipped gradient of a weight w, the
+# first step is
 #
 # ```
 # w <- w (1 - lr 0.01) - lr g / (|g| + eps)
@@ -913,10 +904,9 @@ book.question(
 # %% [markdown]
 # ## 14. The clipped objective
 #
-# The batch is used for several epochs, and the ratio leaves 1. The objective (the loss, negated) is drawn here for A
-# > 0 and A < 0
-# in units of |A|. Where the line is flat a token has no gradient: it has been pushed far enough already. It is flat on
-# one side only: a token that has moved the *wrong* way is always pulled back.
+# The batch is used for several epochs, and the ratio leaves 1. The objective (the loss, negated) is drawn here for
+# A > 0 and A < 0 in units of |A|. Where the line is flat a token has no gradient: it has been pushed far enough
+# already. It is flat on one side only: a token that has moved the *wrong* way is always pulled back.
 
 
 # %%
