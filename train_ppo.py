@@ -18,8 +18,7 @@ steps, numbered as in the code:
     7. log
 
 N+ details 20 to 25; the arithmetic is in nanorlhf/ppo.py. Left out: adaptive KL, entropy
-bonus, several GPUs. Next: eval.py. The steps with one post's numbers: docs/walk.md, whose stations
-stand at each step.
+bonus, several GPUs. Next: eval.py. The steps with one post's numbers: docs/walk.md, stations 1 to 14.
 """
 
 import os
