@@ -3,7 +3,8 @@
     FOLDER_CASES=500 python -m pytest tests/test_random_folders.py       the full run
 
 Each number makes one folder with transformers: rows that no token has, a head of its own or not, shards, stale files,
-lists of ids, both spellings of rotary positions, added tokens, uneven sizes, dtypes; and now and then a contradiction.
+lists of ids, both spellings of rotary positions, added tokens, uneven sizes, dtypes; and now and then a flaw, such as a
+contradiction. A folder without a flaw has to be read: refusing everything would be no third thing either.
 """
 
 import json
@@ -12,6 +13,7 @@ import random
 import shutil
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from test_tokenizer import QUERY, TEXTS, train_sentencepiece, write_llama3_folders
@@ -47,7 +49,15 @@ def edit(path, change) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def add_tokens(rng: random.Random, folder, kind: str, size: int) -> int:
+def has_token(folder, kind: str, text: str) -> bool:
+    """Whether the vocabulary has a token that is spelled like this in its file."""
+    if kind == "llama3":
+        return text in json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    return processor.piece_to_id(text) != processor.unk_id()
+
+
+def add_tokens(rng: random.Random, folder, kind: str, size: int, flaws: list[str]) -> int:
     """Adds some tokens to a tokenizer's files, in one of the ways that there are -> its number of ids."""
     texts = rng.sample(ADDED, rng.randint(1, 3)) + ["é"] * (rng.random() < 0.05)  # which the vocabulary has
     tokens = []
@@ -57,7 +67,11 @@ def add_tokens(rng: random.Random, folder, kind: str, size: int) -> int:
         )
         tokens.append(token | {"special": text in ("<|im_end|>", "[PAD]") or rng.random() < 0.1})
         tokens[-1][rng.choice(("lstrip", "rstrip", "single_word", "normalized"))] = rng.random() < 0.1
-        size += rng.choice([1] * 29 + [2])
+        if not tokens[-1]["special"] and any(tokens[-1][rule] for rule in ("lstrip", "rstrip", "single_word")):
+            flaws.append("an added token with a rule")
+        step = rng.choice([1] * 29 + [2])
+        size += step
+        flaws += ["a gap between added tokens"] * (step > 1) + ["a token twice"] * has_token(folder, kind, text)
     decoder = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in tokens}
     ids = {token["content"]: token["id"] for token in tokens}
     if kind == "llama3":
@@ -72,17 +86,18 @@ def add_tokens(rng: random.Random, folder, kind: str, size: int) -> int:
             edit(folder / "tokenizer_config.json", lambda about: about.update(additional_special_tokens=special))
             edit(folder / "added_tokens.json", lambda content: content.update(ids))
     if rng.random() < 0.1:  # a second source that says something else
+        flaws.append("an added token with two ids")
         edit(folder / "added_tokens.json", lambda content: content.update({texts[0]: ids[texts[0]] + 1}))
     return size
 
 
-def make_tokenizer(rng: random.Random, folder, sources) -> tuple[int, int]:
+def make_tokenizer(rng: random.Random, folder, sources, flaws: list[str]) -> tuple[int, int]:
     """Writes tokenizer files -> the number of ids, the EOS."""
     kind = rng.choice(list(sources))
     shutil.copytree(sources[kind], folder)
     tokenizer = load_tokenizer(folder)
     size = tokenizer.vocab_size
-    return (add_tokens(rng, folder, kind, size) if rng.random() < 0.5 else size), tokenizer.eos_id
+    return (add_tokens(rng, folder, kind, size, flaws) if rng.random() < 0.5 else size), tokenizer.eos_id
 
 
 def make_config(rng: random.Random, rows: int, eos: int) -> dict:
@@ -98,7 +113,7 @@ def make_config(rng: random.Random, rows: int, eos: int) -> dict:
     )  # fmt: skip
 
 
-def respell(rng: random.Random, raw: dict, eos: int) -> None:
+def respell(rng: random.Random, raw: dict, eos: int, flaws: list[str]) -> None:
     """config.json in the hub's spelling, in both, with lists of ids; and sometimes with a contradiction."""
     rope, way = raw["rope_parameters"], rng.random()
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -108,28 +123,39 @@ def respell(rng: random.Random, raw: dict, eos: int) -> None:
         if way < 0.4:
             del raw["rope_parameters"]
         elif rng.random() < 0.2:  # the two disagree
+            flaws.append("two kinds of rotary positions")
             raw["rope_scaling"] = SCALED if scaling["rope_type"] == "default" else {"rope_type": "default"}
         elif rng.random() < 0.1:
+            flaws.append("two values of rope_theta")
             raw["rope_theta"] = 10 * rope["rope_theta"]
     raw["eos_token_id"] = rng.choice([eos] * 8 + [[eos], [5, eos], [eos, 5, 6], [6, 5, eos], [5, 6], None])
     raw["pad_token_id"] = rng.choice([None, 0, -1, eos] * 5 + [[0]])
+    flaws += ["another EOS"] * (raw["eos_token_id"] in (None, [5, 6]))
+    flaws += ["a list as PAD"] * (raw["pad_token_id"] == [0])
     if rng.random() < 0.05:
+        flaws.append("dropout")
         raw["attention_dropout"] = 0.1
     if rng.random() < 0.1:
+        whole = raw["head_dim"] * raw["num_attention_heads"] == raw["hidden_size"]
         raw["head_dim"] = rng.choice([None, raw["head_dim"]])
+        flaws += ["a size of heads that is not said"] * (raw["head_dim"] is None and not whole)
     for name in rng.sample(["num_key_value_heads", "tie_word_embeddings", "attention_bias", "bos_token_id"], 2):
         if rng.random() < 0.2:
-            raw.pop(name, None)
+            lost = raw.pop(name, None)
+            other = {"tie_word_embeddings": False, "num_key_value_heads": raw["num_attention_heads"]}.get(name, lost)
+            flaws += ["a field that is not said"] * (lost != other)
 
 
-def edit_weights(rng: random.Random, folder) -> None:
+def edit_weights(rng: random.Random, folder, flaws: list[str]) -> None:
     """Tensors that are not used, are doubled or are no numbers."""
     path = folder / "model.safetensors"
     if not path.exists():
         return
     tensors = load_file(path)
     tied = "lm_head.weight" not in tensors
-    match rng.choice(["none"] * 12 + ["rotary", "head"] * 2 + ["other", "another head", "nan", "missing"]):
+    what = rng.choice(["none"] * 12 + ["rotary", "head"] * 2 + ["other", "another head", "nan", "missing"])
+    flaws += [what] * (what in ("other", "nan", "missing") or what == "another head" and tied)
+    match what:
         case "rotary":
             tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
         case "other":
@@ -145,13 +171,15 @@ def edit_weights(rng: random.Random, folder) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def make_folder(seed: int, folder, sources) -> type:
-    """Writes a folder -> the class of transformers that made it."""
+def make_folder(seed: int, folder, sources) -> tuple[type, list[str]]:
+    """Writes a folder -> the class of transformers that made it, and what is wrong with it."""
     import transformers as theirs
 
-    rng = random.Random(seed)
-    size, eos = make_tokenizer(rng, folder, sources)
-    rows = size + rng.choice([0, 1, 7, 64] * 5 + [-3, 300])
+    rng, flaws = random.Random(seed), []
+    size, eos = make_tokenizer(rng, folder, sources, flaws)
+    more = rng.choice([0, 1, 7, 64] * 5 + [-3, 300])
+    rows = size + more
+    flaws += ["too few or too many rows"] * (more in (-3, 300))
     config = theirs.LlamaConfig(**make_config(rng, rows, eos))
     kinds = [theirs.LlamaForCausalLM] * 4 + [theirs.LlamaForSequenceClassification, theirs.LlamaForTokenClassification]
     kind = rng.choice(kinds)
@@ -169,9 +197,11 @@ def make_folder(seed: int, folder, sources) -> type:
         model.save_pretrained(folder, max_shard_size="20KB" if shards else "1GB")
         with torch.no_grad():
             model.model.norm.weight.mul_(1 + 0.5 * (len(folder.name) > 0))  # another model the next time
-    edit(folder / "config.json", lambda raw: respell(rng, raw, eos))
-    edit_weights(rng, folder)
-    return kind
+    whole, shards = (folder / "model.safetensors").exists(), bool(list(folder.glob("model-*.safetensors")))
+    flaws += ["weights twice"] * (whole and shards)
+    edit(folder / "config.json", lambda raw: respell(rng, raw, eos, flaws))
+    edit_weights(rng, folder, flaws)
+    return kind, flaws
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +225,7 @@ def test_a_folder_gives_what_transformers_gives_or_one_sentence(seed, tokenizer_
 
     theirs.logging.set_verbosity_error()
     folder = tmp_path / "model"
-    kind = make_folder(seed, folder, tokenizer_folders)
+    kind, flaws = make_folder(seed, folder, tokenizer_folders)
     scalar = kind is not theirs.LlamaForCausalLM
     capsys.readouterr()
     try:
@@ -206,6 +236,7 @@ def test_a_folder_gives_what_transformers_gives_or_one_sentence(seed, tokenizer_
     except SystemExit as end:
         lines = capsys.readouterr().err.splitlines()
         assert end.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (end, lines)
+        assert flaws, f"refused without a reason: {lines[0]}"
         outcomes["refused"] += 1
         return
 
