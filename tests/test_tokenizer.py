@@ -426,6 +426,17 @@ def test_ids_inside_a_vocabulary_that_no_token_has_are_refused_by_number(folders
             load_tokenizer(tmp_path)
 
 
+def test_an_added_token_is_one_id_wherever_its_text_stands(folders, tokenizers, tmp_path):
+    folder, plain = shutil.copytree(folders["plain"], tmp_path / "added"), tokenizers["plain"]
+    added = plain.vocab_size
+    (folder / "added_tokens.json").write_text(json.dumps({"TL;DR:": added}), encoding="utf-8")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("cat TL;DR: it") == [*plain.encode("cat "), added, *plain.encode(" it")]
+    assert tokenizer.decode(tokenizer.encode("TL;DR:TL;DR: it")) == "TL;DR:TL;DR: it"
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "TL;DR:"}), encoding="utf-8")
+    assert load_tokenizer(folder).encode(QUERY) == plain.encode(QUERY)  # a special one in a text is text
+
+
 def test_a_sentencepiece_model_and_a_tokenizer_json_that_give_a_token_other_ids_are_refused(folders, tmp_path):
     shutil.copy(folders["llama2"] / "tokenizer.model", tmp_path)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
