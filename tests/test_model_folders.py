@@ -259,8 +259,9 @@ def test_scores_that_overflow_end_an_evaluation_before_anything_is_written(model
     monkeypatch.setattr(eval, "write", None)  # what would take hours
     sft = flag(models, "train_ppo", "sft_model")
     flags = f"--preset tiny --device cpu --data {world} --policy sft={sft} --num_posts 8 --reward_model "
+    flags += str(too_large(models, tmp_path / "rm"))
     with pytest.raises(UserError, match="reward model: its score of a summary of post tiny-.* is not finite"):
-        eval.main(parse(eval.Config, eval.PRESETS, eval.__doc__, [*flags.split(), str(too_large(models, tmp_path / "rm"))]))
+        eval.main(parse(eval.Config, eval.PRESETS, eval.__doc__, flags.split()))
 
 
 def test_scores_that_overflow_in_every_sample_are_not_to_be_skipped(models, world, tmp_path):

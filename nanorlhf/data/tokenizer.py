@@ -249,7 +249,8 @@ def _vocabulary(files: dict[str, bytes]) -> dict[str, int]:
     model = json.loads(files.get("tokenizer.json", b"{}")).get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):
-        return {pair[0]: i for i, pair in enumerate(vocab) if isinstance(pair, list) and pair and isinstance(pair[0], str)}
+        pairs = ((i, pair) for i, pair in enumerate(vocab) if isinstance(pair, list) and pair)
+        return {pair[0]: i for i, pair in pairs if isinstance(pair[0], str)}
     return vocab if isinstance(vocab, dict) else {}
 
 

@@ -53,8 +53,8 @@ def check_folder(folder: str | Path, tokenizer: Tokenizer, scalar: bool = False)
         base = base_of_instruct(str(folder)) or "the base model that it was made from, which its model card names"
         if tokenizer.eos_id not in stops_at and all(tokenizer.is_special(i) for i in stops_at):
             raise UserError(
-                f"{folder}: its eos_token_id is {', '.join(map(str, stops_at))}, which ends a turn of a chat, expected the tokenizer's EOS "
-                f"{tokenizer.eos_id}: this is an instruct model; begin with {base}"
+                f"{folder}: its eos_token_id is {', '.join(map(str, stops_at))}, which ends a turn of a chat, expected "
+                f"the tokenizer's EOS {tokenizer.eos_id}: this is an instruct model; begin with {base}"
             )
         notes.append(f"note    {folder} also ends at {others}, as instruct models do; summaries end at "
                      f"{tokenizer.eos_id} alone, and one begins with {base}")  # fmt: skip
