@@ -212,7 +212,8 @@ class Experiment:
 
     def eval(self, _: float) -> dict:
         policies = [f"base={self.model}", f"sft={self.final('sft')}"]
-        policies += [f"{name}={self.final(name)}" for name in self.state["ppo"].get("runs", ())]
+        names = list(self.state["ppo"].get("runs", ()))  # "ppo" last: eval.py compares the last with all others
+        policies += [f"{name}={self.final(name)}" for name in reversed(names)]
         flags = self.flags("eval") | {"policy": policies, "reward_model": self.final("rm"), "judge": "rm"}
         done = run("eval", self.device, **flags, run_name=self.name("eval"), overwrite=True)
         shutil.copy(done.folder / "samples.jsonl", self.out / "samples.jsonl")

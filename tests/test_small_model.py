@@ -166,6 +166,15 @@ def test_the_steps_of_a_part_may_be_given_in_place_of_measured_ones(experiment):
             small_model._steps(word)
 
 
+def test_the_first_rate_of_ppo_is_the_last_policy_which_is_compared_with_all_others(experiment, monkeypatch):
+    made = experiment()
+    made.state["ppo"] = {"runs": {"ppo": {}, "ppo_1e-05": {}}}
+    monkeypatch.setattr(small_model, "run", lambda stage, on, **flags: made.calls.append(flags) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        made.eval(0)
+    assert [word.partition("=")[0] for word in made.calls[-1]["policy"]] == ["base", "sft", "ppo_1e-05", "ppo"]
+
+
 def test_samples_are_shown_with_every_policy_on_one_line_each():
     lines = small_model_report.samples([POST | {"base": "a\nb", "sft": ""}], ["base", "sft"])
     assert "- base: a b" in lines and "- sft: (nothing)" in lines
