@@ -1,6 +1,7 @@
 """A data folder of short posts: which are kept, that none is changed, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 
@@ -33,6 +34,16 @@ def test_posts_up_to_the_limit_are_kept_as_they_are_and_all_comparisons(world, t
 def test_a_limit_that_no_post_keeps_is_one_sentence(world, tokenizer, tmp_path):
     with pytest.raises(UserError, match="longest 3 is not at least [0-9]+, the shortest query of .*train.jsonl"):
         write_short_posts(world, tmp_path, tokenizer, 3)
+
+
+def test_a_folder_that_lacks_something_is_one_sentence(world, tokenizer, tmp_path):
+    shutil.copytree(world, tmp_path / "data")
+    (tmp_path / "data" / "tldr" / "valid.jsonl").unlink()
+    with pytest.raises(UserError, match="valid.jsonl"):
+        write_short_posts(tmp_path / "data", tmp_path / "short", tokenizer, 500)
+    shutil.rmtree(tmp_path / "data" / "comparisons")
+    with pytest.raises(UserError, match="is not a folder with comparisons/ beside its posts: fetch them too"):
+        write_short_posts(tmp_path / "data", tmp_path / "short", tokenizer, 500)
 
 
 def test_blank_lines_and_letters_of_other_alphabets_stay(world, tokenizer, tmp_path):
