@@ -294,9 +294,8 @@ def main(cfg: Config) -> None:
         for trained in (policy, critic):
             trained.model.activation_checkpointing = cfg.activation_checkpointing
         optimizer = AdamW([policy, critic], lr=cfg.lr)
-        run.say(
-            f"models  policy and reference {sft_folder} ({sft_from}); critic and reward model {rm_folders[0]} ({rm_from})"
-        )
+        scored_by = f"critic and reward model {rm_folders[0]} ({rm_from})"
+        run.say(f"models  policy and reference {sft_folder} ({sft_from}); {scored_by}")
         for folder in rm_folders[1:]:
             run.say(f"        one more reward model {folder}: the score is the {cfg.ensemble} of {len(rm_folders)}")
         scalars = 1 + len(rm_folders)

@@ -12,7 +12,7 @@ best_of_<n>.jsonl, which `python eval.py --samples best4=FILE` reads. The steps,
 
 One sampling serves every n: a post's figure is its mean over all subsets of n of the M samples, which is unbiased and
 has less noise than one subset (experiments/methods.py); an opponent is never one of the n. So figures of different n
-share their noise, and their differences have less of it. The files of winners hold nested sets: the best of the first n.
+share their noise, and their differences have less of it. The files of winners hold nested sets: best of the first n.
 Best of n goes log n - (n-1)/n nats from its policy at most, whatever the reward model: the yardstick of other methods.
 Stiennon et al. 2020; Nakano et al. 2021; Gao et al. 2023. Left out: sampling until a score is reached.
 """
@@ -125,7 +125,8 @@ def main(cfg: Config) -> None:
         queries, _ = encode_posts(posts, tokenizer, cfg.max_query_length, run.progress)
         policy = load_policy(folder, run.device, run.dtype, tokenizer)
         limits = cfg.max_query_length, cfg.microbatch_tokens
-        judges = [reward_model_judge(load_scalar(f, run.device, run.dtype, tokenizer), tokenizer, *limits) for f in rm_folders]
+        reward_models = [load_scalar(path, run.device, run.dtype, tokenizer) for path in rm_folders]
+        judges = [reward_model_judge(reward_model, tokenizer, *limits) for reward_model in reward_models]
         columns = []
         for m in run.progress(range(max(cfg.n) + 1), what="sampling"):
             noise = cfg.seed << 32 | m  # no other run's: seeds are below 2^32

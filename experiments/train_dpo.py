@@ -128,7 +128,8 @@ def learn(policy: Policy, reference: Policy, pairs: list[Pair], cfg: Config) -> 
 def hits(policy: Policy, reference: Policy, pairs: list[Pair], cfg: Config, progress) -> list[bool]:
     """Whether the implicit reward of the chosen summary is the higher one, of each pair."""
     groups = split_by_tokens([sum(map(len, pair)) for pair in pairs], cfg.microbatch_tokens)
-    scored = (rewards(policy, reference, [pairs[i] for i in group], cfg.beta) for group in progress(groups, what="scoring"))
+    walk = progress(groups, what="scoring")
+    scored = (rewards(policy, reference, [pairs[i] for i in group], cfg.beta) for group in walk)
     return [hit for chosen, rejected in scored for hit in (chosen > rejected).tolist()]
 
 
@@ -154,7 +155,7 @@ def main(cfg: Config) -> None:
     notes, stats = check_folder(folder, tokenizer), ComparisonStats()
     train = load_comparisons(data, "train", stats)
     valid = without_posts_of(train, load_comparisons(data, "valid"))
-    check(len(valid) > 0, "data", data, "split by post", "every held-out comparison is about a post of the training split")
+    check(len(valid) > 0, "data", data, "split by post", "every held-out comparison is about a post of training")
     if len(valid) > cfg.eval_pairs:
         valid = [valid[i] for i in batch_indices(len(valid), cfg.eval_pairs, seed=0, step=0)]  # those of train_rm.py
     total_steps = cfg.num_epochs * (len(train) // cfg.batch_size)

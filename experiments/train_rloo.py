@@ -40,8 +40,8 @@ import kernels
 from experiments.methods import ADVANTAGES, group_loss, token_weights
 from nanorlhf import ppo
 from nanorlhf.data.encoding import encode_posts, length_report
-from nanorlhf.data.tldr import batch_indices, load_posts
-from nanorlhf.data.tokenizer import check_same, load_tokenizer
+from nanorlhf.data.tldr import Post, batch_indices, load_posts
+from nanorlhf.data.tokenizer import Tokenizer, check_same, load_tokenizer
 from nanorlhf.ensemble import RULES, Ensemble, combine, member_scores
 from nanorlhf.errors import check
 from nanorlhf.evaluation.hacks import Alarms
@@ -49,7 +49,7 @@ from nanorlhf.models import Policy, parameter_count
 from nanorlhf.monitoring import monitor, preflight
 from nanorlhf.optim import SCHEDULES, AdamW
 from nanorlhf.packing import in_microbatches, pack, split_by_tokens
-from nanorlhf.rollout import generate, read_responses
+from nanorlhf.rollout import Summary, generate, read_responses
 from nanorlhf.run.card import write_card
 from nanorlhf.run.config import cli
 from nanorlhf.run.device import now
@@ -121,6 +121,25 @@ class Groups(NamedTuple):
     logprobs: torch.Tensor  # (B, R) fp32, of the policy that sampled
     ref_logprobs: torch.Tensor  # (B, R) fp32
     advantages: torch.Tensor  # (B,) fp32
+    # Where they come from: logged, not learned from.
+    scores: torch.Tensor  # (B,) fp32, after the missing-EOS rule
+    kl: torch.Tensor  # (B, R) fp32, k1, 0 outside action_mask
+    entropy: torch.Tensor  # (B, R) fp32
+
+
+def score(
+    policy: Policy, reference: Policy, reward_model: Ensemble, sequences: list[list[int]], finished: list[list[int]],
+    responses: torch.Tensor, cfg: Config,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """-> logprobs, ref_logprobs, entropy of the policy, (B, R) each; what each reward model says, (B, models).
+
+    args: sequences: queries with their R tokens; finished: the same up to EOS; responses (B, R) int64
+    """
+    forward = partial(in_microbatches, max_tokens=cfg.microbatch_tokens, device=responses.device)
+    logprobs, entropy = forward(lambda p, i: policy.response_logprobs(p, responses[i], cfg.temperature), sequences)
+    ref_logprobs, _ = forward(lambda p, i: reference.response_logprobs(p, responses[i], cfg.temperature), sequences)
+    (by_model,) = forward(lambda p, i: [member_scores(reward_model, p)], finished)
+    return logprobs, ref_logprobs, entropy, by_model
 
 
 def learn(
@@ -130,7 +149,7 @@ def learn(
     1, so that the losses and metrics of microbatches add up."""
     device = groups.responses.device
     packed, rows = pack([groups.sequences[i] for i in rows], device), torch.from_numpy(rows).to(device)
-    responses, mask, old_logprobs, ref_logprobs, advantages = (tensor[rows] for tensor in groups[1:])  # (b, R), ..., (b,)
+    responses, mask, old_logprobs, ref_logprobs, advantages = (tensor[rows] for tensor in groups[1:6])  # (b, R), (b,)
     new_logprobs, entropy = policy.response_logprobs(packed, responses, cfg.temperature)
     loss, policy_part, kl = group_loss(
         new_logprobs, old_logprobs, ref_logprobs, advantages, weights[rows], mask, cfg.cliprange,
@@ -138,7 +157,7 @@ def learn(
     )  # fmt: skip
     loss.backward()
     actions = (weights > 0).sum()  # of the minibatch
-    _, stats = ppo.policy_loss(new_logprobs, old_logprobs, advantages[:, None], mask, cfg.cliprange, denominator=actions)
+    _, stats = ppo.policy_loss(new_logprobs, old_logprobs, advantages[:, None], mask, cfg.cliprange, actions)
     return {
         "loss/policy_avg": policy_part.detach(),
         "loss/kl_avg": kl.detach(),
@@ -148,6 +167,41 @@ def learn(
         "val/ratio": stats["ratio"],
         "val/ratio_squared": stats["ratio_squared"],
     }
+
+
+def before_update(
+    update: int, models: tuple[Policy, Policy, Ensemble], frozen: list[float], groups: Groups,
+    sampled_logprobs: torch.Tensor, tokenizer: Tokenizer, cfg: Config,
+) -> list[preflight.Check]:  # fmt: skip
+    """PPO's pre-flight without what is about a critic; the level of the scores does not matter, baselines remove it."""
+    policy, reference, reward_model = models
+    checks = preflight.any_update((policy, reference, nn.Module(), reward_model), frozen, groups, sampled_logprobs, cfg)
+    if update == 0:
+        largest, cause = groups.kl.sum(1).abs().max().item(), "policy and reference differ in weights or in code"
+        checks += preflight.first_responses(groups.responses, tokenizer)
+        checks.append(preflight.at_most("KL", largest, 1e-3, cause))
+    return checks
+
+
+def measure(
+    groups: Groups, by_model: torch.Tensor, totals: dict[str, torch.Tensor], posts: list[Post],
+    summaries: list[Summary], cfg: Config,
+) -> dict[str, float]:  # fmt: skip
+    """The metrics of an update, by train_ppo.py's names. by_model (B, models); totals: sums over optimizer steps."""
+    g = groups
+    within = g.scores.view(-1, cfg.samples_per_query).std(1).mean().item()  # 0: nothing to learn from
+    return (
+        monitor.objective(g.scores, g.logprobs, g.kl, g.action_mask, cfg.kl_coef)
+        | {"objective/scores_std_within": within}
+        | monitor.ensemble(by_model)
+        | monitor.learning(totals, cfg.num_ppo_epochs * cfg.num_minibatches, g.action_mask)
+        | monitor.texts(summaries, posts, g.scores, g.entropy, g.action_mask)
+    )
+
+
+def sample_rows(posts: list[Post], summaries: list[Summary], groups: Groups) -> list[dict]:
+    rows = zip(posts, summaries, groups.scores.tolist(), groups.kl.sum(1).tolist(), strict=True)
+    return [{"title": p.title, "post": p.post, "response": s.text, "score": x, "kl": k} for p, s, x, k in rows]
 
 
 def updates(cfg: Config) -> int:
@@ -201,7 +255,6 @@ def main(cfg: Config) -> None:
         run.say(f"plan    {total_updates} updates of {B} episodes, {K} of each post, and {steps} optimizer steps each")
         start = run.resume(optimizer)
         alarms = Alarms(began=read_metrics(run.folder)[0] if start else {})
-        forward = partial(in_microbatches, max_tokens=cfg.microbatch_tokens, device=run.device)
 
         for update in range(start, total_updates):
             lr, began = SCHEDULES[cfg.lr_schedule](update, total_updates, cfg.lr), now(run.device)
@@ -218,9 +271,8 @@ def main(cfg: Config) -> None:
             # 4. score
             sequences = [query + response for query, response in zip(batch_queries, responses.tolist(), strict=True)]
             finished = [s[: len(s) - R + summary.tokens] for s, summary in zip(sequences, summaries, strict=True)]
-            logprobs, entropy = forward(lambda p, i: policy.response_logprobs(p, responses[i], T), sequences)
-            ref_logprobs, _ = forward(lambda p, i: reference.response_logprobs(p, responses[i], T), sequences)
-            (by_model,) = forward(lambda p, i: [member_scores(reward_model, p)], finished)  # (B, models)
+            models = policy, reference, reward_model
+            logprobs, ref_logprobs, entropy, by_model = score(*models, sequences, finished, responses, cfg)
             raw_scores = combine(by_model, cfg.ensemble)  # (B,)
             run.check_finite(scores=raw_scores, logprobs=logprobs, ref_logprobs=ref_logprobs)
 
@@ -229,16 +281,13 @@ def main(cfg: Config) -> None:
             scores = ppo.apply_missing_eos(raw_scores, responses, eos_id, cfg.missing_eos_score)  # (B,)
             kl = torch.where(action_mask, logprobs - ref_logprobs, 0.0)  # (B, R), k1
             rewards = scores - cfg.kl_coef * kl.sum(1) if cfg.kl == "reward" else scores  # (B,)
+            advantages = ADVANTAGES[cfg.algorithm](rewards, K)  # (B,)
             groups = Groups(
-                sequences, responses, action_mask, logprobs, ref_logprobs, ADVANTAGES[cfg.algorithm](rewards, K)
+                sequences, responses, action_mask, logprobs, ref_logprobs, advantages, scores, kl, entropy
             )
             checked = {}
             if cfg.preflight and (update < 2 or update == start):
-                models = (policy, reference, nn.Module(), reward_model)  # there is no critic
-                checks = preflight.any_update(models, frozen, groups, sampled_logprobs, cfg)
-                if update == 0:
-                    largest, cause = kl.sum(1).abs().max().item(), "policy and reference differ in weights or in code"
-                    checks += [*preflight.first_responses(responses, tokenizer), preflight.at_most("KL", largest, 1e-3, cause)]
+                checks = before_update(update, models, frozen, groups, sampled_logprobs, tokenizer, cfg)
                 checked = preflight.report(checks, run.say, f"before update {update + 1}")
             scored = now(run.device)
 
@@ -257,27 +306,21 @@ def main(cfg: Config) -> None:
                     totals["grad_norm"] += optimizer.step(lr, cfg.max_grad_norm, cfg.on_nan)
 
             # 7. log, and save when it is time
-            learned = now(run.device)
-            metrics = (
-                monitor.objective(scores, logprobs, kl, action_mask, cfg.kl_coef)
-                | {"objective/scores_std_within": scores.view(-1, K).std(1).mean().item()}
-                | monitor.ensemble(by_model)
-                | monitor.learning(totals, steps, action_mask)
-                | monitor.texts(summaries, batch_posts, scores, entropy, action_mask)
-                | {"lr": lr, "episode": (update + 1) * B, "perf/tokens_per_s": sum(map(len, sequences)) / (learned - began)}
-                | {"time/rollout": rolled_out - began, "time/score": scored - rolled_out, "time/learn": learned - scored}
-            )
-            run.log(update + 1, metrics | checked)
+            seconds = rolled_out - began, scored - rolled_out, now(run.device) - scored
+            metrics = {"lr": lr, "episode": (update + 1) * B}
+            metrics |= {"perf/tokens_per_s": sum(map(len, sequences)) / sum(seconds)}
+            metrics |= dict(zip(("time/rollout", "time/score", "time/learn"), seconds, strict=True)) | checked
+            metrics |= measure(groups, by_model, totals, batch_posts, summaries, cfg)
+            run.log(update + 1, metrics)
             run.say_all(alarms(metrics))
             if cfg.sample_every and (update + 1) % cfg.sample_every == 0:
-                texts = zip(batch_posts, summaries, scores.tolist(), kl.sum(1).tolist(), strict=True)
-                rows = [{"title": p.title, "post": p.post, "response": s.text, "score": x, "kl": k} for p, s, x, k in texts]
-                run.samples(update + 1, rows)
+                run.samples(update + 1, sample_rows(batch_posts, summaries, groups))
             run.end_step(update + 1, optimizer)
 
         save_policy(policy, run.folder / "final", tokenizer, temperature=T)
         write_card(run.folder)
-        run.say(f"policy  saved to {run.folder / 'final'}; next: python eval.py --policy sft rloo={run.folder / 'final'}")
+        run.say(f"policy  saved to {run.folder / 'final'}")
+        run.say(f"next    python eval.py --policy sft {cfg.algorithm}={run.folder / 'final'}")
 
 
 if __name__ == "__main__":

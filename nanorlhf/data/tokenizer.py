@@ -172,8 +172,8 @@ def check_same(
     if tokenizer._tokens != other._tokens:
         which = f"{what} {folder}" if folder else what
         raise UserError(
-            f"tokenizer: that of {which} has other tokens than {than}, expected the same: pass models that were trained "
-            "from the same base model"
+            f"tokenizer: that of {which} has other tokens than {than}, expected the same: pass models that were "
+            "trained from the same base model"
         )
 
 

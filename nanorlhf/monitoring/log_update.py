@@ -41,8 +41,9 @@ def log_update(
         | {"lr": lr, "critic_lr": critic_lr, "episode": (update + 1) * cfg.batch_size}
         | {"time/rollout": rolled_out - began, "time/score": scored - rolled_out, "time/learn": learned - scored}
         | monitor.speed(
-            policy.config, e.sequences, finished, R, cfg.num_ppo_epochs, learned - began, run.device, warming, len(cfg.reward_model)
-        )
+            policy.config, e.sequences, finished, R, cfg.num_ppo_epochs, learned - began, run.device, warming,
+            len(cfg.reward_model),
+        )  # fmt: skip
         | (monitor.diversity(policy, tokenizer, queries, R, cfg.temperature, cfg.seed) if look else {})
         | checked
     )
