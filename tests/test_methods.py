@@ -219,17 +219,17 @@ def test_the_loss_is_that_of_trl(algorithm, loss_type, kl_coef):
 def test_the_dpo_loss_is_that_of_trl():
     trainer = pytest.importorskip("trl.trainer.dpo_trainer", reason="TRL is not installed: it is no dependency")
     b = batch()
-    outputs = iter([SimpleNamespace(log_probs=x * b.mask) for x in (b.new_logprobs, b.ref_logprobs)])
     stub = SimpleNamespace(
         model=SimpleNamespace(training=True), accelerator=SimpleNamespace(device="cpu"), aux_loss_enabled=False,
-        ld_alpha=None, precompute_ref_logps=False, ref_model=lambda **_: next(outputs), beta=0.1, loss_types=["sigmoid"],
-        loss_weights=[1.0], f_divergence_type="reverse_kl", label_smoothing=0.0, use_weighting=False,
-        args=SimpleNamespace(gradient_checkpointing_kwargs=None), loss_type=["sigmoid"],
+        ld_alpha=None, precompute_ref_logps=True, beta=0.1, loss_types=["sigmoid"], loss_weights=[1.0],
+        f_divergence_type="reverse_kl", use_weighting=False,
     )  # fmt: skip
+    sums = [(x * b.mask).sum(1).chunk(2) for x in (b.new_logprobs, b.ref_logprobs)]
     mask = torch.cat([torch.zeros(B, 1), b.mask], dim=1).long()
     inputs = dict(input_ids=torch.zeros(B, R + 1, dtype=torch.long), completion_mask=mask)
-    theirs = up_to_the_loss(trainer.DPOTrainer._compute_loss, stub, lambda **_: next(outputs), inputs, False)
-    sums = [(x * b.mask).sum(1).chunk(2) for x in (b.new_logprobs, b.ref_logprobs)]
+    inputs |= dict(zip(("ref_chosen_logps", "ref_rejected_logps"), sums[1], strict=True))
+    model = lambda **_: SimpleNamespace(log_probs=b.new_logprobs * b.mask)  # noqa: E731
+    theirs = up_to_the_loss(trainer.DPOTrainer._compute_loss, stub, model, inputs, False)
     chosen, rejected = (implicit_rewards(new, ref, 0.1) for new, ref in zip(*sums, strict=True))
     assert dpo_loss(chosen, rejected).item() == pytest.approx(theirs.item(), abs=1e-6)
 
