@@ -167,6 +167,9 @@ def main(cfg: Config) -> None:
         run.say(f"data    {data} ({data_from}): {stats}; {len(valid):,} held out")
         run.say_all(notes)
         queries, chosen, rejected = encode_comparisons(train, tokenizer, cfg.max_query_length, run.progress)
+        same = [i for i, (a, b) in enumerate(zip(chosen, rejected, strict=True)) if a == b]
+        which = f"comparison of post {train[same[0]].post.id}" if same else ""
+        check(not same, which, "with the same tokens twice", "a choice between two summaries", "remove the line")
         run.say(f"tokens  {length_report(queries, [chosen, rejected])}")
 
         # 2. models and optimizer
