@@ -13,6 +13,7 @@ from stages import run as run_stage
 
 from experiments import best_of_n, train_dpo, train_rloo
 from experiments.methods import ADVANTAGES
+from experiments.metric_ranges import PAGE, names, pattern, sections
 from nanorlhf.data.encoding import encode_posts
 from nanorlhf.data.tldr import load_posts
 from nanorlhf.data.tokenizer import load_tokenizer
@@ -32,6 +33,7 @@ SMALL = {
     "train_rloo": "--batch_size 8 --total_episodes 32 --response_length 24 --num_minibatches 2",
     "best_of_n": "--posts 6 --n 1 2 4 --response_length 24",
 }
+OWN = "experiments.train_dpo, experiments.train_rloo, experiments.best_of_n"  # a heading of docs/metrics.md
 CLOCKS = ("time", "perf/", "preflight/")
 
 
@@ -275,6 +277,15 @@ def test_a_dpo_pair_without_a_difference_is_refused_by_its_post(world, inputs, t
 
 
 # -- house
+
+
+def test_every_name_that_they_log_has_a_row_in_the_page_of_metrics(world, inputs):
+    tables = sections(PAGE.read_text(encoding="utf-8"))
+    known = [pattern(name) for rows in tables.values() for row in rows for name in names(row)]
+    own = [name for row in tables[OWN] for name in names(row)]
+    logged = {name for script in SCRIPTS for row in read_metrics(run(script, world, inputs[script])) for name in row}
+    assert [name for name in sorted(logged) if not any(form.fullmatch(name) for form in known)] == []
+    assert [name for name in own if not any(pattern(name).fullmatch(key) for key in logged)] == []
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
