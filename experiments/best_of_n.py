@@ -144,7 +144,7 @@ def main(cfg: Config) -> None:
         rows = []
         for n in sorted(set(cfg.n)):
             rows.append(row_of(n, scores, gold, logprobs, cfg.seed))
-            run.log(n, {f"best_of_n/{name}": value for name, value in rows[-1].items() if not isinstance(value, tuple)})
+            run.log(n, {f"best_of_n/{name}": value for name, value in rows[-1].items() if isinstance(value, float)})
             winners = scores[:, :n].argmax(1)
             path = run.folder / f"best_of_{n}.jsonl"
             append(path, [
