@@ -31,7 +31,7 @@ SCRIPTS = {"train_dpo": train_dpo, "train_rloo": train_rloo, "best_of_n": best_o
 SMALL = {
     "train_dpo": "--batch_size 4 --eval_pairs 16 --max_updates 4",
     "train_rloo": "--batch_size 8 --total_episodes 32 --response_length 24 --num_minibatches 2",
-    "best_of_n": "--posts 6 --n 1 2 4 --response_length 24",
+    "best_of_n": "--posts 6 --response_length 24",
 }
 OWN = "experiments.train_dpo, experiments.train_rloo, experiments.best_of_n"  # a heading of docs/metrics.md
 CLOCKS = ("time", "perf/", "preflight/")
@@ -164,7 +164,7 @@ def test_a_run_that_is_killed_resumes_exactly(name, world, inputs, monkeypatch):
 
 
 def test_best_of_n_writes_figures_and_winners_that_agree(world, inputs):
-    folder = run("best_of_n", world, inputs["best_of_n"])
+    folder = run("best_of_n", world, f"{inputs['best_of_n']} --n 4 1 2")
     found = json.loads((folder / "best_of_n.json").read_text(encoding="utf-8"))
     assert [row["n"] for row in found["rows"]] == [1, 2, 4] and found["about"]["samples"] == 5
     proxies = [row["proxy"] for row in found["rows"]]
@@ -183,10 +183,8 @@ def test_best_of_n_writes_figures_and_winners_that_agree(world, inputs):
 
 
 def test_the_samples_of_best_of_n_are_the_same_whatever_the_largest_n(world, inputs):
-    few, many = (run("best_of_n", world, f"{inputs['best_of_n']} --n {n} --run_name n{n[0]}") for n in ("2", "1 4"))
-    one, two = (read_jsonl(many / "best_of_1.jsonl", having="id"), read_jsonl(few / "best_of_2.jsonl", having="id"))
-    assert sum(a["summary"] == b["summary"] for a, b in zip(one, two, strict=True)) >= 1
-    assert all(b["score"] >= a["score"] for a, b in zip(one, two, strict=True))
+    few, many = (run("best_of_n", world, f"{inputs['best_of_n']} --n {n} --run_name n{n[-1]}") for n in ("2", "2 5"))
+    assert (few / "best_of_2.jsonl").read_bytes() == (many / "best_of_2.jsonl").read_bytes()
 
 
 # -- ensembles
@@ -283,7 +281,8 @@ def test_every_name_that_they_log_has_a_row_in_the_page_of_metrics(world, inputs
     tables = sections(PAGE.read_text(encoding="utf-8"))
     known = [pattern(name) for rows in tables.values() for row in rows for name in names(row)]
     own = [name for row in tables[OWN] for name in names(row)]
-    logged = {name for script in SCRIPTS for row in read_metrics(run(script, world, inputs[script])) for name in row}
+    flags = inputs | {"best_of_n": f"{inputs['best_of_n']} --n 1 2"}
+    logged = {name for script in SCRIPTS for row in read_metrics(run(script, world, flags[script])) for name in row}
     assert [name for name in sorted(logged) if not any(form.fullmatch(name) for form in known)] == []
     assert [name for name in own if not any(pattern(name).fullmatch(key) for key in logged)] == []
 
@@ -318,8 +317,8 @@ class Keep(train_rloo.Ensemble):
     pass
 
 
-def test_rloo_equals_a_naive_policy_gradient_in_float64(world, inputs, monkeypatch):
-    """The gradient of the first optimizer step, from log-probs that are computed sequence by sequence."""
+def test_the_first_gradient_of_rloo_is_the_policy_gradient_written_out(world, inputs, monkeypatch):
+    """Sequence by sequence, token by token, from the whole softmax in float64 behind the trunk."""
     found = {}
     step = train_rloo.AdamW.step
 
@@ -339,15 +338,15 @@ def test_rloo_equals_a_naive_policy_gradient_in_float64(world, inputs, monkeypat
     monkeypatch.setattr(train_rloo.AdamW, "step", keep)
     monkeypatch.setattr(train_rloo, "learn", watch)
     run("train_rloo", world, f"{inputs['train_rloo']} --max_updates 1 --num_minibatches 1 --max_grad_norm None")
-    g, model = rolled["groups"], rolled["model"].double()
+    g, model = rolled["groups"], rolled["model"]
     for p, before in zip(model.parameters(), rolled["policy"], strict=True):
-        p.data = before.double()
+        p.data = before
     rewards = (g.scores - 0.15 * (g.logprobs - g.ref_logprobs).masked_fill(~g.action_mask, 0).sum(1)).double()
     objective = torch.zeros((), dtype=torch.float64)
     for i, sequence in enumerate(g.sequences):
         others = [rewards[j] for j in range(len(rewards)) if j // 4 == i // 4 and j != i]
         packed = train_rloo.pack([sequence])
-        logits = (model.hidden(packed) @ model.head_weight.T / 0.7)[: len(sequence)]
+        logits = (model.hidden(packed).double() @ model.head_weight.double().T / 0.7)[: len(sequence)]
         logp = logits.log_softmax(-1)
         R = g.responses.shape[1]
         for t in range(int(g.action_mask[i].sum())):
@@ -356,4 +355,4 @@ def test_rloo_equals_a_naive_policy_gradient_in_float64(world, inputs, monkeypat
     loss = -objective / g.action_mask.sum()
     expected = torch.autograd.grad(loss, list(model.parameters()))
     for got, want in zip(found["grads"], expected, strict=True):
-        torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=2e-3)
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-3)
