@@ -282,9 +282,7 @@ def main(cfg: Config) -> None:
             kl = torch.where(action_mask, logprobs - ref_logprobs, 0.0)  # (B, R), k1
             rewards = scores - cfg.kl_coef * kl.sum(1) if cfg.kl == "reward" else scores  # (B,)
             advantages = ADVANTAGES[cfg.algorithm](rewards, K)  # (B,)
-            groups = Groups(
-                sequences, responses, action_mask, logprobs, ref_logprobs, advantages, scores, kl, entropy
-            )
+            groups = Groups(sequences, responses, action_mask, logprobs, ref_logprobs, advantages, scores, kl, entropy)
             checked = {}
             if cfg.preflight and (update < 2 or update == start):
                 checks = before_update(update, models, frozen, groups, sampled_logprobs, tokenizer, cfg)
