@@ -9,8 +9,8 @@
 Each operation is timed beside its PyTorch reference, torch's own fused cross-entropy and norm, and Liger's kernels
 where it is installed, in turn in one process; torch.compile comes last. The ceilings, a copy and a matmul
 in bf16, are measured in the same run. Times are medians over at least a fifth of a second, with a cold L2; memory is
-the peak above the operands. --rows_to FILE writes one JSON line a measurement as it is made, so that a visit that is
-cut short keeps what it has. One JSON line last. Needs torch and triton, nothing else.
+the peak above the operands. A line a measurement goes to bench.all as it is made (bench/rows.py), so that a visit that
+is cut short keeps what it has. One JSON line last. Needs torch and triton, nothing else.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from bench.rows import note
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -280,7 +281,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[6784, 8192] if GPU else [256], help="rows M")
     parser.add_argument("--tokens", type=int, default=12_896 if GPU else 256, help="packed tokens N of the body")
     parser.add_argument("--compile", action="store_true", help="torch.compile of each reference too, last")
-    parser.add_argument("--rows_to", metavar="FILE", help="append one JSON line a measurement here")
     parser.add_argument("--tiles", action="store_true", help="other tiles and chunks than those that ship")
     flags = parser.parse_args()
     device = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
@@ -321,9 +321,7 @@ def main() -> None:
                     print(f"| {name} | {who} | {numbers} |", flush=True)
                     row = {what: rows, "op": name, "who": who, "ms": seconds * 1e3, unit_name: rate}
                     results.append(row | {"of_ceiling": share} | ({"gb": gigabytes} if GPU else {}))
-                    if flags.rows_to:
-                        with open(flags.rows_to, "a", encoding="utf-8") as file:
-                            file.write(json.dumps(results[-1]) + "\n")
+                    note(results[-1])
                 torch._dynamo.reset() if compiled else None
         print()
     print(json.dumps({"bench": "kernels", "device": device, "torch": torch.__version__, "ceilings": ceiling,
