@@ -279,12 +279,29 @@ def test_a_shift_measured_in_fp32_on_few_posts_is_no_fault_in_bf16():
     mask, zeros = torch.ones(8, R, dtype=torch.bool), torch.zeros(8, R)
     episode = Experience([], zeros.long(), mask, mask, zeros, zeros, zeros, zeros)
 
-    def off(scores, dtype) -> float:
-        found = preflight.first_update(episode, zeros, torch.randn(8), scores, dtype)
+    def off(scores, dtype, shift_posts=64) -> float:
+        found = preflight.first_update(episode, zeros, torch.randn(8), scores, dtype, shift_posts)
         return {check.name: check.value for check in found}["reference score"]
 
-    assert off(scores, torch.bfloat16) < 2 < off(scores + 0.5, torch.bfloat16) / 4
-    assert 2 < off(scores, torch.float32) < preflight.STANDARD_ERRORS
+    assert off(scores, torch.bfloat16) < 1 < off(scores + 0.5, torch.bfloat16) / 4
+    assert 2 < off(scores, torch.float32) < preflight.STANDARD_ERRORS < off(scores, torch.float32, 10**5)
+    assert off(scores, torch.float32, None) == off(scores, torch.float32, 256)  # a folder that does not say it
+
+
+def test_a_healthy_shift_of_few_posts_is_refused_as_seldom_as_four_standard_errors_say():
+    """Scores of one distribution: 64 of them make the shift, 256 are the references. 0 in 2,000 where 0.13 are due;
+    with the error of the 256 alone it would be 1 run in 13."""
+    generator = torch.Generator().manual_seed(0)
+    mask, zeros = torch.ones(8, R, dtype=torch.bool), torch.zeros(8, R)
+    episode = Experience([], zeros.long(), mask, mask, zeros, zeros, zeros, zeros)
+    refused = alone = 0
+    for _ in range(2000):
+        shift = torch.randn(64, generator=generator).mean()
+        references = torch.randn(256, generator=generator) - shift
+        checks = preflight.first_update(episode, zeros, torch.randn(8), references, torch.float32, 64)
+        refused += not checks[-1].passes
+        alone += (references.mean().abs() / references.std() * 16).item() > preflight.STANDARD_ERRORS
+    assert refused == 0 and alone > 100
 
 
 def test_a_policy_that_never_stops_is_stopped(setup):

@@ -156,7 +156,9 @@ def before_update(
         (known_scores,) = in_microbatches(
             lambda packed, _: [models[3].last_scores(packed)], known, cfg.microbatch_tokens, run.device
         )
-        checks += first_update(episode, said.ref_logprobs, said.raw_scores, known_scores, run.dtype)
+        checks += first_update(
+            episode, said.ref_logprobs, said.raw_scores, known_scores, run.dtype, models[3].shift_posts
+        )
     return checked | report(checks, run.say, when)
 
 
@@ -226,11 +228,13 @@ def first_responses(responses: Tensor, tokenizer: Tokenizer) -> list[Check]:
 
 
 def first_update(
-    episode: Experience, ref_logprobs: Tensor, scores: Tensor, reference_scores: Tensor, dtype
-) -> list[Check]:
+    episode: Experience, ref_logprobs: Tensor, scores: Tensor, reference_scores: Tensor, dtype: torch.dtype,
+    shift_posts: int | None = None,
+) -> list[Check]:  # fmt: skip
     """What holds only while the policy is still the SFT model and the critic still the reward model.
 
-    args: ref_logprobs (B, R); scores (B,) before the missing-EOS rule; reference_scores (n,), of the authors' summaries
+    args: ref_logprobs (B, R); scores (B,) before the missing-EOS rule; reference_scores (n,), of the authors' summaries;
+    shift_posts: of how many such scores the reward model's shift is the mean, if that is known
     """
     mask, values = episode.action_mask, episode.values
     kl = torch.where(mask, episode.logprobs - ref_logprobs, 0.0).sum(1).abs().max().item()
@@ -238,9 +242,10 @@ def first_update(
     has_slot = ~mask[:, -1]  # a response that fills all R slots has no such state
     allowed = max(SCORE[dtype] * max(1.0, scores.std(unbiased=False).item()), rounding(scores, dtype))
     difference = torch.where(has_slot, values.gather(1, after_eos[:, None])[:, 0] - scores, 0.0)  # (B,)
-    # Standard errors from 0. The shift that should have made it 0 was itself a mean, perhaps of no more posts: twice
-    # the variance. And it was perhaps measured in fp32, where a trunk in bf16 moves all scores alike by up to 0.06.
-    error = reference_scores.std() * math.sqrt(2 / len(reference_scores))
+    # Standard errors from 0. The shift that should have made it 0 was itself a mean, and has an error of its own; where
+    # a folder does not say of how many, of no more than these. And it was perhaps measured in fp32: see SHIFT.
+    n = len(reference_scores)
+    error = reference_scores.std() * math.sqrt(1 / n + 1 / (shift_posts or n))
     off = ((reference_scores.mean().abs() - SHIFT[dtype]).clamp(min=0) / error.clamp(min=1e-12)).item()
     return [
         at_most("KL", kl, 1e-3, "policy and reference differ in weights, in temperature or in code"),

@@ -121,7 +121,8 @@ def load_scalar(
     config = without_spare_rows(in_file, tokenizer)
     model = _empty(lambda: ScalarModel(config, bias=is_critic), folder, device, dtype)
     model.score.float()  # the head stays fp32, see models.py
-    model.score_shift = float(read_json(Path(folder) / "config.json").get("score_shift", 0.0))
+    raw = read_json(Path(folder) / "config.json")
+    model.score_shift, model.shift_posts = float(raw.get("score_shift", 0.0)), raw.get("score_shift_posts")
     load_weights(model, folder, rows=in_file.vocab_size)
     return model
 
@@ -181,5 +182,5 @@ def save_scalar(model: ScalarModel, folder: str | Path, tokenizer, dtype: torch.
     """Write a reward model (no bias) or a critic (bias) as a Hugging Face folder, whole or not at all."""
     kind = "reward_model" if model.score.bias is None else "critic"
     dtype = dtype or model.model.embed_tokens.weight.dtype
-    raw = config_json(model.config, kind, dtype, tokenizer, model.score_shift)
+    raw = config_json(model.config, kind, dtype, tokenizer, model.score_shift, model.shift_posts)
     _save_model(Path(folder), model, raw, dtype, tokenizer)
