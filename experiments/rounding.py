@@ -111,6 +111,8 @@ def main() -> None:
     found = {name: spread(a[i] - b[i]) for i, name in enumerate(("log-prob", "value", "score"))}
     found["log-prob, from fp32"] = spread(a[0] - x[0])
     found["score one token early"] = spread(x[3] - x[2])
+    # What all scores move alike is no error of one of them, but it is one of their mean: the pre-flight's SHIFT.
+    found["score, mean moved from fp32"] = [(one[2] - x[2]).mean().item() for one in (a, b)]
     found |= {"approxkl": 0.5 * (a[0] - b[0]).square().mean().item(), "score_std": x[2].std().item()}
     for name, value in found.items():
         print(f"{name:24} {value}")
