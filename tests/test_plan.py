@@ -153,10 +153,10 @@ def test_the_head_works_in_chunks_of_logits(make_policy):
 
 @pytest.mark.parametrize("file", ["train_sft", "train_rm", "train_ppo", "eval", "bench/update", "bench/rollout"])
 def test_the_allocator_is_told_how_to_grow_before_torch_is_imported(file):
-    """PPO's 69 of 72 GiB leave no room for holes: memory comes in pieces that can grow. torch reads it once, at import."""
+    """PPO's 69 of 72 GiB leave no room for holes. torch reads the variable once, when it is imported."""
     source = (Path(__file__).parents[1] / f"{file}.py").read_text(encoding="utf-8")
     told = source.index('os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")')
-    assert told < min(source.index(f"\nimport {name}") for name in ("torch", "numpy"))
+    assert told < source.index("\nimport torch")
 
 
 def test_an_80_gb_card_takes_ppo_as_the_preset_has_it_below_75_gib():
