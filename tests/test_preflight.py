@@ -342,6 +342,30 @@ def test_what_costs_nothing_is_asked_before_anything_is_computed(setup, monkeypa
         setup.check(measured)
 
 
+def test_before_the_first_update_the_cheap_checks_come_first_and_the_rest_says_how_far_it_is(setup, make_sequences):
+    """By `before_update`, as the script calls it."""
+    episode, ref_logprobs, scores = setup.measure()
+    shown, said = [], SimpleNamespace(ref_logprobs=ref_logprobs, raw_scores=scores)
+
+    def progress(groups, what):
+        shown.append((what, len(setup.table)))
+        return groups
+
+    cfg = SimpleNamespace(**vars(CFG), batch_size=len(scores))
+    run = SimpleNamespace(cfg=cfg, say=setup.table.append, progress=progress, device="cpu", dtype=torch.float32)
+    models = setup.policy, setup.reference, setup.critic, setup.reward_model
+    posts = make_sequences([9] * 70), make_sequences([5] * 70, seed=1)
+    setup.reward_model.score_shift += setup.reward_model.scores([q + r for q, r in zip(*posts, strict=True)]).mean()
+    setup.critic.score.bias.data.copy_(-torch.as_tensor(setup.reward_model.score_shift))
+    measured = setup.measure()
+    said.raw_scores = measured[2]
+    found = preflight.before_update(
+        run, 0, models, setup.frozen, measured[0], said, measured[0].logprobs, *posts, setup.tokenizer
+    )
+    assert list(found)[:2] == ["preflight/pad_eos", "preflight/eos_rate"] and len(found) == 11
+    assert shown == [("summaries scored", 3)]  # after the two lines of the cheap checks, and one that says what comes
+
+
 @pytest.mark.parametrize("batch, expected", [(4, 64), (64, 64), (128, 128), (512, 256)])
 def test_as_many_references_are_scored_as_a_batch_has(batch, expected):
     assert preflight.how_many_references(batch) == expected

@@ -22,21 +22,25 @@ from nanorlhf.data.tokenizer import Tokenizer
 from nanorlhf.errors import UserError
 from nanorlhf.losses import bradley_terry_loss, next_token_labels, sequence_mean_weights
 from nanorlhf.models import Policy, ScalarModel
-from nanorlhf.packing import in_microbatches, pack
+from nanorlhf.packing import in_microbatches, pack, split_by_tokens
 from nanorlhf.pairs import pack_pairs
 from nanorlhf.ppo import Experience
 from nanorlhf.run.run import Run
 
-# By dtype. The bounds of bf16 are a few times what rounding does to SmolLM2-135M's real weights: every operation
-# rounded to bf16, in two orders of summation, on real posts and their summaries (experiments/rounding.py, 24 posts).
-#     log-prob      rms 0.071, largest 0.40: approxkl 2.5e-3
-#     score, value  rms 0.047 and 0.028, largest 0.13; read one token early a score is off by 2.3
-RATIO = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the mean ratio
-APPROXKL = {torch.float32: 1e-6, torch.bfloat16: 5e-3}  # nats; T 1 for 0.7 gives 0.012 (experiments.bugs --ratio)
-SCORE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # rms between two ways to compute a score or value, of about 1
-SHIFT = {torch.float32: 0.0, torch.bfloat16: 0.1}  # of a mean score
+# By dtype. "Measured" is what rounding does to SmolLM2-135M's real weights: every operation rounded to bf16, in two
+# orders of summation, on real posts and their summaries (experiments/rounding.py, 24 posts; the score's head is drawn).
+RATIO = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the mean ratio; measured 2e-3, of a run in bf16
+# Nats. Measured 2.5e-3: log-probs are rms 0.071 and at most 0.40 apart. T 1 for 0.7 gives 0.012 (experiments.bugs).
+APPROXKL = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
+# Rms between two ways to compute a score or value of about 1. Measured 0.047 and 0.028 (0.069 the most of six heads);
+# the largest of them, 0.13, grows with their number. Read one token early a score is off by 2.3.
+SCORE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+# What bf16 moves all scores alike, of a shift measured in fp32. Measured 0.042, the most of six heads, and 0.06 of a
+# reward model that was trained.
+SHIFT = {torch.float32: 0.0, torch.bfloat16: 0.1}
 OF_SCORE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest score: a number near 1e6 moves in steps of 0.1
-KERNEL = {torch.float32: 1e-4, torch.bfloat16: 1e-3}  # nats, of a log-prob from the same hidden state
+# Nats, of a log-prob from the same hidden state. Measured 2e-5 in chunks on a CPU; 6e-5 for tensor cores, simulated.
+KERNEL = {torch.float32: 1e-4, torch.bfloat16: 1e-3}
 MIN_EOS_RATE = 0.1  # an SFT model that has learned to stop is above 0.9
 LEAST_REFERENCES, MOST_REFERENCES = 64, 256  # posts whose summaries must have a mean score of 0
 STANDARD_ERRORS = 4  # 1 run in 16,000 is stopped by chance
@@ -153,9 +157,8 @@ def before_update(
     if update == 0:
         n = how_many_references(cfg.batch_size)
         known = [query + reference for query, reference in zip(queries[:n], references[:n], strict=True)]
-        (known_scores,) = in_microbatches(
-            lambda packed, _: [models[3].last_scores(packed)], known, cfg.microbatch_tokens, run.device
-        )
+        groups = run.progress(split_by_tokens([len(x) for x in known], cfg.microbatch_tokens), what="summaries scored")
+        known_scores = torch.cat([models[3].scores([known[i] for i in group]) for group in groups])
         checks += first_update(
             episode, said.ref_logprobs, said.raw_scores, known_scores, run.dtype, models[3].shift_posts
         )
@@ -233,7 +236,7 @@ def first_update(
 ) -> list[Check]:  # fmt: skip
     """What holds only while the policy is still the SFT model and the critic still the reward model.
 
-    args: ref_logprobs (B, R); scores (B,) before the missing-EOS rule; reference_scores (n,), of the authors' summaries;
+    args: ref_logprobs (B, R); scores (B,) before the missing-EOS rule; reference_scores (n,), of authors' summaries;
     shift_posts: of how many such scores the reward model's shift is the mean, if that is known
     """
     mask, values = episode.action_mask, episode.values
