@@ -47,6 +47,7 @@ RESULTS, PAGE, README = ROOT / "bench" / "results", ROOT / "docs" / "speed.md", 
 BEGIN, END = "<!-- tables: python -m bench.all --tables -->\n", "<!-- end of tables -->\n"
 QUICK = "| **Quick?** |"  # the README's line of measured speed, made from the results too
 CARDS = (24, 48, 80, 141)  # GB, whose plans a CPU makes
+DRY_LIMIT = 1200  # seconds
 TAIL = 1500  # characters that are kept of a failed one's output
 
 
@@ -97,7 +98,8 @@ def dry(planned: list[Bench]) -> list[Bench]:
         "tests": ["--collect-only"],
         "tiny": ["--updates", "1", "--device", "cpu", "--dtypes", "float32", "--stages", "sft", "ppo"],
     }
-    return [one._replace(arguments=one.arguments + instead.get(one.name, [])) for one in planned]
+    # Limits are those of a card that is waited for; here other work, or an old processor, may take any time.
+    return [one._replace(arguments=one.arguments + instead.get(one.name, []), limit=DRY_LIMIT) for one in planned]
 
 
 def missing() -> list[str]:
