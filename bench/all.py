@@ -116,7 +116,7 @@ def missing() -> list[str]:
 
 
 BRING = """missing here: {names} (pyproject.toml). With a network: python -m pip install --group run --group test. To
-bring them to a machine without one, fetch wheels for its Python and processor where there is a network, 3.12 for example,
+bring them to a machine without one, fetch wheels for its Python and processor where there is a network, for example
     python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \\
         -d wheels {names} tyro docstring-parser typeguard shtab
 and there
