@@ -41,6 +41,7 @@ import torch
 from bench.rows import FILE
 from bench.tables import quick, tables
 from nanorlhf.run.run_folder import git
+from nanorlhf.run.streams import as_command
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE, README = ROOT / "bench" / "results", ROOT / "docs" / "speed.md", ROOT / "README.md"
@@ -298,4 +299,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

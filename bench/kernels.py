@@ -27,6 +27,7 @@ from torch import Tensor
 
 import kernels
 from bench.rows import note
+from nanorlhf.run.streams import as_command
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -363,4 +364,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

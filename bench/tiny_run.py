@@ -20,6 +20,7 @@ from typing import NamedTuple
 from bench.rows import note
 from nanorlhf.run.inputs import EMBEDDED
 from nanorlhf.run.run import read_metrics
+from nanorlhf.run.streams import as_command
 
 ROOT = Path(__file__).parents[1]
 STAGES, DTYPES = ("sft", "rm", "ppo"), ("float32", "bfloat16")
@@ -130,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

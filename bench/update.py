@@ -46,6 +46,7 @@ from nanorlhf.packing import split_by_tokens
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate
 from nanorlhf.run.device import device_name, now, pick_device, pick_dtype
+from nanorlhf.run.streams import as_command
 
 GIB = 2**30
 
@@ -276,4 +277,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)
