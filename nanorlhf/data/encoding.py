@@ -31,7 +31,7 @@ CACHED_FROM = 4_000  # rows; fewer are encoded in a second or two
 PARALLEL_FROM = 4_000  # rows; starting the workers takes as long as fewer
 PIECE = 500  # rows a worker encodes at a time
 LIBRARIES = " ".join(f"{library.__name__} {library.__version__}" for library in (sentencepiece, tiktoken, tokenizers))
-NAMES = "encoding tldr tokenizer tokenizer_json added_tokens".split()
+NAMES = "encoding tldr tokenizer tokenizer_json word_cache added_tokens".split()
 CODE = [Path(__file__).with_name(f"{name}.py") for name in NAMES]
 
 Row = tuple[Post, tuple[str, ...]]  # a post, and the responses to it

@@ -16,6 +16,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before it: encoding.py's processes are the parallel part
 import tokenizers
 
+from nanorlhf.data import word_cache
 from nanorlhf.errors import UserError
 
 CACHED_WORDS = 200_000  # of which the library keeps the ids: half of all time on real posts with its own 10,000
@@ -65,6 +66,10 @@ def read(path: Path, data: dict, files: dict[str, bytes]) -> dict:
         return [encoding.ids for encoding in library.encode_batch_fast(texts, add_special_tokens=False)]
 
     added = data["added_tokens"]
+    steps = _steps(data["pre_tokenizer"], "pretokenizers"), _steps(data.get("normalizer"), "normalizers")
+    if pattern := word_cache.pattern_of(*steps, added):
+        encode = word_cache.WordCache(encode, pattern).encode
+        encode_batch = None  # one after the other
     named = _named_specials(path, files, {token["content"]: token["id"] for token in added if token["special"]})
     return dict(
         encode=encode,
