@@ -7,7 +7,9 @@ import json
 import shlex
 from pathlib import Path
 
+from nanorlhf import parallel
 from nanorlhf.data.hub import hub_id_of
+from nanorlhf.run.run_folder import launcher
 from nanorlhf.storage.jsonl import read_jsonl, write_whole
 
 WHAT = {  # architecture -> what it is, transformers' class, the hub's name for the task
@@ -25,7 +27,9 @@ QUERY = "SUBREDDIT: r/...\\n\\nTITLE: ...\\n\\nPOST: ...\\n\\nTL;DR:"
 
 
 def write_card(run_folder: Path, final: str = "final") -> None:
-    """Write README.md into a finished run's `final` folder."""
+    """Write README.md into a finished run's `final` folder; of several processes 0 does it."""
+    if not parallel.first():
+        return
     record = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
     metrics = {}
     for row in read_jsonl(run_folder / "metrics.jsonl"):
@@ -39,7 +43,7 @@ def card(record: dict, metrics: dict, folder: Path) -> str:
     what, auto, task = WHAT[model["architectures"][0]]
     commit = (record.get("git") or {}).get("commit") or "unknown"
     kept = {name: value for name, value in metrics.items() if name.startswith(SHOWN) and "accuracy/" not in name}
-    command = shlex.join(["python", Path(record["argv"][0]).name, *record["argv"][1:]])
+    command = shlex.join([*launcher(record), Path(record["argv"][0]).name, *record["argv"][1:]])
     front = ["---", "library_name: transformers", f"pipeline_tag: {task}", "tags: [rlhf, ppo, tldr, nanorlhf]"]
     if base := _base_of(settings.get("model") or settings.get("sft_model") or ""):
         front.append(f"base_model: {base}")
