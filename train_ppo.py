@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 import kernels
-from nanorlhf import ppo
+from nanorlhf import parallel, ppo
 from nanorlhf.data.encoding import encode_posts, length_report
 from nanorlhf.data.tldr import batch_indices, load_posts
 from nanorlhf.data.tokenizer import check_same, load_tokenizer
@@ -46,7 +46,6 @@ from nanorlhf.monitoring import preflight
 from nanorlhf.monitoring.log_update import log_update
 from nanorlhf.optim import SCHEDULES, AdamW
 from nanorlhf.packing import in_microbatches, microbatches, pack, to_device
-from nanorlhf.parallel import summed
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate, read_responses
 from nanorlhf.run.card import write_card
@@ -220,7 +219,7 @@ def learn(
 
 def add(totals: dict[str, torch.Tensor], more: dict[str, torch.Tensor]) -> None:
     """Adds what a microbatch gave; under torchrun what those of all processes gave, as their gradients add up too."""
-    for name, value in summed(more).items():
+    for name, value in parallel.summed(more).items():
         totals[name] += value
 
 
@@ -229,6 +228,7 @@ def updates(cfg: Config) -> int:
     check(cfg.temperature > 0, "temperature", cfg.temperature, "greater than 0", "choose 0.7")
     check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
     check(cfg.kl_estimator in KL_ESTIMATORS, "kl_estimator", cfg.kl_estimator, f"one of {', '.join(KL_ESTIMATORS)}")
+    parallel.check_enough("batch_size", cfg.batch_size)
     parts = f"a multiple of num_minibatches {cfg.num_minibatches}"
     check(cfg.batch_size % cfg.num_minibatches == 0, "batch_size", cfg.batch_size, parts)
     total_updates = cfg.total_episodes // cfg.batch_size

@@ -57,7 +57,8 @@ class AdamW:
                 self.names.append(f"{index}.{name}")
                 self.labels.append(f"{type(model).__name__.removeprefix('FSDP')}.{name}")  # what an error calls it
                 self.parameters.append(parameter)
-        places = {sharding.local(p).untyped_storage()._cdata for p in self.parameters}  # tensors without data have a storage too
+        # Tensors without data have a storage too.
+        places = {sharding.local(p).untyped_storage()._cdata for p in self.parameters}
         assert len(places) == len(self.parameters), "two models share a parameter"
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
         for parameter, master in zip(self.parameters, self.masters, strict=True):

@@ -97,8 +97,8 @@ def split_by_tokens(lengths: list[int], max_tokens: int) -> list[list[int]]:
 
 
 def deal(lengths: list[int], hands: int, most: list[int] | None = None) -> list[list[int]]:
-    """Indices of sequences in `hands` groups of about equally many tokens: the longest first, each to the group that has
-    the fewest so far (Graham 1969: at worst 4/3 of the best). most: how many sequences a group may have."""
+    """Indices of sequences in `hands` groups of about equally many tokens: the longest first, each to the group that
+    has the fewest so far (Graham 1969: at worst 4/3 of the best). most: how many sequences a group may have."""
     groups: list[list[int]] = [[] for _ in range(hands)]
     tokens = [0] * hands
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -147,6 +147,7 @@ def in_microbatches(
     sequences: list[list[int]],
     max_tokens: int,
     device: torch.device | str,
+    progress: Callable = lambda turns: turns,
 ) -> tuple[Tensor, ...]:
     """Run `forward(packed, indices)` on all sequences without gradient, at most `max_tokens` tokens at a time.
 
@@ -154,7 +155,7 @@ def in_microbatches(
     runs its share, and all get all results.
     """
     turns = microbatches([len(sequence) for sequence in sequences], max_tokens)
-    results = [forward(pack([sequences[i] for i in group], device), group) for group, _ in turns]
+    results = [forward(pack([sequences[i] for i in group], device), group) for group, _ in progress(turns)]
     if not parallel.on():
         return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
     mine = [i for group, counts in turns if counts for i in group]

@@ -151,6 +151,11 @@ def check_same(name: str, value: Any) -> None:
           "all processes need the same code, flags and data")  # fmt: skip
 
 
+def check_enough(name: str, posts: int) -> None:
+    """Raises UserError for more processes than posts, of which some would never have work."""
+    check(size() <= posts, "--nproc_per_node", size(), f"at most {name} {posts}", "take fewer processes or more posts")
+
+
 # --- what processes tell one another ---------------------------------------------------------------------------------
 
 

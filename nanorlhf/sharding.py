@@ -4,14 +4,16 @@
     reference, reward model  in the dtype of the run, divided too
     actor                    the policy as a whole, in the dtype of the run: it samples, scores and is saved
 
-PyTorch's FSDP2 (`fully_shard`) does it: before a block computes, its weights are gathered in the dtype of the run; after
-it, they are given up again; in the backward pass they are gathered once more, and the gradients are summed in fp32 to the
-process that holds the part (ZeRO-3; Rajbhandari et al. 2020). Decoding a token at a time would gather the model 53 times
-a response, so it reads the actor, whose addresses never move: its captured graph stays (decoder.py).
+PyTorch's FSDP2 (`fully_shard`) does it: before a block computes, its weights are gathered in the dtype of the run;
+after it, they are given up again; in the backward pass they are gathered once more, and the gradients are summed in
+fp32 to the process that holds the part (ZeRO-3; Rajbhandari et al. 2020). Decoding a token at a time would gather the
+model 53 times a response, so it reads the actor, whose addresses never move: its captured graph stays (decoder.py).
 
 Without torchrun nothing is in parts: `shard` is not called, the actor is the policy itself, the other functions are the
 identity.
 """
+
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from nanorlhf import parallel
 
-# Every method of a model that reads weights and is called from outside: FSDP gathers before `forward` alone unless told.
-# None of them calls another one: the inner one would give the weights up under the outer one.
+# Every method of a model that reads weights and is called from outside: FSDP gathers before `forward` alone, unless
+# told. None of them calls another one: the inner one would give the weights up under the outer one.
 METHODS = ("response_logprobs", "response_ppo_loss", "response_kl", "cross_entropy", "token_scores", "last_scores",
            "response_values")  # fmt: skip
 
@@ -37,6 +39,8 @@ def shard(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     if hasattr(model, "score"):  # fp32 in any case, see models.py
         fully_shard(model.score, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     fully_shard(model, mp_policy=mixed, reshard_after_forward=True)
+    # The scalar head gives a view, of which FSDP warns: nothing here writes into one.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for name in METHODS:
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)

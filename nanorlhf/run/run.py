@@ -125,7 +125,7 @@ class Run:
         repeats = ", deterministic" if deterministic else ""
         self.say(f"device  {device_name(self.device)}, {dtype}{with_kernels}, seed {cfg.seed}{repeats}")
         if parallel.on():
-            self.say(f"        one of {parallel.size()} processes: models in parts, posts shared out (docs/parallel.md)")
+            self.say(f"        {parallel.size()} processes: models in parts, posts shared out (docs/parallel.md)")
         self.say(f"folder  {self.folder}" + (" (resumed)" if self.resuming else ""))
         self.say("metrics explained in docs/metrics.md")
 

@@ -88,7 +88,8 @@ def _kind(folder: str | Path, scalar: bool) -> str | None:
 
 
 def _empty(build, folder: str | Path, device: str, dtype: torch.dtype, parts: str | None) -> nn.Module:
-    """The model without values; its scalar head, if it has one, in fp32 (models.py). parts: as in `load_policy`. Raises UserError, before it takes memory, when the files cannot hold so much."""
+    """The model without values; its scalar head, if it has one, in fp32 (models.py). parts: as in `load_policy`. Raises
+    UserError, before it takes memory, when the files cannot hold so much."""
     with torch.device("meta"):
         model = build()
     wanted = sum(parameter.numel() for parameter in model.parameters())
