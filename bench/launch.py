@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 
 GRACE = 30.0  # seconds from SIGTERM to SIGKILL, torchrun's
@@ -79,6 +80,7 @@ def _live(work: Callable[[], None], output: int) -> NoReturn:
     """The life of a forked process."""
     os.dup2(output, 1)
     os.dup2(output, 2)
+    torch.set_num_threads(1)  # as torchrun does it; and a pool of threads does not survive a fork
     status = 70
     try:
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False, encoding="utf-8") for number in (1, 2))

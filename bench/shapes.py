@@ -4,7 +4,7 @@ Random weights cost the same time and memory as trained ones, and nothing has to
 bench.update, bench.plan and bench.scaling can be made on a fresh machine.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -62,7 +62,12 @@ SMOLLM2 = {  # config.json on the hub: hidden_size, intermediate_size, layers, h
     "smollm2": ("SmolLM2-135M", 576, 1536, 30, 9, 3),
     "smollm2-360m": ("SmolLM2-360M", 960, 2560, 32, 15, 5),
 }
-MODELS = ("llama-1b", *SMOLLM2)
+LARGER = {  # what differs from Llama-3.2-1B, from config.json of Llama-3.2-3B and Llama-3.1-8B on the hub
+    "llama-3b": ("Llama-3.2-3B", dict(hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, head_dim=128)),
+    "llama-8b": ("Llama-3.1-8B", dict(hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, head_dim=128,
+                                      tie_word_embeddings=False)),
+}  # fmt: skip
+MODELS = ("llama-1b", *LARGER, *SMOLLM2)
 
 
 def smollm2_config(name: str) -> LlamaConfig:
@@ -90,7 +95,8 @@ def shape_for(device: torch.device | str, model: str = "llama-1b") -> Shape:
         return Shape(name, config, "smollm2", mean=352, spread=100, least=64, most=544, response=35)
     if torch.device(device).type == "cpu":
         return Shape("tiny", read_config(EMBEDDED / "sft"), "tiny", mean=85, spread=9, least=58, most=104, response=15)
-    return Shape("Llama-3.2-1B", llama_config(), "llama-1b", mean=352, spread=100, least=64, most=512, response=33)
+    name, changes = LARGER.get(model, ("Llama-3.2-1B", {}))
+    return Shape(name, replace(llama_config(), **changes), "llama-1b", mean=352, spread=100, least=64, most=512, response=33)
 
 
 @torch.no_grad()
