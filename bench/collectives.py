@@ -1,7 +1,7 @@
-"""Counts what a process says to others: collectives of the model and of the batch, by kind, and the bytes they are about.
+"""Counts what a process says to others: collectives of the model and of the batch, by kind, and their bytes.
 
-with Collectives() as said: ...; said.count["gather"], said.bytes["gather"]. Kinds: gather and scatter are FSDP's and the
-actor's; sum is an all-reduce (rows of a batch, metrics, norms), told what goes over gloo as JSON.
+with Collectives() as said: ...; said.count["gather"], said.bytes["gather"]. Kinds: gather and scatter are FSDP's and
+the actor's; sum is an all-reduce (rows of a batch, metrics, norms), told what goes over gloo as JSON.
 """
 
 from collections import Counter

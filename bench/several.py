@@ -265,7 +265,8 @@ def report(model: str, gpus: int, gpu_gb: float) -> None:
     results = []
     for stage in plan.STAGES:
         found, fits, flags = propose(stage, model, gpus, gpu_gb)
-        print(f"\n{stage}, {found.microbatch_tokens} tokens a microbatch" + ", with checkpointing" * found.checkpointing)
+        with_it = ", with checkpointing" * found.checkpointing
+        print(f"\n{stage}, {found.microbatch_tokens} tokens a microbatch{with_it}")
         for name, size in (found.states | {f"peak of {name}": size for name, size in found.phases.items()}).items():
             print(f"    {name:42} {size / GIB:6.1f} GiB")
         launch = f"torchrun --standalone --nproc_per_node {gpus} train_{stage}.py {flags}".rstrip()

@@ -1,6 +1,6 @@
-"""Kill one of several processes, at any moment: do the others end, is it said once, and is the end bit for bit the same?
+"""Kill one of several processes, at any moment: do the others end, is it said once, is the end bit for bit the same?
 
-    python -m faults.ranks                        60 SIGKILLs, on 2 and on 3 CPU processes: ten minutes or so of one core
+    python -m faults.ranks                        60 SIGKILLs, on 2 and 3 CPU processes: ten minutes or so of one core
     python -m faults.ranks --kills 2 --signals 1 --processes 2        some of them: what `make test` runs
 
 For each number of processes the PPO script runs once undisturbed, on a small random model with a checkpoint after every

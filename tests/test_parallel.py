@@ -1,7 +1,7 @@
 """Several processes give the run of one: the numbers, the files, and what is said when something goes wrong.
 
-Processes are forked as torchrun would start them (bench/launch.py) and talk over gloo. What needs GPUs is not tested here:
-NCCL, streams, the captured graph on the actor (docs/parallel.md says so).
+Processes are forked as torchrun would start them (bench/launch.py) and talk over gloo. What needs GPUs is not tested
+here: NCCL, streams, the captured graph on the actor (docs/parallel.md says so).
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stages import ROOT, SCRIPTS
 
 import eval as evaluation
 from bench import several
@@ -27,9 +28,7 @@ from nanorlhf.packing import deal, own_rows, share_out, split_by_tokens
 from nanorlhf.run.config import cli
 from nanorlhf.run.inputs import EMBEDDED
 from nanorlhf.storage.checkpoint import load_policy, load_scalar, save_policy, save_scalar
-from nanorlhf.storage.jsonl import read_jsonl
 from nanorlhf.storage.resume import checkpoints
-from stages import ROOT, SCRIPTS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked, and look into /proc")
 FLAGS = {
@@ -73,7 +72,7 @@ def sentences(launched: Launched) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Runs of this file lie in one folder, below runs/."""
+    """The runs of this file lie in one folder, below runs/."""
     before, here = Path.cwd(), tmp_path_factory.mktemp("parallel")
     os.chdir(here)
     yield here
@@ -160,7 +159,8 @@ def test_a_run_of_two_processes_goes_on_with_one_and_its_files_are_todays(two, o
 
 def test_an_evaluation_on_two_processes_has_the_numbers_of_one(folder, world):
     argv = f"--preset tiny --device cpu --data {world} --num_posts 7 --diversity_posts 3 --diversity_samples 2"
-    argv += f" --num_comparisons 8 --policy sft={EMBEDDED / 'sft'} ppo={EMBEDDED / 'ppo'} --reward_model {EMBEDDED / 'rm'}"
+    argv += f" --num_comparisons 8 --reward_model {EMBEDDED / 'rm'}"
+    argv += f" --policy sft={EMBEDDED / 'sft'} ppo={EMBEDDED / 'ppo'}"
 
     def work(name):
         flags = f"{argv} --run_name {name}".split()
@@ -225,7 +225,8 @@ def test_without_torchrun_everything_is_the_identity(monkeypatch):
     with parallel.group("cpu"), parallel.one_voice(), parallel.in_turn():
         assert (parallel.rank(), parallel.size(), parallel.first(), parallel.on()) == (0, 1, True, False)
         assert parallel.total(x) is x and sharding.whole(x) is x and sharding.local(x) is x
-        assert parallel.gathered({"a": 1}) == [{"a": 1}] and parallel.from_first(lambda: x) is x and parallel.most(3) == 3
+        assert parallel.gathered({"a": 1}) == [{"a": 1}] and parallel.from_first(lambda: x) is x
+        assert parallel.most(3) == 3
     assert share_out([3, 4, 5, 2, 1], 7, 1) != [] and split_by_tokens([3, 4], 7) == [[0, 1]]
 
 
@@ -412,7 +413,8 @@ def test_processes_with_other_flags_code_or_data_are_refused(what, world, models
 
 def test_a_variable_that_is_missing_and_others_that_do_not_come_are_said(monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match="environment variable WORLD_SIZE .*`torchrun --standalone"), parallel.group("cpu"):
+    wanted = "environment variable WORLD_SIZE .*`torchrun --standalone"
+    with pytest.raises(UserError, match=wanted), parallel.group("cpu"):
         pass
     variables = dict(WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     for name, value in variables.items():
