@@ -9,13 +9,17 @@ weights |a - b| / |b| of the worst tensor, of metrics |a - b| / max(|a|, |b|, 1)
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: as torchrun sets it, and a pool of threads does not survive a fork
 
@@ -26,9 +30,17 @@ import train_ppo
 import train_rm
 import train_sft
 from bench.launch import Launched
+from bench.shapes import random_model
+from nanorlhf import parallel
+from nanorlhf.models import Policy, ScalarModel, critic_from, parameter_count
+from nanorlhf.optim import AdamW
+from nanorlhf.packing import pack
 from nanorlhf.run.config import cli
 from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.sharding import actor_of, local
+from nanorlhf.storage.checkpoint import load_policy, load_scalar, save_policy, save_scalar
 from nanorlhf.storage.jsonl import read_jsonl
+from nanorlhf.storage.model_config import read_config
 from nanorlhf.tiny.data import write_world
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo}
@@ -133,6 +145,86 @@ def rows(short: bool):
             yield what, difference(run(stage, processes, f"{stage}_{processes}"), other)
 
 
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+MIB = 2**20
+
+
+def write_model(folder: Path) -> int:
+    """A policy and a reward model of 27 million random parameters each, as Hugging Face folders. Returns how many."""
+    config = replace(
+        read_config(EMBEDDED / "sft"), vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+    )  # fmt: skip
+    nobody = SimpleNamespace(bos_id=1, eos_id=2, pad_id=0, save=lambda folder: None)
+    policy = random_model(Policy, config, "cpu", torch.float32)
+    save_policy(policy, folder / "policy", nobody)
+    save_scalar(random_model(ScalarModel, config, "cpu", torch.float32, bias=False), folder / "rm", nobody)
+    return parameter_count(policy)
+
+
+def resident() -> dict[str, int]:
+    """Bytes of this process's own memory now, and the most that was resident since the peak was forgotten."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    return {name: 1024 * int(lines[name].split()[0]) for name in ("RssAnon", "VmRSS", "VmHWM")}
+
+
+def four_models_of_ppo() -> None:
+    """What train_ppo.py holds after its first step, on one process; writes what it took."""
+    before = resident()
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forgets the peak
+    policy = load_policy(Path("policy"), parts="masters")
+    peak = resident()["VmHWM"] - before["VmRSS"]
+    reference = load_policy(Path("policy"), parts="frozen").requires_grad_(False)
+    reward_model = load_scalar(Path("rm"), parts="frozen").requires_grad_(False)
+    critic = critic_from(reward_model).requires_grad_(True)
+    optimizer, actor = AdamW([policy, critic], lr=1e-6), actor_of(policy)
+    packed = pack([[5, 6, 7]])
+    policy.response_logprobs(packed, torch.tensor([[6, 7]]), 0.7)[0].sum().backward()
+    critic.response_values(packed, 2).sum().backward()
+    gradients = [local(parameter.grad).nbytes for parameter in optimizer.masters]
+    optimizer.step(1e-6)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # gives back what is free
+    states = resident()["RssAnon"] - before["RssAnon"] + sum(gradients)  # they are given up by the step
+    del actor, reference, reward_model  # alive until here
+    found = {"loading_peak": peak, "states": states}
+    Path(f"memory_{parallel.rank()}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def memory(processes: int) -> dict[str, int]:
+    """Of the process that takes most. 0: a plain one, without torchrun."""
+
+    def work() -> None:
+        if not processes:
+            del os.environ["RANK"]
+        with parallel.one_voice(), parallel.group("cpu"):
+            four_models_of_ppo()
+
+    launched = Launched(work, max(processes, 1))
+    assert not any(launched.wait()), launched.said
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in Path().glob("memory_*.json")]
+    for path in Path().glob("memory_*.json"):
+        path.unlink()
+    return {name: max(one[name] for one in found) for name in found[0]}
+
+
+def memory_table() -> dict[str, dict[str, int]]:
+    size = write_model(Path())
+    heads = f"{size / 1e6:.0f} M parameters in fp32, MiB a process | states, predicted | measured"
+    print(f"\n| {heads} | peak while a policy of {4 * size / MIB:.0f} MiB is read |\n|---|---|---|---|")
+    found = {}
+    for processes in (0, 1, 2, 4):
+        one = memory(processes)
+        # two masters with gradients and moments, two frozen models, and the actor where there is one
+        one["predicted"] = (2 * 16 + 2 * 4) * size // max(processes, 1) + (4 * size if processes else 0)
+        name = f"{processes} process{'es' if processes > 1 else ', in parts'}" if processes else "a plain process"
+        found[name] = one
+        cells = (f"{one[key] / MIB:.0f}" for key in ("predicted", "states", "loading_peak"))
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.parallel", description=__doc__.split("\n")[0])
     parser.add_argument("--short", action="store_true", help="PPO on 2 and 3 processes, nothing else")
@@ -147,8 +239,10 @@ def main() -> None:
             found[what] = differences
             cells = " | ".join(f"{value:.1e}" if value else "0" for value in differences.values())
             print(f"| {what} | {cells} |", flush=True)
+        taken = {} if args.short else memory_table()
         os.chdir(here)
-    print(json.dumps({"bench": "parallel", "differences": found, "seconds": round(time.monotonic() - began, 1)}))
+    seconds = round(time.monotonic() - began, 1)
+    print(json.dumps({"bench": "parallel", "differences": found, "memory": taken, "seconds": seconds}))
 
 
 if __name__ == "__main__":

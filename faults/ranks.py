@@ -31,6 +31,7 @@ from bench.launch import Launched
 from faults.harness import ROOT, result, script, tail, where, write_small_models, write_small_world
 from faults.process import watch
 
+SHORT = "--batch_size 4 --total_episodes 12 --response_length 8 --num_ppo_epochs 1 --sample_every 1 --no_preflight"
 WITHIN = 60.0  # seconds in which all processes are gone after one of them is; a few are usual
 
 
@@ -53,7 +54,7 @@ class Ranks:
         self.seconds, self.expected = time.monotonic() - began, result("ppo")
 
     def start(self, more: str = "--resume auto") -> Launched:
-        return Launched(script("ppo", self.models, more), self.processes)
+        return Launched(script("ppo", self.models, f"{SHORT} {more}"), self.processes)
 
     def look(self) -> None:
         tail(Path("runs", "ppo", "metrics.jsonl"))

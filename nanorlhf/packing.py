@@ -125,7 +125,7 @@ def share_out(lengths: list[int], max_tokens: int, processes: int) -> list[list[
 def microbatches(lengths: list[int], max_tokens: int) -> list[tuple[list[int], bool]]:
     """The groups of `split_by_tokens`; under torchrun this process's share of them. Each with whether it counts: where
     others have one more, a process goes through a sequence that is not its own, with weight 0."""
-    if not parallel.on():
+    if parallel.size() == 1:
         return [(group, True) for group in split_by_tokens(lengths, max_tokens)]
     shortest = min(range(len(lengths)), key=lambda i: lengths[i])
     mine = share_out(lengths, max_tokens, parallel.size())[parallel.rank()]

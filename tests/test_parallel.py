@@ -24,7 +24,7 @@ from bench.shapes import shape_for
 from nanorlhf import parallel, sharding
 from nanorlhf.errors import UserError
 from nanorlhf.models import Policy, ScalarModel, critic_from
-from nanorlhf.packing import deal, own_rows, share_out, split_by_tokens
+from nanorlhf.packing import deal, microbatches, own_rows, share_out, split_by_tokens
 from nanorlhf.run.config import cli
 from nanorlhf.run.inputs import EMBEDDED
 from nanorlhf.storage.checkpoint import load_policy, load_scalar, save_policy, save_scalar
@@ -206,6 +206,18 @@ def test_at_8_processes_the_slowest_has_less_than_1_15_times_the_mean_of_tldrs_t
     order = sorted(range(128), key=lambda i: TLDR[0][i])
     dealt = [[order[i::8]] for i in range(8)]  # by length, one after another: the simple way
     assert slowest(dealt, TLDR[0]) > slowest(share_out(TLDR[0], 16384, 8), TLDR[0])
+
+
+def test_every_row_of_a_minibatch_counts_once_also_where_processes_have_none(monkeypatch):
+    for lengths in ([900, 10], [5, 5, 5, 5], TLDR[0][:7]):
+        counted, turns = [], set()
+        for rank in range(3):
+            monkeypatch.setattr(parallel, "_me", parallel._Process(rank, 3, None))
+            mine = microbatches(lengths, 1000)
+            turns.add(len(mine))
+            counted += [i for group, counts in mine for i in group if counts]
+            assert all(group for group, _ in mine)
+        assert sorted(counted) == list(range(len(lengths))) and len(turns) == 1
 
 
 def test_every_process_samples_always_as_many_rows(monkeypatch):
