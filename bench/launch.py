@@ -5,6 +5,7 @@ the others. So tests, bench.parallel and the faults start two or three CPU proce
 of a second; that torchrun itself does the same is one test of its own (tests/test_parallel.py).
 """
 
+import faulthandler
 import os
 import signal
 import sys
@@ -64,6 +65,8 @@ class Launched:
         while not self.poll():
             now = time.monotonic()
             if ending is None and (any(self.statuses) or now > begun + limit):
+                if now > begun + limit:
+                    self.send(signal.SIGUSR1)  # says where it waits
                 self.send(signal.SIGTERM)
                 ending = now
             elif ending is not None and now > ending + GRACE:
@@ -82,6 +85,7 @@ def _live(work: Callable[[], None], output: int) -> NoReturn:
     os.dup2(output, 2)
     torch.set_num_threads(1)  # as torchrun does it; and a pool of threads does not survive a fork
     status = 70
+    faulthandler.register(signal.SIGUSR1, file=2)  # where it is: kill -USR1
     try:
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False, encoding="utf-8") for number in (1, 2))
         work()

@@ -24,7 +24,7 @@ from bench.shapes import shape_for
 from nanorlhf import parallel, sharding
 from nanorlhf.errors import UserError
 from nanorlhf.models import Policy, ScalarModel, critic_from
-from nanorlhf.packing import deal, microbatches, own_rows, share_out, split_by_tokens
+from nanorlhf.packing import deal, microbatches, own_rows, pack, share_out, split_by_tokens
 from nanorlhf.run.config import cli
 from nanorlhf.run.inputs import EMBEDDED
 from nanorlhf.storage.checkpoint import load_policy, load_scalar, save_policy, save_scalar
@@ -260,10 +260,11 @@ def test_a_model_in_parts_is_read_saved_and_copied_as_the_whole_one(
     policy, scalar = make_policy(tie_word_embeddings=False), make_scalar(bias=False, score_shift=0.3)
     save_policy(policy, folder / "whole", tokenizer, dtype=torch.bfloat16)
     save_scalar(scalar, folder / "whole_rm", tokenizer)
-    whole, sequences = load_policy(folder / "whole"), make_sequences([5, 9, 3])
-    scores, values = scalar.scores(sequences), critic_from(scalar).values(sequences)
+    sequences = make_sequences([5, 9, 3])
 
     def check():
+        whole = load_policy(folder / "whole")
+        scores, values = scalar.scores(sequences), critic_from(scalar).values(sequences)
         parts = load_policy(folder / "whole", parts="masters")
         kept = [sharding.local(p) for p in parts.parameters()]
         size = sum(p.numel() for p in whole.parameters())
@@ -284,26 +285,27 @@ def test_a_model_in_parts_is_read_saved_and_copied_as_the_whole_one(
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_gradients_of_a_model_in_parts_are_those_of_the_whole_one(
-    folder, make_policy, make_sequences, tokenizer, dtype, close
+    folder, make_policy, make_sequences, tokenizer, dtype
 ):
-    from nanorlhf.packing import pack
-
+    """In fp32 to rounding; in bf16 they are no further from those in fp32 than the whole one's in bf16."""
     save_policy(make_policy(), folder / f"g{dtype}", tokenizer)
     packed = pack(make_sequences([5, 9, 3, 8]))
     labels, weights = packed.tokens.roll(-1), torch.full(packed.tokens.shape, 0.01)
-    whole = load_policy(folder / f"g{dtype}", dtype=dtype)
-    whole.cross_entropy(packed, labels, weights).backward()
 
     def check():
+        exact, whole = (load_policy(folder / f"g{dtype}", dtype=d) for d in (torch.float32, dtype))
+        for model in (exact, whole):
+            model.cross_entropy(packed, labels, weights).backward()
         parts = load_policy(folder / f"g{dtype}", dtype=dtype, parts="masters")
         mine = torch.arange(len(packed.tokens)) % 2 == parallel.rank()  # each process half of the tokens
         parts.cross_entropy(packed, labels, weights * mine).backward()
-        for p, other in zip(parts.parameters(), whole.parameters(), strict=True):
-            found, expected = sharding.whole(p.grad), other.grad.float()
+        for one, other, true in zip(parts.parameters(), whole.parameters(), exact.parameters(), strict=True):
+            found, size = sharding.whole(one.grad), true.grad.norm()
             assert found.dtype == torch.float32
-            assert (found - expected).norm() <= close * expected.norm().clamp(min=1e-6), p.shape
+            allowed = 1.5 * (other.grad.float() - true.grad).norm() + 1e-5 * size + 1e-7
+            assert (found - true.grad).norm() <= allowed, one.shape
 
     launch(in_a_group(check), 2)
 
@@ -312,7 +314,7 @@ def test_the_collectives_of_an_update_are_those_counted_on_paper(folder, world, 
     """Messages and bytes of one PPO update on 2 processes, pre-flight and saves left out, against bench/several.py."""
     import train_ppo
 
-    flags = "--run_name counted --no_preflight --max_updates 1 --save_every 0 --sample_every 0 --overwrite"
+    flags = "--run_name counted --no_preflight --max_updates 1 --save_every 0 --sample_every 0 --microbatch_tokens 256"
     work = script("train_ppo", world, models, flags)
     before, after = train_ppo.score, train_ppo.refill
 
@@ -321,7 +323,7 @@ def test_the_collectives_of_an_update_are_those_counted_on_paper(folder, world, 
 
         def score(*args):
             for sequences in args[4:6]:  # with all R tokens, and up to EOS
-                turns.append(len(share_out([len(s) for s in sequences], 512, 2)[0]))
+                turns.append(len(share_out([len(s) for s in sequences], 256, 2)[0]))
             said.__enter__()  # an update without its rollout, which gathers rows only
             return before(*args)
 
