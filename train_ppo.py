@@ -347,7 +347,7 @@ def main(cfg: Config) -> None:
                     run, update, models, frozen, episode, said, sampled_logprobs, queries, references, tokenizer
                 )
 
-            # 6. learn (stations 11 to 14): K passes, an optimizer step a minibatch: shared out; gradients and sums add up over processes
+            # 6. learn (stations 11 to 14): K passes, a step a minibatch; shared out, gradients and sums add up
             totals = defaultdict(float)  # sums over the steps
             for epoch in range(cfg.num_ppo_epochs):
                 order = np.random.default_rng([cfg.seed, update, epoch]).permutation(B)
