@@ -116,6 +116,16 @@ def difference(folder: Path, other: Path) -> dict[str, float]:
     return found
 
 
+def begun(run: Path, name: str) -> Path:
+    """A copy of a run folder that `--resume --run_name name` goes on with, from its last checkpoint."""
+    copy = run.with_name(name)
+    shutil.copytree(run, copy)
+    record = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    record["config"]["run_name"] = name
+    (copy / "config.json").write_text(json.dumps(record), encoding="utf-8")
+    return copy
+
+
 def rows(short: bool):
     """(what, difference) of every comparison, one after another."""
     ppo = run("ppo", 0, "ppo")
@@ -135,7 +145,7 @@ def rows(short: bool):
         other = ppo if "checkpointing" in flags else run("ppo", 0, "other", f"{flags} --overwrite")
         yield what, difference(run("ppo", processes, "those", f"{flags} --overwrite"), other)
     for to in (3, 0):
-        shutil.copytree("runs/ppo_2", f"runs/from_2_to_{to}")
+        begun(Path("runs/ppo_2"), f"from_2_to_{to}")
         name = "a plain one" if to == 0 else f"{to}"
         yield f"PPO, from 2 processes resumed on {name}", difference(run("ppo", to, f"from_2_to_{to}", "--resume"), ppo)
     for stage in ("sft", "rm"):

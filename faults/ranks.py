@@ -95,6 +95,7 @@ class Ranks:
                     break  # it was through before
                 done += 1
                 self.killed_while[where("ppo")] += 1
+                print(f"{self.processes} processes: {done} kills", flush=True)
             self.finish("kills")
         self.counts["kills"] += done
 

@@ -6,6 +6,7 @@ here: NCCL, streams, the captured graph on the actor (docs/parallel.md says so).
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import eval as evaluation
 from bench import several
 from bench.collectives import Collectives
 from bench.launch import Launched
-from bench.parallel import difference
+from bench.parallel import begun, difference
 from bench.shapes import shape_for
 from nanorlhf import parallel, sharding
 from nanorlhf.errors import UserError
@@ -147,15 +148,9 @@ def test_a_run_of_two_processes_goes_on_with_one_and_its_files_are_todays(two, o
     assert names == {
         path.relative_to(other).as_posix() for path in other.rglob("*") if path.is_file() and "tb/" not in str(path)
     }
-    begun = folder / "runs" / "begun_by_two"
-    begun.mkdir()
-    for part in ("checkpoints", "config.json", "metrics.jsonl", "samples.jsonl", "trace.jsonl"):
-        os.system(f"cp -r {run / part} {begun}")
-    record = json.loads((begun / "config.json").read_text(encoding="utf-8"))
-    record["config"]["run_name"] = "begun_by_two"
-    (begun / "config.json").write_text(json.dumps(record), encoding="utf-8")
+    copy = begun(run, "begun_by_two")
     alone(script("train_ppo", world, models, "--run_name begun_by_two --resume --deterministic"))
-    assert_same_run(begun, other)
+    assert_same_run(copy, other)
 
 
 def test_an_evaluation_on_two_processes_has_the_numbers_of_one(folder, world):
@@ -169,7 +164,7 @@ def test_an_evaluation_on_two_processes_has_the_numbers_of_one(folder, world):
         cli(evaluation.main, evaluation.Config, evaluation.PRESETS, evaluation.__doc__, flags)
 
     alone(lambda: work("eval_1"))
-    os.system("rm -r runs/summaries")  # or else it would generate nothing
+    shutil.rmtree("runs/summaries")  # or else it would generate nothing
     launch(lambda: work("eval_2"), 2)
     first, second = (json.loads(Path(f"runs/eval_{n}/metrics.json").read_text(encoding="utf-8")) for n in (1, 2))
     for name, row in first["policies"].items():
@@ -257,7 +252,7 @@ def in_a_group(check):
 def test_a_model_in_parts_is_read_saved_and_copied_as_the_whole_one(
     folder, make_policy, make_scalar, make_sequences, tokenizer
 ):
-    """On 3 processes: rows that 3 does not divide, a head of one row, tensors of q, k and v that a part cuts through."""
+    """On 3 processes: rows that 3 does not divide, a head of one row, q, k and v that a part cuts through."""
     policy, scalar = make_policy(tie_word_embeddings=False), make_scalar(bias=False, score_shift=0.3)
     save_policy(policy, folder / "whole", tokenizer, dtype=torch.bfloat16)
     save_scalar(scalar, folder / "whole_rm", tokenizer)
