@@ -4,9 +4,9 @@
     python -m bench.several --tables                                 the tables of docs/parallel.md
 
 What a GPU computes is counted as for one GPU (bench/plan.py: the real passes on the meta device), on its share of the
-batch. What is in parts is divided: masters, gradients, moments, reference, reward model. To that comes what FSDP
-gathers: the block that computes and the next one, and for the length of a pass the rest (embedding, norm, head); in a
-backward pass the gradients of a block, and two fp32 buffers of them that are on their way.
+batch, with 2 and with 4 layers. What is in parts is divided: masters, gradients, moments, reference, reward model. To
+that comes what FSDP gathers: the block that computes and the next one, and for the length of a pass the rest
+(embedding, norm, head); in a backward pass the gradients of a block, and two fp32 buffers of them on their way.
 
 Time is compute at the efficiency that was measured on one H200, over N, and bytes over what the link carries. FSDP
 sends while it computes: the truth lies between "hidden" (the longer of the two) and "after" (their sum).
@@ -14,7 +14,7 @@ sends while it computes: the truth lies between "hidden" (the longer of the two)
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -78,58 +78,78 @@ def gathered(w: Weights, backward: bool, itemsize: int = 2) -> int:
     return forward + (itemsize + 2 * 4) * w.block if backward else forward
 
 
+def passes(
+    stage: str, shape: Shape, batch: int, microbatch_tokens: int | None = None, recompute: bool = False
+) -> dict[str, float]:
+    """Bytes that each phase takes beside the states, of one GPU with so many posts. Counted with 2 and with 4 layers:
+    every further one takes as much."""
+    found = []
+    for layers in (2, 4):
+        thin = replace(shape, config=replace(shape.config, num_hidden_layers=layers))
+        one = plan.predict(stage, thin, microbatch_tokens, recompute, batch_size=batch)
+        held = sum(one.states.values())
+        found.append(
+            {
+                name: size - held + (one.states["fp32 gradients"] if name in ("rollout", "score") else 0)
+                for name, size in one.phases.items()
+            }
+        )
+    more = (shape.config.num_hidden_layers - 2) / 2
+    return {name: size + more * (found[1][name] - size) for name, size in found[0].items()}
+
+
 def predict(
-    stage: str, shape: Shape, gpus: int, microbatch_tokens: int | None = None, recompute: bool = False, **kw
+    stage: str, shape: Shape, gpus: int, microbatch_tokens: int | None = None, recompute: bool = False
 ) -> plan.Plan:
-    """The plan of one of `gpus` GPUs. kw: batch_size, of all of them together."""
+    """The plan of one of `gpus` GPUs, which share the batch of the preset; of 1, that of a plain process."""
     script = plan.STAGES[stage][1]
-    batch = kw.pop("batch_size", None) or script.Config(**script.PRESETS[shape.preset]).batch_size
-    one = plan.predict(stage, shape, microbatch_tokens, recompute, batch_size=-(-batch // gpus), **kw)
-    fixed = sum(one.states.values())
-    passes = {
-        name: size - fixed + (one.states["fp32 gradients"] if name in ("rollout", "score") else 0)
-        for name, size in one.phases.items()
-    }
+    cfg = script.Config(**script.PRESETS[shape.preset])
+    tokens = microbatch_tokens or cfg.microbatch_tokens
+    took = passes(stage, shape, -(-cfg.batch_size // gpus), tokens, recompute)
     policy, scalar = weights(shape), weights(shape, ScalarModel)
     trained = policy.total + scalar.total if stage == "ppo" else (policy if stage == "sft" else scalar).total
-    states = {"fp32 masters, a part": 4 * trained // gpus}
+    frozen = policy.total + scalar.total if stage == "ppo" else 0
+    part = ", a part" if gpus > 1 else ""
+    states = {f"fp32 masters{part}": 4 * trained // gpus}
+    if gpus == 1:
+        states |= {"weights": 2 * (trained + frozen)}
+    elif stage == "ppo":
+        states |= {"actor, whole": 2 * policy.total, "reference and reward model, a part": 2 * frozen // gpus}
+    gradients = 4 * trained // gpus
+    states |= {f"fp32 gradients{part}": gradients, f"Adam's two moments{part}": 8 * trained // gpus}
+    held, learning, several = sum(states.values()), policy if stage != "rm" else scalar, gpus > 1
+    at_work = took["learn"] + several * gathered(learning, backward=True)
+    at_its_end = several * (2 + 2 + 4) * learning.root  # the root's weights, gradients, and those in fp32 on their way
+    phases = {"learn": held + max(at_work, at_its_end)}
     if stage == "ppo":
-        states |= {"actor, whole": 2 * policy.total}
-        states |= {"reference and reward model, a part": 2 * (policy.total + scalar.total) // gpus}
-    states |= {"fp32 gradients, a part": 4 * trained // gpus, "Adam's two moments, a part": 8 * trained // gpus}
-    held, gradients = sum(states.values()), states["fp32 gradients, a part"]
-    learning = policy if stage != "rm" else scalar
-    phases = {
-        "learn": held + max(passes["learn"] + gathered(learning, backward=True), (2 + 2 + 4) * learning.root),
-    }
-    if stage == "ppo":
-        phases["score"] = held - gradients + passes["score"] + gathered(policy, backward=False)
-        phases["rollout"] = held - gradients + passes["rollout"]
+        phases["score"] = held - gradients + took["score"] + several * gathered(policy, backward=False)
+        phases["rollout"] = held - gradients + took["rollout"]
+    if stage == "ppo" and several:
         phases["gather the actor"] = held - gradients + 2 * 2 * policy.largest
-    return plan.Plan(stage, one.microbatch_tokens, recompute, states, phases)
+    return plan.Plan(stage, tokens, recompute, states, {name: int(size) for name, size in phases.items()})
 
 
 @cache
 def _predicted(stage: str, model: str, gpus: int, tokens: int, recompute: bool) -> plan.Plan:
-    shape = shape_for("meta", model)
-    if gpus == 1:  # without torchrun
-        return plan.predict(stage, shape, tokens, recompute)
-    return predict(stage, shape, gpus, tokens, recompute)
+    return predict(stage, shape_for("meta", model), gpus, tokens, recompute)
 
 
 def propose(stage: str, model: str, gpus: int, gpu_gb: float) -> plan.Proposal:
-    """The first that fits: the preset's microbatch_tokens, its halves, the same with checkpointing."""
+    """The first that fits: the preset's microbatch_tokens, its halves, those with checkpointing; else the smallest."""
     script, shape = plan.STAGES[stage][1], shape_for("meta", model)
-    own = script.Config(**script.PRESETS[shape.preset]).microbatch_tokens
-    for recompute in (False, True):
-        tokens = own
-        while tokens >= plan.SMALLEST:
-            one = _predicted(stage, model, gpus, tokens, recompute)
-            if one.fits(gpu_gb):
-                flags = [f"--microbatch_tokens {tokens}"] * (tokens != own) + ["--activation_checkpointing"] * recompute
-                return plan.Proposal(one, True, " ".join(flags))
-            tokens //= 2
-    return plan.Proposal(one, False, "")
+    cfg = script.Config(**script.PRESETS[shape.preset])
+    tokens = [cfg.microbatch_tokens]
+    while tokens[-1] > plan.SMALLEST:
+        tokens.append(tokens[-1] // 2)
+    ways = [(n, recompute) for recompute in (False, True) for n in tokens]
+    if not _predicted(stage, model, gpus, *ways[-1]).fits(gpu_gb):
+        return plan.Proposal(_predicted(stage, model, gpus, *ways[-1]), False, "")
+    for n, recompute in ways:
+        one = _predicted(stage, model, gpus, n, recompute)
+        if one.fits(gpu_gb):
+            break
+    flags = [f"--microbatch_tokens {n}"] * (n != tokens[0]) + ["--activation_checkpointing"] * recompute
+    return plan.Proposal(one, True, " ".join(flags))
 
 
 # --- messages --------------------------------------------------------------------------------------------------------

@@ -97,7 +97,8 @@ def shape_for(device: torch.device | str, model: str = "llama-1b") -> Shape:
     if torch.device(device).type == "cpu":
         return Shape("tiny", read_config(EMBEDDED / "sft"), "tiny", mean=85, spread=9, least=58, most=104, response=15)
     name, changes = LARGER.get(model, ("Llama-3.2-1B", {}))
-    return Shape(name, replace(llama_config(), **changes), "llama-1b", mean=352, spread=100, least=64, most=512, response=33)
+    config = replace(llama_config(), **changes)
+    return Shape(name, config, "llama-1b", mean=352, spread=100, least=64, most=512, response=33)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 from stages import ROOT, SCRIPTS
 
 import eval as evaluation
-from bench import several
+from bench import plan, several
 from bench.collectives import Collectives
 from bench.launch import Launched
 from bench.parallel import begun, difference
@@ -458,6 +458,12 @@ def test_the_states_of_eight_gpus_are_six_and_a_half_bytes_a_parameter_and_8b_fi
     one = several.predict("ppo", shape, 8, 4096, recompute=True)
     assert sum(one.states.values()) / several.weights(shape).total == pytest.approx(6.5, rel=0.05)
     assert one.fits(80) and not one.fits(48)
+
+
+def test_what_passes_take_is_linear_in_layers_and_of_one_gpu_it_is_that_of_bench_plan():
+    shape = shape_for("meta")
+    several_of_one, one = several.predict("sft", shape, 1), plan.predict("sft", shape)
+    assert several_of_one.peak == pytest.approx(one.peak, rel=0.01)
 
 
 def test_efficiency_falls_with_more_gpus_and_a_slower_link():
