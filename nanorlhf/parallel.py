@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nanorlhf import errors
 from nanorlhf.errors import UserError, check
@@ -43,6 +44,7 @@ class _Process(NamedTuple):
     rank: int  # 0 to size - 1
     size: int
     store: dist.Store  # a table that all can read and write, also while another is gone
+    device_type: str = "cpu"  # cuda or cpu: where the models are
 
 
 _me: _Process | None = None
@@ -120,7 +122,7 @@ def group(device: str, what: Any = None) -> Iterator[None]:
         ) from None
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT)
-    _me = _Process(rank, size, store)
+    _me = _Process(rank, size, store, "cuda" if device.startswith("cuda") else "cpu")
     check_same("torch", torch.__version__)
     check_same("code", _code())
     check_same("flags", what)
@@ -211,6 +213,11 @@ def in_turn() -> Iterator[None]:
     yield
     if first():
         barrier()
+
+
+def mesh() -> DeviceMesh:
+    """All processes in a row, as torch's distributed tensors want to know them."""
+    return init_device_mesh(_me.device_type, (_me.size,))
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------

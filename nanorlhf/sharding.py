@@ -33,12 +33,13 @@ def shard(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     args: dtype: in which it computes, whatever its parameters are kept in
     """
+    mesh = parallel.mesh()
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
-        fully_shard(block, mp_policy=mixed)
+        fully_shard(block, mesh=mesh, mp_policy=mixed)
     if hasattr(model, "score"):  # fp32 in any case, see models.py
-        fully_shard(model.score, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    fully_shard(model, mp_policy=mixed, reshard_after_forward=True)
+        fully_shard(model.score, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    fully_shard(model, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
     # The scalar head gives a view, of which FSDP warns: nothing here writes into one.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for name in METHODS:

@@ -6,6 +6,7 @@ here: NCCL, streams, the captured graph on the actor (docs/parallel.md says so).
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -400,6 +401,21 @@ def test_what_is_wrong_is_said_once(two, processes, more, sentence, world, model
     said = [line for one in launched.said for line in one.splitlines() if line]
     assert [line for line in said if line.startswith("error")] == said[-1:] and said[-1].startswith(sentence), said
     assert 2 in launched.statuses
+
+
+def test_what_goes_wrong_on_one_process_alone_is_said_once_with_the_run_left_to_resume(folder, world, models):
+    """The disk is full when the first checkpoint is written: process 0 writes, the other waits for it."""
+
+    def work():
+        if os.environ["RANK"] == "0":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, 2**17))
+        script("train_ppo", world, models, "--run_name full")()
+
+    launched = Launched(work, 2)
+    assert launched.wait()[0] == 2 and launched.statuses[1] != 0
+    (said,) = sentences(launched)
+    assert said.startswith("error: File too large") and "continue with --resume" in said
+    assert not checkpoints(folder / "runs" / "full") and "Traceback" not in "".join(launched.said)
 
 
 @pytest.mark.parametrize("what", ["flags", "code", "data"])
