@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-import torch._dynamo  # FSDP imports it, 1.4 s, and a run the next: here once, not in every process
+import torch._dynamo  # FSDP imports it, 1.4 s, and a run the next ones: here once, not in every process
 import torch.distributed as dist
+import torch.distributed.fsdp
 import torch.utils.tensorboard
 
 GRACE = 30.0  # seconds from SIGTERM to SIGKILL, torchrun's

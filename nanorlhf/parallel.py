@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nanorlhf import errors
 from nanorlhf.errors import UserError, check
@@ -43,7 +42,7 @@ LINGER = 3.0  # seconds that a process which was left by another waits for that 
 class _Process(NamedTuple):
     rank: int  # 0 to size - 1
     size: int
-    store: dist.Store  # a table that all can read and write, also while another is gone
+    store: "dist.Store"  # a table that all can read and write, also while another is gone
     device_type: str = "cpu"  # cuda or cpu: where the models are
 
 
@@ -215,8 +214,10 @@ def in_turn() -> Iterator[None]:
         barrier()
 
 
-def mesh() -> DeviceMesh:
-    """All processes in a row, as torch's distributed tensors want to know them."""
+def mesh():
+    """All processes in a row, as torch's distributed tensors want to know them (a DeviceMesh)."""
+    from torch.distributed.device_mesh import init_device_mesh  # here: who starts no others should not wait for it
+
     return init_device_mesh(_me.device_type, (_me.size,))
 
 

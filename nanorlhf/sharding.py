@@ -17,8 +17,6 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from nanorlhf import parallel
 
@@ -33,6 +31,9 @@ def shard(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     args: dtype: in which it computes, whatever its parameters are kept in
     """
+    # Here: their import takes 0.7 s, which a single process should not wait for.
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     mesh = parallel.mesh()
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
@@ -59,20 +60,29 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return getattr(model, "computes_in", model.model.embed_tokens.weight.dtype)
 
 
+def is_part(tensor: Tensor) -> bool:
+    """Whether this process has a part of it only (torch's DTensor)."""
+    if not parallel.on():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part: some rows, perhaps none; of a tensor that is not in parts all of it. A view."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_part(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of it. Every process must ask, in the same order; a tensor that is not in parts is given back."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_part(tensor) else tensor
 
 
 def rows(tensor: Tensor) -> tuple[int, int]:
     """Which rows `local` has: [begin, end)."""
     n = tensor.shape[0] if tensor.dim() else 1
-    if not isinstance(tensor, DTensor):
+    if not is_part(tensor):
         return 0, n
     each = -(-n // parallel.size())
     begin, end = (min(n, each * i) for i in (parallel.rank(), parallel.rank() + 1))
@@ -81,7 +91,7 @@ def rows(tensor: Tensor) -> tuple[int, int]:
 
 
 def in_parts(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
+    return hasattr(model, "computes_in")
 
 
 @torch.no_grad()

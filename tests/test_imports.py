@@ -75,7 +75,8 @@ def test_a_model_loads_without_torchs_compiler():
     """Its import takes longer than all the others together, and drawing numbers on the meta device asks for it."""
     program = (
         "import sys, train_ppo; from nanorlhf.run.inputs import EMBEDDED; train_ppo.load_policy(EMBEDDED / 'sft');"
-        "train_ppo.critic_from(train_ppo.load_scalar(EMBEDDED / 'rm')); assert 'torch._dynamo' not in sys.modules"
+        "train_ppo.critic_from(train_ppo.load_scalar(EMBEDDED / 'rm')); assert 'torch._dynamo' not in sys.modules;"
+        "assert 'torch.distributed.fsdp' not in sys.modules, 'what several processes need takes 0.7 s'"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0, done.stderr

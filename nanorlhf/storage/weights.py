@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from nanorlhf import sharding
 from nanorlhf.errors import UserError
@@ -244,7 +243,7 @@ def file_parts(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[t
     """(our name, name in a file, the rows of the parameter that it is) for everything in a model. dtype: cast. Of a
     model in parts every process must ask, and gets the whole of each parameter in turn."""
     for ours, parameter in model.named_parameters():
-        if dtype is not None or isinstance(parameter, DTensor):
+        if dtype is not None or sharding.is_part(parameter):
             kept = torch.float32 if ours.startswith("score.") else dtype or parameter.dtype
             parameter = sharding.whole(parameter.detach().to(kept))
         begin = 0
