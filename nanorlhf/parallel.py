@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -31,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanorlhf import errors
-from nanorlhf.errors import UserError, check
+from nanorlhf.errors import Stopped, UserError, check, signal_name
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun's
 MEET = timedelta(seconds=45)  # all processes have come by then, or the run ends
@@ -122,6 +123,7 @@ def group(device: str, what: Any = None) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT)
     _me = _Process(rank, size, store, "cuda" if device.startswith("cuda") else "cpu")
+    handler = signal.signal(signal.SIGTERM, _stop_at_once)  # until here it ends a process that waits for others
     check_same("torch", torch.__version__)
     check_same("code", _code())
     check_same("flags", what)
@@ -129,6 +131,7 @@ def group(device: str, what: Any = None) -> Iterator[None]:
     barrier()  # who leaves first may take the address along at which the others are connected
     _me = None
     dist.destroy_process_group()
+    signal.signal(signal.SIGTERM, handler)
 
 
 def _code() -> str:
@@ -279,9 +282,11 @@ def one_voice() -> Iterator[None]:
         status = stop.code if isinstance(stop.code, int) else 1
         if not status:
             return
+        _hear_no_more()
         time.sleep(0 if _said else LINGER)  # the end of the first one ends all: not before it has spoken
     except BaseException as error:
         status = 1
+        _hear_no_more()
         if left_alone(error):
             deadline = time.monotonic() + LINGER
             while time.monotonic() < deadline and not _spoken():
@@ -299,6 +304,17 @@ def one_voice() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(status)  # not by way of destructors that wait for processes which are gone
+
+
+def _stop_at_once(number: int, frame) -> None:
+    """Outside of what signals.py handles. torchrun sends SIGTERM to all that are left when one has failed."""
+    raise Stopped(number, f"stopped by {signal_name(number)} at once{way_on()}")
+
+
+def _hear_no_more() -> None:
+    """This process is about to end by itself: torchrun's SIGTERM must not keep it from saying why."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 _said = False  # by this process
