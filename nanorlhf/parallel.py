@@ -25,14 +25,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanorlhf import errors
 from nanorlhf.errors import Stopped, UserError, check, signal_name
+
+if TYPE_CHECKING:  # torch is imported where it is used: flags alone should not wait for it
+    import torch.distributed as dist
+    from torch import Tensor
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun's
 MEET = timedelta(seconds=45)  # all processes have come by then, or the run ends
@@ -79,7 +79,11 @@ def first() -> bool:
 
 def own_device(name: str) -> str:
     """auto, cpu, cuda -> this process's: cuda is its own one of the machine's GPUs. Raises UserError for fewer GPUs."""
-    if not launched() or name.startswith("cpu") or (name == "auto" and not torch.cuda.is_available()):
+    if not launched() or name.startswith("cpu"):
+        return name
+    import torch
+
+    if name == "auto" and not torch.cuda.is_available():
         return name
     here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     check(name in ("auto", "cuda"), "device", name, "auto, cuda or cpu under torchrun", "it gives each process a GPU")
@@ -99,6 +103,9 @@ def group(device: str, what: Any = None) -> Iterator[None]:
     if not launched():
         yield
         return
+    import torch
+    import torch.distributed as dist
+
     for name in VARIABLES:
         check(name in os.environ, f"environment variable {name}", "(none)", "set, though RANK is",
               "start with `torchrun --standalone --nproc_per_node N`, or unset RANK")  # fmt: skip
@@ -112,7 +119,7 @@ def group(device: str, what: Any = None) -> Iterator[None]:
         store = dist.PrefixStore("nanorlhf", store)
         store.set(f"here {rank}", "yes")
         store.wait([f"here {i}" for i in range(size)], MEET)
-    except (dist.DistError, RuntimeError) as error:  # torch 2.11 raises the latter, too
+    except RuntimeError as error:  # torch's DistError is one
         rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
         errors.may_speak = lambda: True  # nobody can be asked
         raise UserError(
@@ -173,6 +180,9 @@ def most(number: int) -> int:
     """The largest of the processes' numbers."""
     if size() == 1:
         return number
+    import torch
+    import torch.distributed as dist
+
     one = torch.tensor([number])
     dist.all_reduce(one, op=dist.ReduceOp.MAX)
     return int(one)
@@ -182,6 +192,9 @@ def gathered(value: Any) -> list:
     """[what each process has], on every process, by way of JSON: a tuple becomes a list, and nothing is unpickled."""
     if size() == 1:
         return [json.loads(json.dumps(value))]
+    import torch
+    import torch.distributed as dist
+
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     longest = most(len(text))
     padded = torch.full((longest,), ord(" "), dtype=torch.uint8)
@@ -227,11 +240,13 @@ def mesh():
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def whole(parts: tuple[Tensor, ...], rows: list[int], total: int) -> tuple[Tensor, ...]:
+def whole(parts: "tuple[Tensor, ...]", rows: list[int], total: int) -> "tuple[Tensor, ...]":
     """Tensors (total, ...) on every process, from each one's rows of them: parts (len(rows), ...).
 
     A row that several processes have counts once, from the lowest of them. Exact: all others add 0.
     """
+    import torch.distributed as dist
+
     joined = []
     for part in parts:
         full = part.new_zeros(total, *part.shape[1:])
@@ -242,19 +257,23 @@ def whole(parts: tuple[Tensor, ...], rows: list[int], total: int) -> tuple[Tenso
     return tuple(joined)
 
 
-def total(tensor: Tensor) -> Tensor:
+def total(tensor: "Tensor") -> "Tensor":
     """The sum over the processes."""
     if size() == 1:
         return tensor
+    import torch.distributed as dist
+
     tensor = tensor.clone()
     dist.all_reduce(tensor)
     return tensor
 
 
-def summed(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+def summed(metrics: "dict[str, Tensor]") -> "dict[str, Tensor]":
     """Sums over the processes of fp32 numbers that add up, () each: one message for all of them."""
     if size() == 1:
         return metrics
+    import torch
+
     return dict(zip(metrics, total(torch.stack(list(metrics.values()))).unbind(), strict=True))
 
 
@@ -327,7 +346,7 @@ def _may_speak() -> bool:
         return _said or os.environ["RANK"] == "0"
     try:
         _said = _me.store.add("spoken", 1) == 1
-    except (dist.DistError, RuntimeError):  # torchrun itself is gone
+    except RuntimeError:  # torchrun itself is gone (torch's DistError is one)
         _said = _me.rank == 0
     return _said
 
@@ -335,11 +354,12 @@ def _may_speak() -> bool:
 def _spoken() -> bool:
     try:
         return _me is not None and _me.store.add("spoken", 0) > 0
-    except (dist.DistError, RuntimeError):
+    except RuntimeError:
         return False
 
 
 def left_alone(error: BaseException) -> bool:
     """Whether an error says that another process is gone."""
     lost = r"gloo|NCCL|Connection (closed|reset)|Broken pipe|Socket"
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(re.search(lost, str(error))))
+    # torch's own class for it (DistError) is a RuntimeError, and gloo raises plain ones
+    return isinstance(error, RuntimeError) and ("Dist" in type(error).__name__ or bool(re.search(lost, str(error))))

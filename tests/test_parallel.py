@@ -456,7 +456,7 @@ def test_a_torch_without_nccl_is_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(parallel.dist, "is_nccl_available", lambda: False)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     with pytest.raises(UserError, match="is not built with NCCL"), parallel.group("auto"):
         pass
 

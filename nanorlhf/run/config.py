@@ -118,7 +118,7 @@ def cli(main: Callable, Config: type, presets: dict[str, dict], doc: str, argv: 
     again = "continue with --resume" if "resume" in _names(Config) else ""
     with lasting_streams(), parallel.one_voice(), one_sentence(again):
         cfg = parse(Config, presets, doc, argv)
-        with parallel.group(cfg.device, asdict(cfg)):  # one process, unless torchrun started several
+        with parallel.group(getattr(cfg, "device", "cpu"), asdict(cfg)):  # one process, unless torchrun started several
             main(cfg)
 
 
