@@ -172,6 +172,8 @@ def main(cfg: Config) -> None:
             run.say_all(check_folder(folder, tokenizer, scalar=True))
             scalar = load_scalar(folder, run.device, run.dtype, tokenizer)
             limits = cfg.max_query_length, cfg.microbatch_tokens
+            first = reward_model_judge(scalar, tokenizer, *limits).scores  # a number, or an error before hours of work
+            first(posts[:1], [posts[0].summary])
             return reward_model_judge(scalar, tokenizer, *limits, run.progress, run.say)
 
         reward_model = load_judge(rm_folder) if rm_folder else None

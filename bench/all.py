@@ -37,6 +37,7 @@ import torch
 
 from bench.tables import tables
 from nanorlhf.run.run_folder import git
+from nanorlhf.run.streams import as_command
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "speed.md"
@@ -270,4 +271,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -20,6 +20,7 @@ import sentencepiece
 from bench.stand_ins import write_llama3_tokenizer
 from nanorlhf.data.download import POSTS
 from nanorlhf.data.tldr import Post, format_query, load_posts
+from nanorlhf.run.streams import as_command
 from nanorlhf.tiny.data import ensure_world
 
 START = """
@@ -99,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from nanorlhf.run.streams import as_command
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -331,4 +332,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -32,6 +32,7 @@ from nanorlhf.optim import AdamW
 from nanorlhf.packing import pack, split_by_tokens
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate
+from nanorlhf.run.streams import as_command
 
 GIB = 2**30
 CONTEXT = 0.6 * GIB  # of the CUDA context: outside torch's allocator
@@ -301,4 +302,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

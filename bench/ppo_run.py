@@ -31,6 +31,7 @@ from nanorlhf.data.tokenizer import Tokenizer, load_tokenizer
 from nanorlhf.models import Policy, reward_model_from
 from nanorlhf.run.device import pick_device, pick_dtype
 from nanorlhf.run.run import read_metrics
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.checkpoint import save_policy, save_scalar
 from nanorlhf.tiny.data import write_world
 
@@ -185,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -40,6 +40,7 @@ from nanorlhf.packing import in_microbatches
 from nanorlhf.rollout import generate, uniforms
 from nanorlhf.run.device import device_name, now, pick_device
 from nanorlhf.run.inputs import EMBEDDED, find_data
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.storage.weights import file_parts
 
@@ -247,4 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

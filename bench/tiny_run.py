@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from nanorlhf.run.inputs import EMBEDDED
 from nanorlhf.run.run import read_metrics
+from nanorlhf.run.streams import as_command
 
 ROOT = Path(__file__).parents[1]
 STAGES, DTYPES = ("sft", "rm", "ppo"), ("float32", "bfloat16")
@@ -126,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -45,6 +45,7 @@ from nanorlhf.packing import microbatches
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate
 from nanorlhf.run.device import device_name, now, pick_device, pick_dtype
+from nanorlhf.run.streams import as_command
 from nanorlhf.sharding import actor_of, refill
 
 GIB = 2**30
@@ -278,4 +279,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.errors import UserError, one_sentence
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.model_config import read_config, read_json
 from nanorlhf.storage.weights import TensorFolder
 
@@ -265,4 +266,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -24,6 +24,7 @@ from nanorlhf.data.tldr import load_posts
 from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.models import reward_model_from
 from nanorlhf.packing import pack, split_by_tokens
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.checkpoint import load_policy
 
 T, TOKENS = 0.7, 4096  # temperature; tokens a forward pass
@@ -118,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -46,6 +46,7 @@ from nanorlhf.run.config import parse
 from nanorlhf.run.device import device_name, peak_gib, pick_device, pick_dtype
 from nanorlhf.run.inputs import find_data, find_model
 from nanorlhf.run.run_folder import git
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.storage.jsonl import read_jsonl, write_whole
 
@@ -307,4 +308,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

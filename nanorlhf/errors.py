@@ -14,11 +14,12 @@ class UserError(ValueError):
 
 
 class NotFinite(UserError):
-    """A number of the training is nan or infinite. `what` names it; the run adds step, samples and the way on."""
+    """A number of the training is nan or infinite. `what` names it; the run adds step, samples and the way on.
+    every: it is so in each sample of the step, so that no step can be expected to be without."""
 
-    def __init__(self, what: str):
+    def __init__(self, what: str, every: bool = False):
         super().__init__(f"{what}, expected finite numbers")
-        self.what = what
+        self.what, self.every = what, every
 
 
 class Stopped(KeyboardInterrupt):

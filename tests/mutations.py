@@ -311,4 +311,23 @@ MUTATIONS = [
     M("rouge_with_stemmer", "T55, alignment-lab sft_eval.py", "nanorlhf/evaluation/metrics.py",
       "rouge_rows_stemmed if stemmer else rouge_rows,", "rouge_rows_stemmed,",
       "test_metrics.py::test_rouge_has_no_stemmer"),
+
+    # --- what a model's folder says (P19)
+    M("tensor_dropped", "transformers", "nanorlhf/storage/weights.py", "    if unused:\n", "    if False:\n",
+      "test_weights.py::test_a_tensor_that_no_parameter_takes_is_named"),
+    M("own_head_dropped", "transformers", "nanorlhf/storage/weights.py",
+      "tied and HEAD in unused and tensors.equal(HEAD, EMBEDDING)", "tied and HEAD in unused",
+      "test_model_folders.py::test_a_head_beside_tied_embeddings_has_to_be_equal_to_them"),
+    M("stale_shards_taken", "", "nanorlhf/storage/weights.py", "if files and not single.exists():", "if files:",
+      "test_model_folders.py::test_an_index_whose_shards_are_gone_does_not_hide_the_file"),
+    M("first_rope_wins", "transformers", "nanorlhf/storage/model_config.py", "if len(found) > 1 and any(",
+      "if False and any(", "test_model_folders.py::test_rotary_positions_that_are_said_twice_have_to_agree"),
+    M("padded_rows_kept", "", "nanorlhf/storage/checkpoint.py",
+      "return config if tokenizer is None else replace(config, vocab_size=tokenizer.vocab_size)", "return config",
+      "test_model_folders.py::test_a_model_of_an_odd_number_of_rows_is_cut_to_its_tokens_and_saved_so"),
+    M("ids_without_a_token", "", "nanorlhf/data/tokenizer.py",
+      "if holes := [i for i, token in enumerate(tokens) if token is None]:", "holes = []\n        if holes:",
+      "test_tokenizer.py::test_ids_inside_a_vocabulary_that_no_token_has_are_refused_by_number"),
+    M("added_tokens_spelled_out", "", "nanorlhf/data/tokenizer.py", "added = added_tokens.read(folder, files)",
+      "added = {}", "test_tokenizer.py::test_an_added_token_is_one_id_wherever_its_text_stands"),
 ]  # fmt: skip

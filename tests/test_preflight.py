@@ -346,6 +346,20 @@ def test_rounding_as_it_was_measured_stops_no_run():
             assert found["preflight/v_after_eos_score"] < checks[1].high / 2
 
 
+def test_scores_near_a_million_may_differ_by_their_own_steps_in_fp32_and_by_no_more():
+    """All alike but for one part in 10^6: an fp32 number of this size moves in steps of 1/16, and sums of them in more.
+    The spread of the scores, 1, would allow 0.001."""
+    generator, zeros = torch.Generator().manual_seed(0), torch.zeros(128, R)
+    mask = torch.arange(R).repeat(128, 1) < 3
+    scores = 1e6 + torch.randn(128, generator=generator)
+    for noise, passes in ((0.5, True), (50.0, False)):
+        off = noise * torch.randn(128, generator=generator)
+        values = zeros.index_add(1, torch.tensor([3]), (scores + off)[:, None])
+        episode = Experience([], zeros.long(), mask, mask, zeros, values, zeros, zeros)
+        check = preflight.first_update(episode, zeros, scores, scores - scores.mean(), torch.float32)[1]
+        assert (check.value <= check.high) == passes
+
+
 def test_a_value_read_at_the_wrong_token_is_far_outside_the_bound_in_bf16(make_policy, make_sequences, monkeypatch):
     setup = Setup(make_policy, make_sequences, torch.bfloat16)
     right = Packed.response_rows

@@ -254,7 +254,7 @@ class Run:
             if rows.any():
                 self._at = step, [ids[i] for i in rows.nonzero()[:, 0].tolist()]
                 if self.cfg.on_nan == "stop":
-                    raise NotFinite(not_finite({name: tensor}))
+                    raise NotFinite(not_finite({name: tensor}), every=bool(rows.all()))
                 self.say(f"warning {self.unit} {step}: {not_finite({name: tensor})}; {self._samples()}")
                 self._at = step, ids
 
@@ -297,10 +297,15 @@ class Run:
         if parallel.first():
             write_whole(self.folder / "not_finite.json", found)
         last = latest_checkpoint(self.folder)
+        way_on = (
+            f"`{resume_command(self._record)} --on_nan skip` goes on without such steps, or begin again with a lower "
+            "--lr or with --max_grad_norm"
+        )
+        if error.every and step == 1:  # before anything was learned: it came with a model
+            way_on = "that is every sample, so a model that was passed in is too large for this dtype: take another one"
         return UserError(
             f"{self.unit} {step}: {error}; {self._samples()}; nothing was saved over, the last good checkpoint is "
-            f"{last or 'none yet'}: `{resume_command(self._record)} --on_nan skip` goes on without such steps, or "
-            "begin again with a lower --lr or with --max_grad_norm"
+            f"{last or 'none yet'}: {way_on}"
         )
 
     def _logs(self) -> list[Path]:

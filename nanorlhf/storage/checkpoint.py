@@ -9,6 +9,7 @@ their index) and the tokenizer's files. What we save loads as
 """
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,15 +44,18 @@ def check_folder(folder: str | Path, tokenizer: Tokenizer, scalar: bool = False)
     """
     config = read_config(folder)
     _kind(folder, scalar)
+    if scalar:
+        _score_shift(folder)
     stops_at = eos_ids(read_json(Path(folder) / "config.json").get("eos_token_id", config.eos_token_id))
-    notes = []
-    if len(stops_at) > 1 or tokenizer.eos_id not in stops_at:
-        others = ", ".join(str(i) for i in stops_at if i != tokenizer.eos_id)
+    generation, notes = Path(folder) / "generation_config.json", []  # the other place that may name more of them
+    also = eos_ids(read_json(generation).get("eos_token_id")) if generation.exists() else []
+    if others := {i for i in (*stops_at, *also) if type(i) is int and i != tokenizer.eos_id}:
+        others = ", ".join(map(str, sorted(others)))
         base = base_of_instruct(str(folder)) or "the base model that it was made from, which its model card names"
         if tokenizer.eos_id not in stops_at and all(tokenizer.is_special(i) for i in stops_at):
             raise UserError(
-                f"{folder}: its eos_token_id is {others}, which ends a turn of a chat, expected the tokenizer's EOS "
-                f"{tokenizer.eos_id}: this is an instruct model; begin with {base}"
+                f"{folder}: its eos_token_id is {', '.join(map(str, stops_at))}, which ends a turn of a chat, expected "
+                f"the tokenizer's EOS {tokenizer.eos_id}: this is an instruct model; begin with {base}"
             )
         notes.append(f"note    {folder} also ends at {others}, as instruct models do; summaries end at "
                      f"{tokenizer.eos_id} alone, and one begins with {base}")  # fmt: skip
@@ -85,6 +89,16 @@ def _kind(folder: str | Path, scalar: bool) -> str | None:
             "holds a reward model or a critic"
         )
     return kind
+
+
+def _score_shift(folder: str | Path) -> float:
+    """What is subtracted from a reward model's raw score (N+ detail 15). Raises UserError unless it is a number."""
+    shift = read_json(Path(folder) / "config.json").get("score_shift", 0.0)
+    if type(shift) not in (int, float) or not math.isfinite(shift):
+        raise UserError(
+            f"{folder}: score_shift in config.json is {shift!r}, expected a finite number: take another checkpoint"
+        )
+    return float(shift)
 
 
 def _empty(build, folder: str | Path, device: str, dtype: torch.dtype, parts: str | None) -> nn.Module:
@@ -144,7 +158,7 @@ def load_scalar(
     in_file, is_critic = read_config(folder), _kind(folder, scalar=True) == ARCHITECTURES["critic"]
     config = without_spare_rows(in_file, tokenizer)
     model = _empty(lambda: ScalarModel(config, bias=is_critic), folder, device, dtype, parts)
-    model.score_shift = float(read_json(Path(folder) / "config.json").get("score_shift", 0.0))
+    model.score_shift = _score_shift(folder)
     _fill(model, folder, in_file.vocab_size, dtype)
     return model
 

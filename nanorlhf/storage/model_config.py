@@ -5,6 +5,7 @@ hub's is written. Anything that is no Llama is refused by the name of the field.
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -116,7 +117,7 @@ def eos_ids(value) -> list:
 
 
 def _positive(number) -> bool:
-    return type(number) in (int, float) and number > 0
+    return type(number) in (int, float) and 0 < number < math.inf
 
 
 def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
