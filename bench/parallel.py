@@ -37,6 +37,7 @@ from nanorlhf.optim import AdamW
 from nanorlhf.packing import pack
 from nanorlhf.run.config import cli
 from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.run.streams import as_command
 from nanorlhf.sharding import actor_of, local
 from nanorlhf.storage.checkpoint import load_policy, load_scalar, save_policy, save_scalar
 from nanorlhf.storage.jsonl import read_jsonl
@@ -256,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -24,6 +24,7 @@ from bench.shapes import Shape, random_model, shape_for
 from nanorlhf.models import Policy, ScalarModel
 from nanorlhf.monitoring.flops import head_flops, ppo_update_flops, trunk_flops
 from nanorlhf.packing import share_out
+from nanorlhf.run.streams import as_command
 
 GIB = 2**30
 MODELS = ("llama-1b", "llama-3b", "llama-8b")
@@ -309,4 +310,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -38,6 +38,7 @@ import train_sft
 from bench.kernels import ceilings
 from bench.shapes import PAIRS, POSTS, Shape, four_models, random_model, shape_for
 from nanorlhf import parallel, ppo
+from nanorlhf.errors import one_sentence
 from nanorlhf.models import Policy, ScalarModel, parameter_count
 from nanorlhf.monitoring.flops import head_flops, mfu, trunk_flops
 from nanorlhf.optim import AdamW
@@ -274,7 +275,7 @@ def main() -> None:
     if args.repeats < 1:
         parser.error(f"got --repeats {args.repeats}, expected 1 or more")
     flags = ["--device", args.device, "--repeats", str(args.repeats), "--stages", *args.stages]
-    with parallel.one_voice(), parallel.group(args.device):
+    with parallel.one_voice(), one_sentence(), parallel.group(args.device):
         print(json.dumps(compare(flags) if args.compare else measure(args)))
 
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from nanorlhf.run.streams import as_command
+
 GPUS = 4
 SMALL = 'font-family="sans-serif" font-size="12"'
 ROWS = [  # (what, a second line, colour, whole on each GPU or in parts)
@@ -40,5 +42,9 @@ def picture() -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-if __name__ == "__main__":
+def main() -> None:
     Path(__file__).with_name("parallel.svg").write_text(picture(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    as_command(main)

@@ -30,6 +30,7 @@ from pathlib import Path
 from bench.launch import Launched
 from faults.harness import ROOT, result, script, tail, where, write_small_models, write_small_world
 from faults.process import watch
+from nanorlhf.run.streams import as_command
 
 SHORT = "--batch_size 4 --total_episodes 12 --response_length 8 --num_ppo_epochs 1 --sample_every 1 --no_preflight"
 WITHIN = 60.0  # seconds in which all processes are gone after one of them is; a few are usual
@@ -142,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -211,7 +211,7 @@ MUTATIONS = [
     M("critic_bias_sign", "T23, alignment-lab", MODELS, "bias=bias - reward_model.score_shift",
       "bias=bias + reward_model.score_shift",
       "test_models.py::test_before_the_first_update_the_value_after_eos_is_the_score_of_the_response"),
-    M("critic_with_a_new_head", "T22", MODELS, "weight = reward_model.score.weight.detach()",
+    M("critic_with_a_new_head", "T22", MODELS, "weight = sharding.whole(reward_model.score.weight.detach())",
       "weight = torch.randn_like(reward_model.score.weight)",
       "test_models.py::test_before_the_first_update_the_value_after_eos_is_the_score_of_the_response"),
     M("trunk_shared", "T24", MODELS, "model.model = copy.deepcopy(trunk)", "model.model = trunk",
