@@ -1,7 +1,7 @@
 """Does a run depend on the number of its processes? The scripts on 1 to 4 CPU processes, beside one plain process.
 
-    python -m bench.parallel            the tables of docs/parallel.md, a minute or so of one core
-    python -m bench.parallel --short    what the tests run: PPO on 2 and 3 processes
+    python -m bench.parallel            the tables of docs/parallel.md; 100 s of processor time
+    python -m bench.parallel --short    what the tests run: PPO on 2 processes
 
 CPU processes talk over gloo, so this shows that the numbers are right and counts what is sent. It says nothing of
 speed: for that, `bench.plan --gpus` has a model, and a machine with several GPUs the truth. Differences are in fp32, of
@@ -130,7 +130,7 @@ def begun(run: Path, name: str) -> Path:
 def rows(short: bool):
     """(what, difference) of every comparison, one after another."""
     ppo = run("ppo", 0, "ppo")
-    for processes in (2, 3) if short else (1, 2, 3, 4):
+    for processes in (2,) if short else (1, 2, 3, 4):
         yield (
             f"PPO, {processes} process{'es' if processes > 1 else ', in parts'}",
             difference(run("ppo", processes, f"ppo_{processes}"), ppo),
@@ -238,7 +238,7 @@ def memory_table() -> dict[str, dict[str, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.parallel", description=__doc__.split("\n")[0])
-    parser.add_argument("--short", action="store_true", help="PPO on 2 and 3 processes, nothing else")
+    parser.add_argument("--short", action="store_true", help="PPO on 2 processes, nothing else")
     args = parser.parse_args()
     torch.set_num_threads(1)
     began, found, here = time.monotonic(), {}, Path.cwd()

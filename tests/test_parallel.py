@@ -21,7 +21,7 @@ import eval as evaluation
 from bench import plan, several
 from bench.collectives import Collectives
 from bench.launch import Launched
-from bench.parallel import begun, difference
+from bench.parallel import begun, difference, rows
 from bench.shapes import shape_for
 from nanorlhf import parallel, sharding
 from nanorlhf.errors import UserError
@@ -31,6 +31,7 @@ from nanorlhf.run.config import cli
 from nanorlhf.run.inputs import EMBEDDED
 from nanorlhf.storage.checkpoint import load_policy, load_scalar, save_policy, save_scalar
 from nanorlhf.storage.resume import checkpoints
+from nanorlhf.tiny.data import write_world
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked, and look into /proc")
 FLAGS = {
@@ -171,6 +172,19 @@ def test_an_evaluation_on_two_processes_has_the_numbers_of_one(folder, world):
     for name, row in first["policies"].items():
         assert second["policies"][name] == pytest.approx(row, rel=1e-4, abs=1e-5), name
     assert first["win_rates"] == second["win_rates"]
+
+
+def test_the_table_of_the_docs_is_made_anew_on_the_embedded_world(folder):
+    """The short form of `python -m bench.parallel`."""
+    place = folder / "table"
+    place.mkdir()
+    os.chdir(place)
+    try:
+        write_world(Path("data"), posts={"train": 16, "valid": 2, "test": 2}, comparisons={"train": 2, "valid1": 2})
+        ((what, found),) = rows(short=True)
+    finally:
+        os.chdir(folder)
+    assert what == "PPO, 2 processes" and 0 < found["weights"] < WEIGHTS and found["metrics"] < METRICS
 
 
 # --- who does what ---------------------------------------------------------------------------------------------------
