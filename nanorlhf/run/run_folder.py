@@ -120,7 +120,7 @@ def changes(before: dict, now: dict) -> list[str]:
 def resume_command(record: dict) -> str:
     """What to type to go on with a run, from its config.json."""
     name, device = record["config"]["run_name"], record["config"].get("device", "auto")
-    words = [*launcher(record), record["argv"][0], "--resume"]
+    words = [*launcher(record), *program(record["argv"][0]), "--resume"]
     words += ["--run_name", name] if name != record["stage"] else []
     words += ["--device", device] if device != "auto" else []  # the one flag that a resumed run does not keep
     return shlex.join(words)
@@ -131,6 +131,11 @@ def launcher(record: dict) -> list[str]:
     if "processes" not in record:
         return ["python"]
     return ["torchrun", "--standalone", "--nproc_per_node", str(record["processes"])]
+
+
+def program(path: str) -> list[str]:
+    """What follows "python" to start this script: its path, or -m experiments.<name>, which finds the others."""
+    return ["-m", f"experiments.{Path(path).stem}"] if Path(path).parent.name == "experiments" else [path]
 
 
 def git() -> dict | None:
