@@ -130,6 +130,7 @@ def test_one_process_in_parts_is_bit_for_bit_the_plain_one(one, folder, world, m
     )
 
 
+@pytest.mark.nightly  # so does a run that was killed and resumed, below
 def test_two_processes_repeat_themselves_bit_for_bit(two, folder, world, models):
     launch(script("train_ppo", world, models, "--run_name again --deterministic"), 2)
     assert set(difference(folder / "runs" / "again", two[0]).values()) == {0.0}
@@ -494,6 +495,15 @@ def test_what_passes_take_is_linear_in_layers_and_of_one_gpu_it_is_that_of_bench
     shape = shape_for("meta")
     several_of_one, one = several.predict("sft", shape, 1), plan.predict("sft", shape)
     assert several_of_one.peak == pytest.approx(one.peak, rel=0.01)
+
+
+def test_the_command_names_the_flags_that_fit_and_what_is_predicted(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench.plan", "--gpus", "2", "--gpu_gb", "48"])
+    plan.main()
+    out = capsys.readouterr().out
+    assert "fits: torchrun --standalone --nproc_per_node 2 train_ppo.py --microbatch_tokens 8192" in out
+    found = json.loads(out.splitlines()[-1])
+    assert [result["fits"] for result in found["results"]] == [True] * 3 and "Predictions." in out
 
 
 def test_efficiency_falls_with_more_gpus_and_a_slower_link():
