@@ -85,10 +85,10 @@ def own_device(name: str) -> str:
 
     if name == "auto" and not torch.cuda.is_available():
         return name
-    here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     check(name in ("auto", "cuda"), "device", name, "auto, cuda or cpu under torchrun", "it gives each process a GPU")
     check(here <= gpus, "--nproc_per_node", here, f"at most the {gpus} GPUs of {socket.gethostname()}", "take fewer")
-    return f"cuda:{os.environ['LOCAL_RANK']}"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
 
 @contextlib.contextmanager
@@ -241,16 +241,17 @@ def mesh():
 
 
 def whole(parts: "tuple[Tensor, ...]", rows: list[int], total: int) -> "tuple[Tensor, ...]":
-    """Tensors (total, ...) on every process, from each one's rows of them: parts (len(rows), ...).
+    """Tensors (total, ...) on every process, from each one's own rows of them: parts (len(rows), ...), perhaps none.
 
-    A row that several processes have counts once, from the lowest of them. Exact: all others add 0.
+    A row is of one process; the others add 0 to it, so nothing is rounded.
     """
     import torch.distributed as dist
 
     joined = []
     for part in parts:
         full = part.new_zeros(total, *part.shape[1:])
-        full[rows] = part
+        if rows:
+            full[rows] = part
         if size() > 1:
             dist.all_reduce(full)
         joined.append(full)
@@ -302,7 +303,8 @@ def one_voice() -> Iterator[None]:
         if not status:
             return
         _hear_no_more()
-        time.sleep(0 if _said else LINGER)  # the end of the first one ends all: not before it has spoken
+        alone = _me is None and os.environ["RANK"] == "0"
+        time.sleep(0 if _said or alone else LINGER)  # the end of the first one ends all: not before it has spoken
     except BaseException as error:
         status = 1
         _hear_no_more()
