@@ -230,6 +230,7 @@ def main(cfg: Config) -> None:
         references = [q + r for q, r in zip(*encode_posts(posts, tokenizer, cfg.max_query_length), strict=True)]
         reference_scores = score(model, references, cfg.microbatch_tokens, run.progress)
         model.score_shift = reference_scores.mean().item()
+        model.shift_posts = len(posts)
 
         # 5. save
         save_scalar(model, run.folder / "final", tokenizer)

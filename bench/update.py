@@ -36,6 +36,8 @@ import train_ppo
 import train_rm
 import train_sft
 from bench.kernels import ceilings
+from bench.plan import predict
+from bench.rows import note
 from bench.shapes import PAIRS, POSTS, Shape, four_models, random_model, shape_for
 from nanorlhf import parallel, ppo
 from nanorlhf.errors import one_sentence
@@ -224,6 +226,7 @@ def measure(args: argparse.Namespace) -> dict:
         clock, work = run(shape, device, dtype, args.repeats)
         for row in rows(stage, clock, work, ceiling, device):
             found.append(row)
+            note(row)
             cells = [row.get("of_matmul"), row.get("of_copy"), row.get("mfu")]
             shares = " | ".join("" if x is None else f"{x:.0%}" for x in cells)
             speed = f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else ""
@@ -235,6 +238,8 @@ def measure(args: argparse.Namespace) -> dict:
     result = {"bench": "update", "shape": shape.name, "device": device_name(device), "torch": torch.__version__,
               "kernels": kernels.chosen(), "mean_query": float(np.mean(lengths)), "ceilings": ceiling,
               "results": found}  # fmt: skip
+    if device.type == "cuda":
+        result["planned_gib"] = {stage: predict(stage, shape).peak / GIB for stage in args.stages}  # to compare with
     whole = {row["stage"]: row["s"] for row in found if row["phase"] == "whole"}
     if device.type == "cuda" and len(whole) == 3:
         result["hours"] = epochs(whole, shape)

@@ -107,6 +107,7 @@ class ScalarModel(nn.Module):
         self.model = Llama(config)
         self.score = nn.Linear(config.hidden_size, 1, bias=bias)
         self.score_shift = score_shift
+        self.shift_posts: int | None = None  # whose mean score the shift is: how well it is known
 
     def token_scores(self, packed: Packed) -> Tensor:
         """The head at every token minus the shift, (N,) fp32."""

@@ -152,6 +152,10 @@ def git() -> dict | None:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        import torch  # here: `status` does without
+
+        return torch.__version__  # with its build, "+cu130", which a wheel's metadata may leave out
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -91,14 +91,20 @@ def _kind(folder: str | Path, scalar: bool) -> str | None:
     return kind
 
 
-def _score_shift(folder: str | Path) -> float:
-    """What is subtracted from a reward model's raw score (N+ detail 15). Raises UserError unless it is a number."""
-    shift = read_json(Path(folder) / "config.json").get("score_shift", 0.0)
+def _score_shift(folder: str | Path) -> tuple[float, int | None]:
+    """What is subtracted from a reward model's raw score (N+ detail 15), and of how many posts it is the mean, where
+    the folder says so. Raises UserError unless they are numbers."""
+    raw = read_json(Path(folder) / "config.json")
+    shift, posts = raw.get("score_shift", 0.0), raw.get("score_shift_posts")
     if type(shift) not in (int, float) or not math.isfinite(shift):
         raise UserError(
             f"{folder}: score_shift in config.json is {shift!r}, expected a finite number: take another checkpoint"
         )
-    return float(shift)
+    if posts is not None and (type(posts) is not int or posts < 1):
+        raise UserError(
+            f"{folder}: score_shift_posts in config.json is {posts!r}, expected a number of posts: take the line out"
+        )
+    return float(shift), posts
 
 
 def _empty(build, folder: str | Path, device: str, dtype: torch.dtype, parts: str | None) -> nn.Module:
@@ -158,7 +164,7 @@ def load_scalar(
     in_file, is_critic = read_config(folder), _kind(folder, scalar=True) == ARCHITECTURES["critic"]
     config = without_spare_rows(in_file, tokenizer)
     model = _empty(lambda: ScalarModel(config, bias=is_critic), folder, device, dtype, parts)
-    model.score_shift = _score_shift(folder)
+    model.score_shift, model.shift_posts = _score_shift(folder)
     _fill(model, folder, in_file.vocab_size, dtype)
     return model
 
@@ -223,5 +229,5 @@ def save_scalar(model: ScalarModel, folder: str | Path, tokenizer, dtype: torch.
     """Write a reward model (no bias) or a critic (bias) as a Hugging Face folder, whole or not at all."""
     kind = "reward_model" if model.score.bias is None else "critic"
     dtype = dtype or sharding.dtype_of(model)
-    raw = config_json(model.config, kind, dtype, tokenizer, model.score_shift)
+    raw = config_json(model.config, kind, dtype, tokenizer, model.score_shift, model.shift_posts)
     _save_model(Path(folder), model, raw, dtype, tokenizer)
