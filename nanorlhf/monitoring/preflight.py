@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nanorlhf import parallel, sharding
 from nanorlhf.data.tokenizer import Tokenizer
 from nanorlhf.ensemble import Ensemble, member_scores
 from nanorlhf.errors import UserError
@@ -118,15 +119,17 @@ def report(checks: Iterable[Check], say: Callable[[str], None], when: str) -> di
 
 def shared_tensors(models: Iterable[nn.Module]) -> int:
     """How many parameters lie in memory that another one also uses."""
-    pointers = [parameter.data_ptr() for model in models for parameter in model.parameters()]
+    parts = [sharding.local(parameter) for model in models for parameter in model.parameters()]
+    pointers = [part.data_ptr() for part in parts if part.numel()]  # a process may have no row of a small one
     return len(pointers) - len(set(pointers))
 
 
 @torch.no_grad()
-def fingerprint(models: Iterable[nn.Module]) -> list[float]:
+def fingerprint(models: Sequence[nn.Module]) -> list[float]:
     """Two sums a parameter, in float64: when they are the same, so are the models, but for a rare accident."""
-    sums = [x for model in models for p in model.parameters() for x in (p.double().sum(), p.double().square().sum())]
-    return torch.stack(sums).tolist()
+    parts = [sharding.local(parameter).double() for model in models for parameter in model.parameters()]
+    sums = torch.stack([x for part in parts for x in (part.sum(), part.square().sum())])
+    return (parallel.total(sums) if sharding.in_parts(models[0]) else sums).tolist()
 
 
 @torch.no_grad()
@@ -314,7 +317,7 @@ def reward_model(
     model: ScalarModel, pairs: list[tuple[list[int], list[int], list[int]]], tokenizer: Tokenizer
 ) -> list[Check]:
     """Before the first step of the reward model. args: pairs: (query, chosen, rejected)"""
-    dtype, device = model.model.embed_tokens.weight.dtype, model.score.weight.device
+    dtype, device = sharding.dtype_of(model), model.score.weight.device
     few = pairs[:ROWS]
     together = model.last_scores(pack_pairs(*zip(*few, strict=True), device))
     sequences = [q + chosen for q, chosen, _ in few] + [q + rejected for q, _, rejected in few]
