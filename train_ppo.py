@@ -9,7 +9,8 @@ Reads the SFT model, the reward model and TL;DR posts; writes runs/ppo/final (th
 steps, numbered as in the code:
 
     1. read posts: queries only, the policy writes the responses
-    2. load four models: policy and reference (both the SFT model), critic and reward model (both the reward model)
+    2. load four models: policy and reference (both the SFT model), critic and reward model (both the reward model; it
+       may be several, --ensemble)
     then for each update:
     3. rollout: sample R tokens for each query at temperature 0.7
     4. score: log-probs under policy and reference, values, and one score a response
@@ -18,7 +19,7 @@ steps, numbered as in the code:
     7. log
 
 N+ details 20 to 25; the arithmetic is in nanorlhf/ppo.py. Left out: adaptive KL, entropy
-bonus, several GPUs. Next: eval.py. The steps with one post's numbers: docs/walk.md, stations 1 to 14.
+bonus. Next: eval.py. The steps with one post's numbers: docs/walk.md, stations 1 to 14.
 """
 
 import os
@@ -35,24 +36,26 @@ import numpy as np
 import torch
 
 import kernels
-from nanorlhf import ppo
+from nanorlhf import parallel, ppo
 from nanorlhf.data.encoding import encode_posts, length_report
 from nanorlhf.data.tldr import batch_indices, load_posts
 from nanorlhf.data.tokenizer import check_same, load_tokenizer
+from nanorlhf.ensemble import RULES, Ensemble, combine, member_scores
 from nanorlhf.errors import check
 from nanorlhf.evaluation.hacks import Alarms
 from nanorlhf.models import Policy, ScalarModel, critic_from, parameter_count, response_kl
 from nanorlhf.monitoring import preflight
 from nanorlhf.monitoring.log_update import log_update
 from nanorlhf.optim import SCHEDULES, AdamW
-from nanorlhf.packing import in_microbatches, pack, split_by_tokens, to_device
+from nanorlhf.packing import in_microbatches, microbatches, pack, to_device
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate, read_responses
 from nanorlhf.run.card import write_card
 from nanorlhf.run.config import cli
 from nanorlhf.run.device import now, side_by_side
-from nanorlhf.run.inputs import find_data, find_model
+from nanorlhf.run.inputs import find_data, find_model, find_models
 from nanorlhf.run.run import Run, read_metrics
+from nanorlhf.sharding import actor_of, refill
 from nanorlhf.storage.checkpoint import check_folder, load_policy, load_scalar, save_policy, save_scalar
 
 
@@ -73,7 +76,11 @@ class Config:
     track: bool = False  # mirror the metrics to Weights & Biases
     # -- inputs
     sft_model: str | None = None  # folder or hub id of the SFT model: policy and reference
-    reward_model: str | None = None  # folder or hub id of the reward model: reward model and critic
+    # fmt: off
+    reward_model: tuple[str, ...] = ()  # folders or hub ids of reward models, one or several; the critic starts as the
+                                        # first
+    # fmt: on
+    ensemble: str = "mean"  # of several reward models' scores: mean, min or mean_minus_std
     data: str | None = None  # folder with tldr/train.jsonl in OpenAI's format
     max_query_length: int = 512  # tokens; longer posts lose their last lines (N+ detail 2)
     # -- rollout (N+ detail 23)
@@ -138,10 +145,15 @@ class Scored(NamedTuple):
     full_kl: torch.Tensor | None  # (B, R) with --kl_estimator full
     values: torch.Tensor  # (B, R)
     raw_scores: torch.Tensor  # (B,)
+    member_scores: torch.Tensor | None = None  # (B, K): what each of K reward models says
+
+    def must_be_finite(self) -> dict[str, torch.Tensor]:
+        names = ("logprobs", "ref_logprobs", "values")
+        return {"scores": self.raw_scores} | {name: getattr(self, name) for name in names}
 
 
 def score(
-    policy: Policy, reference: Policy, critic: ScalarModel, reward_model: ScalarModel,
+    policy: Policy, reference: Policy, critic: ScalarModel, reward_model: ScalarModel | Ensemble,
     sequences: list[list[int]], finished: list[list[int]], responses: torch.Tensor, cfg: Config,
 ) -> Scored:  # fmt: skip
     """Policy, reference and critic read all R tokens of a response, the reward model only what people see.
@@ -158,25 +170,27 @@ def score(
     else:
         ref_logprobs, _ = forward(lambda p, i: reference.response_logprobs(p, responses[i], T), sequences)
     (values,) = forward(lambda p, i: [critic.response_values(p, R)], sequences)  # (B, R), like the log-probs
-    (raw_scores,) = forward(lambda p, i: [reward_model.last_scores(p)], finished)  # (B,)
-    return Scored(logprobs, entropy, ref_logprobs, full_kl, values, raw_scores)
+    (scores,) = forward(lambda p, i: [member_scores(reward_model, p)], finished)  # (B, K), a column a reward model
+    return Scored(logprobs, entropy, ref_logprobs, full_kl, values, combine(scores, cfg.ensemble), scores)
 
 
 def learn(
     policy: Policy, critic: ScalarModel, episode: Experience, minibatch: np.ndarray, rows: np.ndarray, cfg: Config,
-    warming: bool = False,
+    warming: bool = False, counts: bool = True,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Forward and backward pass over the microbatch `rows` of a minibatch; of the critic alone while it is `warming`.
 
-    Both losses are means over the tokens of the whole minibatch, so gradients and metrics of its microbatches add up.
+    Both losses are means over the tokens of the whole minibatch, so gradients and metrics of its microbatches add up,
+    also over processes. counts: False has weight 0: where another process has a microbatch more, all must take part.
     """
     e, R = episode, cfg.response_length
     packed = pack([e.sequences[i] for i in rows], e.responses.device)
     minibatch, rows = (to_device(torch.from_numpy(x), e.responses.device) for x in (minibatch, rows))  # copied once
     actions, states = e.action_mask[minibatch].sum(), e.value_mask[minibatch].sum()  # how many there are of each
-    responses, old_logprobs, advantages, mask = (
-        tensor[rows] for tensor in (e.responses, e.logprobs, e.advantages, e.action_mask)
+    responses, old_logprobs, advantages, mask, value_mask = (
+        tensor[rows] for tensor in (e.responses, e.logprobs, e.advantages, e.action_mask, e.value_mask)
     )  # (b, R) each
+    mask, value_mask = (mask, value_mask) if counts else (mask & False, value_mask & False)
 
     def learn_policy() -> dict[str, torch.Tensor]:
         # ppo.policy_loss in value and gradient, but fused with the head, so that no logits are kept
@@ -190,7 +204,7 @@ def learn(
             "policy/approxkl_avg": stats["approxkl"],
             "policy/clipfrac_avg": clipfrac,
             "policy/entropy_avg": torch.where(mask, entropy, 0.0).sum() / actions,
-            "policy/entropy_avg_paper": entropy.sum() / (len(minibatch) * R),
+            "policy/entropy_avg_paper": counts * entropy.sum() / (len(minibatch) * R),
             "val/ratio": stats["ratio"],
             "val/ratio_squared": stats["ratio_squared"],
         }
@@ -198,7 +212,7 @@ def learn(
     def learn_critic() -> dict[str, torch.Tensor]:
         new_values = critic.response_values(packed, R)  # (b, R)
         loss, stats = ppo.value_loss(
-            new_values, e.values[rows], e.returns[rows], e.value_mask[rows], cfg.cliprange_value, denominator=states
+            new_values, e.values[rows], e.returns[rows], value_mask, cfg.cliprange_value, denominator=states
         )
         (cfg.vf_coef * loss).backward()
         return {"loss/value_avg": loss.detach(), "val/clipfrac_avg": stats["clipfrac"]}
@@ -211,7 +225,8 @@ def learn(
 
 
 def add(totals: dict[str, torch.Tensor], more: dict[str, torch.Tensor]) -> None:
-    for name, value in more.items():
+    """Adds what a microbatch gave; under torchrun what those of all processes gave, as their gradients add up too."""
+    for name, value in parallel.summed(more).items():
         totals[name] += value
 
 
@@ -220,6 +235,8 @@ def updates(cfg: Config) -> int:
     check(cfg.temperature > 0, "temperature", cfg.temperature, "greater than 0", "choose 0.7")
     check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
     check(cfg.kl_estimator in KL_ESTIMATORS, "kl_estimator", cfg.kl_estimator, f"one of {', '.join(KL_ESTIMATORS)}")
+    parallel.check_enough("batch_size", cfg.batch_size)
+    check(cfg.ensemble in RULES, "ensemble", cfg.ensemble, f"one of {', '.join(RULES)}")
     parts = f"a multiple of num_minibatches {cfg.num_minibatches}"
     check(cfg.batch_size % cfg.num_minibatches == 0, "batch_size", cfg.batch_size, parts)
     total_updates = cfg.total_episodes // cfg.batch_size
@@ -241,12 +258,12 @@ def learning_rates(update: int, total_updates: int, cfg: Config) -> tuple[float,
 def plan(cfg: Config, total_updates: int, mean_query: float) -> list[str]:
     """What is about to be done, for the console."""
     steps, passes = cfg.num_ppo_epochs * cfg.num_minibatches, 2 * cfg.num_ppo_epochs  # passes of policy and critic
-    tokens = round(cfg.batch_size * (mean_query + cfg.response_length))
+    tokens, scorings = round(cfg.batch_size * (mean_query + cfg.response_length)), 3 + len(cfg.reward_model)
     lines = [f"plan    {total_updates} updates of {cfg.batch_size} episodes and {steps} optimizer steps each"]
     if cfg.critic_warmup:
         lines.append(f"        the first {cfg.critic_warmup} train the critic alone")
     lines.append(
-        f"        about {tokens:,} tokens an update: sampled once, scored 4 times, learned from {passes} times"
+        f"        about {tokens:,} tokens an update: sampled once, scored {scorings} times, learned from {passes} times"
     )
     tiny_lr = PRESETS["tiny"]["lr"]
     if cfg.preset == "tiny" and cfg.lr < 0.1 * tiny_lr:
@@ -260,11 +277,13 @@ def main(cfg: Config) -> None:
     # 1. posts (the walk's stations 1 and 2)
     data, data_from = find_data(cfg.data, cfg.preset)
     sft_folder, sft_from = find_model("sft", cfg.sft_model, "sft_model", cfg.preset)
-    rm_folder, rm_from = find_model("rm", cfg.reward_model, "reward_model", cfg.preset)
-    cfg.data, cfg.sft_model, cfg.reward_model = str(data), str(sft_folder), str(rm_folder)  # what --resume goes on with
+    rm_folders, rm_from = find_models("rm", cfg.reward_model, "reward_model", cfg.preset)
+    cfg.data, cfg.sft_model, cfg.reward_model = str(data), str(sft_folder), rm_folders  # what --resume goes on with
     tokenizer = load_tokenizer(sft_folder)
-    check_same(tokenizer, load_tokenizer(rm_folder), "the reward model")
-    notes = check_folder(sft_folder, tokenizer) + check_folder(rm_folder, tokenizer, scalar=True)
+    notes = check_folder(sft_folder, tokenizer)
+    for folder in rm_folders:
+        check_same(tokenizer, load_tokenizer(folder), "the reward model", folder=folder)
+        notes += check_folder(folder, tokenizer, scalar=True)
     posts = load_posts(data, "train")
     eos_id, B, R, T = tokenizer.eos_id, cfg.batch_size, cfg.response_length, cfg.temperature
 
@@ -276,46 +295,50 @@ def main(cfg: Config) -> None:
         run.say(f"tokens  {length_report(queries, [references], R)}")
 
         # 2. models (stations 3 and 4)
-        policy = load_policy(sft_folder, run.device, run.dtype, tokenizer)
-        reference = load_policy(sft_folder, run.device, run.dtype, tokenizer).requires_grad_(False)
-        reward_model = load_scalar(rm_folder, run.device, run.dtype, tokenizer).requires_grad_(False)
-        critic = critic_from(reward_model).requires_grad_(True)
-        models, frozen = (policy, reference, critic, reward_model), preflight.fingerprint([reference, reward_model])
+        loaded = run.device, run.dtype, tokenizer  # under torchrun a part of every weight on each process: sharding.py
+        policy = load_policy(sft_folder, *loaded, parts="masters")
+        reference = load_policy(sft_folder, *loaded, parts="frozen").requires_grad_(False)
+        reward_models = [load_scalar(folder, *loaded, parts="frozen") for folder in rm_folders]
+        critic = critic_from(reward_models[0]).requires_grad_(True)
+        reward_model = Ensemble(reward_models).requires_grad_(False)
+        frozen = preflight.fingerprint([reference, reward_model])
         for trained in (policy, critic):
             trained.model.activation_checkpointing = cfg.activation_checkpointing
         optimizer = AdamW([policy, critic], lr=cfg.lr)
-        run.say(
-            f"models  policy and reference {sft_folder} ({sft_from}); critic and reward model {rm_folder} ({rm_from})"
-        )
-        run.say(f"        2 x {parameter_count(policy):,} + 2 x {parameter_count(critic):,} parameters")
+        scored_by = f"critic and reward model {rm_folders[0]} ({rm_from})"
+        run.say(f"models  policy and reference {sft_folder} ({sft_from}); {scored_by}")
+        for folder in rm_folders[1:]:
+            run.say(f"        one more reward model {folder}: the score is the {cfg.ensemble} of {len(rm_folders)}")
+        scalars = 1 + len(rm_folders)
+        run.say(f"        2 x {parameter_count(policy):,} + {scalars} x {parameter_count(critic):,} parameters")
         for line in plan(cfg, total_updates, np.mean(queries.lengths)):
             run.say(line)
         start = run.resume(optimizer)
+        actor = actor_of(policy)  # samples and scores, whole on every process; of one process the policy itself
+        models = actor, reference, critic, reward_model
         alarms = Alarms(began=read_metrics(run.folder)[0] if start else {})
 
         for update in range(start, total_updates):
             rates, warming = learning_rates(update, total_updates, cfg), update < cfg.critic_warmup
             began = now(run.device)
 
-            # 3. rollout (station 5)
+            # 3. rollout (station 5): under torchrun each process samples its share of the rows, and all get all of them
             batch = batch_indices(len(queries), B, cfg.seed, update)  # (B,)
             batch_posts, batch_queries = [posts[i] for i in batch], [queries[i] for i in batch]
             run.at(update + 1, [post.id for post in batch_posts])
             episodes = range(update * B, (update + 1) * B)  # their numbers name the sampling noise
-            responses, sampled_logprobs = generate(policy, batch_queries, R, T, cfg.seed, episodes)  # (B, R) each
+            responses, sampled_logprobs = generate(actor, batch_queries, R, T, cfg.seed, episodes)  # (B, R) each
             summaries = read_responses(tokenizer, responses)
             rolled_out = now(run.device)
 
-            # 4. score (stations 6 and 7)
+            # 4. score (stations 6 and 7): shared out and gathered alike
             sequences = [query + response for query, response in zip(batch_queries, responses.tolist(), strict=True)]
             finished = [s[: len(s) - R + summary.tokens] for s, summary in zip(sequences, summaries, strict=True)]
             said = score(*models, sequences, finished, responses, cfg)
-            run.check_finite(
-                scores=said.raw_scores, logprobs=said.logprobs, ref_logprobs=said.ref_logprobs, values=said.values
-            )
+            run.check_finite(**said.must_be_finite())
             scored = now(run.device)
 
-            # 5. rewards and advantages (stations 8 to 10)
+            # 5. rewards and advantages (stations 8 to 10): of all rows, on every process the same
             action_mask, value_mask = ppo.action_mask(responses, eos_id), ppo.value_mask(responses, eos_id)  # (B, R)
             scores = ppo.apply_missing_eos(said.raw_scores, responses, eos_id, cfg.missing_eos_score)  # (B,)
             kl = torch.where(action_mask, said.logprobs - said.ref_logprobs, 0.0)  # (B, R), k1: a token's may be < 0
@@ -337,25 +360,26 @@ def main(cfg: Config) -> None:
                     run, update, models, frozen, episode, said, sampled_logprobs, queries, references, tokenizer
                 )
 
-            # 6. learn: K passes, an optimizer step a minibatch (stations 11 to 14)
+            # 6. learn (stations 11 to 14): K passes, a step a minibatch; shared out, gradients and sums add up
             totals = defaultdict(float)  # sums over the steps
             for epoch in range(cfg.num_ppo_epochs):
                 order = np.random.default_rng([cfg.seed, update, epoch]).permutation(B)
                 for minibatch in np.split(order, cfg.num_minibatches):
-                    for group in split_by_tokens([len(sequences[i]) for i in minibatch], cfg.microbatch_tokens):
-                        add(totals, learn(policy, critic, episode, minibatch, minibatch[group], cfg, warming))
+                    for group, counts in microbatches([len(sequences[i]) for i in minibatch], cfg.microbatch_tokens):
+                        add(totals, learn(policy, critic, episode, minibatch, minibatch[group], cfg, warming, counts))
                     if checked:
                         preflight.in_loss(run, update, totals, checked)
                     totals["grad_norm"] += optimizer.step(rates, cfg.max_grad_norm, cfg.on_nan)
+            refill(actor, policy)  # gathers its weights, where they are in parts
 
             # 7. log, and save when it is time
             log_update(
-                run, update, policy, tokenizer, batch_posts, summaries, said, episode, totals, checked,
+                run, update, actor, tokenizer, batch_posts, summaries, said, episode, totals, checked,
                 alarms, rates, (began, rolled_out, scored, now(run.device)),
             )  # fmt: skip
             run.end_step(update + 1, optimizer)
 
-        save_policy(policy, run.folder / "final", tokenizer, temperature=T)
+        save_policy(actor, run.folder / "final", tokenizer, temperature=T)
         save_scalar(critic, run.folder / "final_critic", tokenizer)
         for final in ("final", "final_critic"):
             write_card(run.folder, final)

@@ -78,6 +78,12 @@ def one_line(text: str, longest: int = 1000) -> str:
     return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
 
 
+def may_speak() -> bool:
+    """Whether this process may say why a run ends: under torchrun one of them does (parallel.py puts its own here)."""
+    return True
+
+
 def stop(status: int, line: str) -> typing.NoReturn:
-    print(line, file=sys.stderr, flush=True)
+    if may_speak():
+        print(line, file=sys.stderr, flush=True)
     sys.exit(status)

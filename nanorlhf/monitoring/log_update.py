@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from nanorlhf import parallel
 from nanorlhf.data.tldr import Post
 from nanorlhf.data.tokenizer import Tokenizer
 from nanorlhf.errors import check
@@ -27,20 +28,21 @@ def log_update(
     when the update began, had sampled, had scored and had learned
     """
     cfg, e, (lr, critic_lr), (began, rolled_out, scored, learned) = run.cfg, episode, rates, times
-    R, warming = cfg.response_length, update < cfg.critic_warmup
+    R, K, warming = cfg.response_length, len(cfg.reward_model), update < cfg.critic_warmup
     queries = [sequence[:-R] for sequence in e.sequences]
     finished = [query + sequence[len(query) : len(query) + summary.tokens]
                 for query, sequence, summary in zip(queries, e.sequences, summaries, strict=True)]  # fmt: skip
     look = cfg.sample_every and (update == 0 or (update + 1) % cfg.sample_every == 0)  # closer than at others
     metrics = (
         monitor.objective(e.scores, e.logprobs, e.kl, e.action_mask, cfg.kl_coef, e.full_kl)
+        | monitor.ensemble(said.member_scores)
         | monitor.learning(totals, cfg.num_ppo_epochs * cfg.num_minibatches, e.action_mask)
         | monitor.critic(e.values, e.returns, e.raw_advantages, e.action_mask, e.value_mask)
         | monitor.texts(summaries, posts, e.scores, said.entropy, e.action_mask)
         | {"lr": lr, "critic_lr": critic_lr, "episode": (update + 1) * cfg.batch_size}
         | {"time/rollout": rolled_out - began, "time/score": scored - rolled_out, "time/learn": learned - scored}
         | monitor.speed(
-            policy.config, e.sequences, finished, R, cfg.num_ppo_epochs, learned - began, run.device, warming
+            policy.config, e.sequences, finished, R, cfg.num_ppo_epochs, learned - began, run.device, warming, K
         )
         | (monitor.diversity(policy, tokenizer, queries, R, cfg.temperature, cfg.seed) if look else {})
         | checked
@@ -51,7 +53,7 @@ def log_update(
     kl, most = metrics["objective/kl"], cfg.stop_kl
     fix = "go on with --resume, from the checkpoint before, and a higher one, or begin again with more --kl_coef"
     check(most is None or kl <= most, "objective/kl", f"{kl:.4g}", f"at most --stop_kl {most}", fix)
-    if look:
+    if look and parallel.first():
         names = "logprobs kl values rewards advantages action_mask value_mask".split()
         first = {name: getattr(e, name)[0] for name in names} | {"ref_logprobs": said.ref_logprobs[0]}  # (R,) each
         row = monitor.trace(tokenizer, posts[0], e.responses[0], **first)

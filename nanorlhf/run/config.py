@@ -37,6 +37,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from nanorlhf import parallel
 from nanorlhf.errors import UserError, check, one_sentence
 from nanorlhf.run.streams import lasting_streams
 
@@ -114,8 +115,11 @@ FREE_ON_RESUME = ("resume", "overwrite", "device", *KEPT_UNLESS_GIVEN)
 def cli(main: Callable, Config: type, presets: dict[str, dict], doc: str, argv: list[str] | None = None) -> None:
     """Parses the flags and calls main(cfg). What a user can cause ends in one sentence on stderr and exit status 2;
     output that goes away ends nothing (streams.py)."""
-    with lasting_streams(), one_sentence("continue with --resume" if "resume" in _names(Config) else ""):
-        main(parse(Config, presets, doc, argv))
+    again = "continue with --resume" if "resume" in _names(Config) else ""
+    with lasting_streams(), parallel.one_voice(), one_sentence(again):
+        cfg = parse(Config, presets, doc, argv)
+        with parallel.group(getattr(cfg, "device", "cpu"), asdict(cfg)):  # one process, unless torchrun started several
+            main(cfg)
 
 
 def parse(Config: type, presets: dict[str, dict], doc: str, argv: list[str] | None = None) -> Any:
@@ -169,15 +173,22 @@ def _restore(cfg: Any, explicit: set[str]) -> None:
         return  # there is no such run: Run says so
     from nanorlhf.data.hub import hub_id_of  # here: --help should not wait for the tokenizers
 
+    def equal(now: Any, then: Any) -> bool:
+        if isinstance(now, str) and isinstance(then, str):
+            return Path(now) == Path(then) or now == hub_id_of(then)  # a hub id, and where it was fetched to
+        return now == then
+
     for name in _names(type(cfg)) & set(began_with):
         if name in FREE_ON_RESUME and (name in explicit or name not in KEPT_UNLESS_GIVEN):
             continue
         now, then = getattr(cfg, name), began_with[name]
-        equal = now == then
-        if isinstance(now, str) and isinstance(then, str):
-            equal = Path(now) == Path(then) or now == hub_id_of(then)  # a hub id, and where it was fetched to
+        if isinstance(now, tuple):  # in JSON a list; a name, where the flag took one only
+            then = (then,) if isinstance(then, str) else tuple(then or ())
+            same = len(now) == len(then) and all(map(equal, now, then))
+        else:
+            same = equal(now, then)
         check(
-            name not in explicit or equal, f"--{name}", now, f"{then!r}, as when {path.parent} began",
+            name not in explicit or same, f"--{name}", now, f"{then!r}, as when {path.parent} began",
             "leave the flag out to resume, or start a new run with --run_name",
         )  # fmt: skip
         setattr(cfg, name, then)

@@ -11,8 +11,10 @@ So every script runs alone on a fresh clone, and says which of the three it took
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from nanorlhf import parallel
 from nanorlhf.data.download import DOWNLOADED
 from nanorlhf.data.hub import LLAMA, SMOLLM2, fetch, is_hub_id
 from nanorlhf.errors import UserError
@@ -31,7 +33,8 @@ def find_data(flag: str | None, preset: str) -> tuple[Path, str]:
         return Path(flag), "--data"
     if preset == "tiny":
         folder = Path("data/tiny")
-        return ensure_world(folder), "the embedded tiny world"
+        with parallel.in_turn():
+            return ensure_world(folder), "the embedded tiny world"
     if DOWNLOADED.is_dir():
         return DOWNLOADED, "as downloaded"
     raise UserError(
@@ -48,7 +51,8 @@ def find_model(
         if Path(flag).is_dir():
             return Path(flag), f"--{flag_name}"
         if is_hub_id(flag):
-            return fetch(flag), f"{flag} on the hub"
+            with parallel.in_turn():
+                return fetch(flag), f"{flag} on the hub"
         raise UserError(f"{flag_name}: {flag} is not a folder, expected a Hugging Face model folder or a hub id")
     if stage in UPSTREAM:
         run = Path(runs) / UPSTREAM[stage]
@@ -57,11 +61,21 @@ def find_model(
     if preset == "tiny":
         return EMBEDDED / stage, "embedded"
     if stage not in UPSTREAM:
-        return fetch(BASES[_model_of(preset)]), f"{BASES[_model_of(preset)]} on the hub"
+        base = BASES[_model_of(preset)]
+        with parallel.in_turn():
+            return fetch(base), f"{base} on the hub"
     raise UserError(
         f"{flag_name}: no {stage} model found, expected a Hugging Face folder: run `python train_{stage}.py` first, or "
         f"pass --{flag_name} DIR, or --preset tiny"
     )
+
+
+def find_models(
+    stage: str, flags: Sequence[str], flag_name: str, preset: str, runs: str | Path = "runs"
+) -> tuple[tuple[str, ...], str]:
+    """`find_model` for a flag that takes several, or none: the folders, and where the first came from."""
+    found = [find_model(stage, flag, flag_name, preset, runs) for flag in flags or (None,)]
+    return tuple(str(folder) for folder, _ in found), found[0][1]
 
 
 def _model_of(preset: str | None) -> str:

@@ -177,8 +177,9 @@ def _read_scaling(rope, name: str, path: Path) -> tuple[float | None, dict | Non
 
 
 def config_json(
-    config: LlamaConfig, kind: str, dtype: torch.dtype, tokenizer, score_shift: float | None = None
-) -> dict:
+    config: LlamaConfig, kind: str, dtype: torch.dtype, tokenizer, score_shift: float | None = None,
+    shift_posts: int | None = None,
+) -> dict:  # fmt: skip
     """What we write: the hub's spelling, readable by transformers 4 and 5, vLLM and llama.cpp. tokenizer: its EOS and
     PAD are the ones that the model was trained with."""
     raw = {
@@ -202,4 +203,5 @@ def config_json(
         }
     if kind == "reward_model":
         raw["score_shift"] = score_shift  # the normalised score is the head's output minus this (N+ detail 15)
+        raw |= {"score_shift_posts": shift_posts} if shift_posts else {}
     return raw
