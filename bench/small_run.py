@@ -28,6 +28,7 @@ from experiments.smollm2 import PACKAGE, write_smollm2
 from nanorlhf.data.download import DOWNLOADED
 from nanorlhf.errors import one_sentence
 from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.jsonl import write_whole
 from nanorlhf.tiny.data import write_world
 
@@ -114,6 +115,8 @@ def run_parts(flags: argparse.Namespace) -> tuple[dict, list[dict]]:
     out.mkdir(parents=True, exist_ok=True)
     experiment, rows = small_model.Experiment(flags, out), []
     for part in small_model.SHARES:
+        if flags.tiny and part == "out_again":  # a GGUF of a tokenizer.json, which the embedded model has not
+            continue
         experiment.do(part)
         rows.append(summary(part, experiment.state[part], experiment.state["seconds"].get(part, 0.0)))
         note(rows[-1])
@@ -146,6 +149,7 @@ def main() -> None:
     flags = parser.parse_args()
     lr = {stage: small_model.SCRIPTS[stage].PRESETS["smollm2"]["lr"] for stage in ("sft", "rm", "ppo")}
     flags.sft_lrs, flags.rm_lr, flags.ppo_lrs, flags.seed = [lr["sft"]], lr["rm"], [lr["ppo"]], 1
+    flags.longest, flags.steps = None, {}  # the experiment's own
     files = weights_here(flags.weights)
     if not flags.tiny and (reason := lacking(files, flags.posts)):
         print(json.dumps({"bench": "small_run", "skipped": reason}))
@@ -164,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -141,8 +141,8 @@ def test_the_reward_model_judge_scores_a_summary_once(reward_model, monkeypatch)
     scored = []
     monkeypatch.setattr(
         reward_model,
-        "scores",
-        lambda sequences: scored.extend(sequences) or torch.arange(len(sequences), dtype=torch.float32),
+        "last_scores",
+        lambda packed: scored.extend(packed.lengths) or torch.arange(len(packed.lengths), dtype=torch.float32),
     )
     assert judge.scores([tiny_post(0), tiny_post(0), tiny_post(1)], ["a", "a", "a"]) == [0.0, 0.0, 1.0]
     judge.scores([tiny_post(1)], ["a"])
@@ -152,18 +152,18 @@ def test_the_reward_model_judge_scores_a_summary_once(reward_model, monkeypatch)
 def test_a_long_summary_is_scored_by_its_first_tokens_and_counted(reward_model):
     said_lines = []
     judge = reward_model_judge(reward_model, TOKENIZER, 104, 4096, say=said_lines.append)
-    seen, score = [], reward_model.scores
-    reward_model.scores = lambda sequences: seen.extend(sequences) or score(sequences)
+    seen, score = [], reward_model.last_scores
+    reward_model.last_scores = lambda packed: seen.extend(packed.lengths) or score(packed)
     try:
         judge.scores([tiny_post(0), tiny_post(1)], ["a plan " * 8600, "short"])  # 60,000 characters
     finally:
-        del reward_model.scores
-    assert max(map(len, seen)) <= 104 + MAX_RESPONSE
+        del reward_model.last_scores
+    assert max(seen) <= 104 + MAX_RESPONSE
     assert said_lines == [f"note    1 of 2 summaries are scored by their first {MAX_RESPONSE} tokens"]
 
 
 def test_a_score_that_is_not_finite_is_named_with_its_post(reward_model, monkeypatch):
-    monkeypatch.setattr(reward_model, "scores", lambda sequences: torch.full((len(sequences),), torch.inf))
+    monkeypatch.setattr(reward_model, "last_scores", lambda packed: torch.full((len(packed.lengths),), torch.inf))
     judge = reward_model_judge(reward_model, TOKENIZER, 104, 4096)
     with pytest.raises(
         UserError, match=r"reward model: its score of a summary of post tiny-valid-000000 is not finite"
