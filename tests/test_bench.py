@@ -318,7 +318,8 @@ def test_the_commands_of_a_visit_to_a_gpu_run_on_a_cpu(tmp_path):
     for name in ("update", "ppo_run", "tiny_run", "rollout", "small_run"):
         assert f"`python -m bench.{name}`, commit abc: " in written
     parts = {row["part"]: row for row in found["smollm2"]["result"]["results"]}
-    assert list(parts) == list(SHARES) and not any("failed" in row for row in parts.values())
+    assert list(parts) == [part for part in SHARES if part != "out_again"]  # the tiny model has no tokenizer.json
+    assert not any("failed" in row for row in parts.values())
 
 
 def test_the_page_and_the_readme_have_the_figures_of_the_committed_results():
