@@ -39,6 +39,7 @@ from nanorlhf import ppo
 from nanorlhf.data.encoding import encode_posts, length_report
 from nanorlhf.data.tldr import batch_indices, load_posts
 from nanorlhf.data.tokenizer import check_same, load_tokenizer
+from nanorlhf.ensemble import RULES, Ensemble, combine, member_scores
 from nanorlhf.errors import check
 from nanorlhf.evaluation.hacks import Alarms
 from nanorlhf.models import Policy, ScalarModel, critic_from, parameter_count, response_kl
@@ -51,7 +52,7 @@ from nanorlhf.rollout import generate, read_responses
 from nanorlhf.run.card import write_card
 from nanorlhf.run.config import cli
 from nanorlhf.run.device import now, side_by_side
-from nanorlhf.run.inputs import find_data, find_model
+from nanorlhf.run.inputs import find_data, find_model, find_models
 from nanorlhf.run.run import Run, read_metrics
 from nanorlhf.storage.checkpoint import check_folder, load_policy, load_scalar, save_policy, save_scalar
 
@@ -73,7 +74,11 @@ class Config:
     track: bool = False  # mirror the metrics to Weights & Biases
     # -- inputs
     sft_model: str | None = None  # folder or hub id of the SFT model: policy and reference
-    reward_model: str | None = None  # folder or hub id of the reward model: reward model and critic
+    # fmt: off
+    reward_model: tuple[str, ...] = ()  # folders or hub ids of reward models, one or several; the critic starts as the
+                                        # first
+    # fmt: on
+    ensemble: str = "mean"  # of several reward models' scores: mean, min or mean_minus_std
     data: str | None = None  # folder with tldr/train.jsonl in OpenAI's format
     max_query_length: int = 512  # tokens; longer posts lose their last lines (N+ detail 2)
     # -- rollout (N+ detail 23)
@@ -138,10 +143,11 @@ class Scored(NamedTuple):
     full_kl: torch.Tensor | None  # (B, R) with --kl_estimator full
     values: torch.Tensor  # (B, R)
     raw_scores: torch.Tensor  # (B,)
+    member_scores: torch.Tensor | None = None  # (B, K): what each of K reward models says
 
 
 def score(
-    policy: Policy, reference: Policy, critic: ScalarModel, reward_model: ScalarModel,
+    policy: Policy, reference: Policy, critic: ScalarModel, reward_model: ScalarModel | Ensemble,
     sequences: list[list[int]], finished: list[list[int]], responses: torch.Tensor, cfg: Config,
 ) -> Scored:  # fmt: skip
     """Policy, reference and critic read all R tokens of a response, the reward model only what people see.
@@ -158,8 +164,8 @@ def score(
     else:
         ref_logprobs, _ = forward(lambda p, i: reference.response_logprobs(p, responses[i], T), sequences)
     (values,) = forward(lambda p, i: [critic.response_values(p, R)], sequences)  # (B, R), like the log-probs
-    (raw_scores,) = forward(lambda p, i: [reward_model.last_scores(p)], finished)  # (B,)
-    return Scored(logprobs, entropy, ref_logprobs, full_kl, values, raw_scores)
+    (scores,) = forward(lambda p, i: [member_scores(reward_model, p)], finished)  # (B, K), a column a reward model
+    return Scored(logprobs, entropy, ref_logprobs, full_kl, values, combine(scores, cfg.ensemble), scores)
 
 
 def learn(
@@ -220,6 +226,7 @@ def updates(cfg: Config) -> int:
     check(cfg.temperature > 0, "temperature", cfg.temperature, "greater than 0", "choose 0.7")
     check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
     check(cfg.kl_estimator in KL_ESTIMATORS, "kl_estimator", cfg.kl_estimator, f"one of {', '.join(KL_ESTIMATORS)}")
+    check(cfg.ensemble in RULES, "ensemble", cfg.ensemble, f"one of {', '.join(RULES)}")
     parts = f"a multiple of num_minibatches {cfg.num_minibatches}"
     check(cfg.batch_size % cfg.num_minibatches == 0, "batch_size", cfg.batch_size, parts)
     total_updates = cfg.total_episodes // cfg.batch_size
@@ -241,12 +248,12 @@ def learning_rates(update: int, total_updates: int, cfg: Config) -> tuple[float,
 def plan(cfg: Config, total_updates: int, mean_query: float) -> list[str]:
     """What is about to be done, for the console."""
     steps, passes = cfg.num_ppo_epochs * cfg.num_minibatches, 2 * cfg.num_ppo_epochs  # passes of policy and critic
-    tokens = round(cfg.batch_size * (mean_query + cfg.response_length))
+    tokens, scorings = round(cfg.batch_size * (mean_query + cfg.response_length)), 3 + len(cfg.reward_model)
     lines = [f"plan    {total_updates} updates of {cfg.batch_size} episodes and {steps} optimizer steps each"]
     if cfg.critic_warmup:
         lines.append(f"        the first {cfg.critic_warmup} train the critic alone")
     lines.append(
-        f"        about {tokens:,} tokens an update: sampled once, scored 4 times, learned from {passes} times"
+        f"        about {tokens:,} tokens an update: sampled once, scored {scorings} times, learned from {passes} times"
     )
     tiny_lr = PRESETS["tiny"]["lr"]
     if cfg.preset == "tiny" and cfg.lr < 0.1 * tiny_lr:
@@ -260,11 +267,13 @@ def main(cfg: Config) -> None:
     # 1. posts
     data, data_from = find_data(cfg.data, cfg.preset)
     sft_folder, sft_from = find_model("sft", cfg.sft_model, "sft_model", cfg.preset)
-    rm_folder, rm_from = find_model("rm", cfg.reward_model, "reward_model", cfg.preset)
-    cfg.data, cfg.sft_model, cfg.reward_model = str(data), str(sft_folder), str(rm_folder)  # what --resume goes on with
+    rm_folders, rm_from = find_models("rm", cfg.reward_model, "reward_model", cfg.preset)
+    cfg.data, cfg.sft_model, cfg.reward_model = str(data), str(sft_folder), rm_folders  # what --resume goes on with
     tokenizer = load_tokenizer(sft_folder)
-    check_same(tokenizer, load_tokenizer(rm_folder), "the reward model")
-    notes = check_folder(sft_folder, tokenizer) + check_folder(rm_folder, tokenizer, scalar=True)
+    notes = check_folder(sft_folder, tokenizer)
+    for folder in rm_folders:
+        check_same(tokenizer, load_tokenizer(folder), "the reward model", folder=folder)
+        notes += check_folder(folder, tokenizer, scalar=True)
     posts = load_posts(data, "train")
     eos_id, B, R, T = tokenizer.eos_id, cfg.batch_size, cfg.response_length, cfg.temperature
 
@@ -278,16 +287,19 @@ def main(cfg: Config) -> None:
         # 2. models
         policy = load_policy(sft_folder, run.device, run.dtype, tokenizer)
         reference = load_policy(sft_folder, run.device, run.dtype, tokenizer).requires_grad_(False)
-        reward_model = load_scalar(rm_folder, run.device, run.dtype, tokenizer).requires_grad_(False)
-        critic = critic_from(reward_model).requires_grad_(True)
+        reward_models = [load_scalar(folder, run.device, run.dtype, tokenizer) for folder in rm_folders]
+        critic = critic_from(reward_models[0]).requires_grad_(True)
+        reward_model = Ensemble(reward_models).requires_grad_(False)
         models, frozen = (policy, reference, critic, reward_model), preflight.fingerprint([reference, reward_model])
         for trained in (policy, critic):
             trained.model.activation_checkpointing = cfg.activation_checkpointing
         optimizer = AdamW([policy, critic], lr=cfg.lr)
-        run.say(
-            f"models  policy and reference {sft_folder} ({sft_from}); critic and reward model {rm_folder} ({rm_from})"
-        )
-        run.say(f"        2 x {parameter_count(policy):,} + 2 x {parameter_count(critic):,} parameters")
+        scored_by = f"critic and reward model {rm_folders[0]} ({rm_from})"
+        run.say(f"models  policy and reference {sft_folder} ({sft_from}); {scored_by}")
+        for folder in rm_folders[1:]:
+            run.say(f"        one more reward model {folder}: the score is the {cfg.ensemble} of {len(rm_folders)}")
+        scalars = 1 + len(rm_folders)
+        run.say(f"        2 x {parameter_count(policy):,} + {scalars} x {parameter_count(critic):,} parameters")
         for line in plan(cfg, total_updates, np.mean(queries.lengths)):
             run.say(line)
         start = run.resume(optimizer)

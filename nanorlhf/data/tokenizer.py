@@ -165,12 +165,15 @@ def check_matches(tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int] 
         raise UserError(f"tokenizer: its EOS is {tokenizer.eos_id}, expected the model's eos_token_id {ids}: {fix}")
 
 
-def check_same(tokenizer: Tokenizer, other: Tokenizer, what: str, than: str = "that of the policy") -> None:
+def check_same(
+    tokenizer: Tokenizer, other: Tokenizer, what: str, than: str = "that of the policy", folder: str | None = None
+) -> None:
     """Raise UserError when two models that read each other's token ids were trained with different tokenizers."""
     if tokenizer._tokens != other._tokens:
+        which = f"{what} {folder}" if folder else what
         raise UserError(
-            f"tokenizer: that of {what} has other tokens than {than}, expected the same: pass models that were trained "
-            "from the same base model"
+            f"tokenizer: that of {which} has other tokens than {than}, expected the same: pass models that were "
+            "trained from the same base model"
         )
 
 

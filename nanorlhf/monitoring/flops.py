@@ -27,7 +27,7 @@ def head_flops(config: LlamaConfig, rows: int) -> float:
 
 def ppo_update_flops(
     config: LlamaConfig, lengths: list[int], finished: list[int], response_length: int, epochs: int,
-    warming: bool = False,
+    warming: bool = False, reward_models: int = 1,
 ) -> float:  # fmt: skip
     """All of one PPO update: rollout, scores, and `epochs` passes of learning.
 
@@ -36,7 +36,8 @@ def ppo_update_flops(
     """
     trunk, head = trunk_flops(config, lengths), head_flops(config, len(lengths) * response_length)
     rollout = trunk + head  # prefill and decoding: each token once
-    score = 3 * trunk + 2 * head + trunk_flops(config, finished)  # policy, reference, critic; reward model
+    score = 3 * trunk + 2 * head  # policy, reference, critic
+    score += reward_models * trunk_flops(config, finished)
     learned = trunk if warming else 2 * trunk + head  # the critic, or policy and critic
     learn = 3 * epochs * learned  # forward and twice that backward
     return rollout + score + learn

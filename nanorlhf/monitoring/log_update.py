@@ -34,14 +34,16 @@ def log_update(
     look = cfg.sample_every and (update == 0 or (update + 1) % cfg.sample_every == 0)  # closer than at others
     metrics = (
         monitor.objective(e.scores, e.logprobs, e.kl, e.action_mask, cfg.kl_coef, e.full_kl)
+        | monitor.ensemble(said.member_scores)
         | monitor.learning(totals, cfg.num_ppo_epochs * cfg.num_minibatches, e.action_mask)
         | monitor.critic(e.values, e.returns, e.raw_advantages, e.action_mask, e.value_mask)
         | monitor.texts(summaries, posts, e.scores, said.entropy, e.action_mask)
         | {"lr": lr, "critic_lr": critic_lr, "episode": (update + 1) * cfg.batch_size}
         | {"time/rollout": rolled_out - began, "time/score": scored - rolled_out, "time/learn": learned - scored}
         | monitor.speed(
-            policy.config, e.sequences, finished, R, cfg.num_ppo_epochs, learned - began, run.device, warming
-        )
+            policy.config, e.sequences, finished, R, cfg.num_ppo_epochs, learned - began, run.device, warming,
+            len(cfg.reward_model),
+        )  # fmt: skip
         | (monitor.diversity(policy, tokenizer, queries, R, cfg.temperature, cfg.seed) if look else {})
         | checked
     )

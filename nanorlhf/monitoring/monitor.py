@@ -51,6 +51,13 @@ def objective(
     }
 
 
+def ensemble(member_scores: Tensor) -> dict[str, float]:
+    """How far several reward models disagree: mean over responses of the standard deviation between them; nothing of
+    one. member_scores (B, K)."""
+    between = member_scores.std(dim=1, unbiased=False).mean().item()
+    return {"objective/scores_std_between": between} if member_scores.shape[1] > 1 else {}
+
+
 def learning(totals: dict[str, Tensor], optimizer_steps: int, action_mask: Tensor) -> dict[str, float]:
     """Averages over the optimizer steps of an update, from their sums; in a --critic_warmup those of the critic alone.
     action_mask (B, R)."""
@@ -90,12 +97,13 @@ def speed(
     seconds: float,
     device: torch.device,
     warming: bool = False,
+    reward_models: int = 1,
 ) -> dict[str, float]:
     """What an update cost. sequences: queries with their R tokens; finished: up to EOS; seconds: of the update;
-    warming: it trained the critic alone."""
+    warming: it trained the critic alone; reward_models: how many scored it."""
     lengths = [len(sequence) for sequence in sequences]
     until_eos = [len(sequence) for sequence in finished]
-    flops = ppo_update_flops(config, lengths, until_eos, response_length, epochs, warming)
+    flops = ppo_update_flops(config, lengths, until_eos, response_length, epochs, warming, reward_models)
     share = mfu(flops, seconds, device)
     metrics = {"perf/tokens_per_s": sum(lengths) / seconds, "perf/peak_gib": peak_gib(device)}
     return metrics if share is None else metrics | {"perf/mfu": share}

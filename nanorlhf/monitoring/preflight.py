@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nanorlhf.data.tokenizer import Tokenizer
+from nanorlhf.ensemble import Ensemble, member_scores
 from nanorlhf.errors import UserError
 from nanorlhf.losses import bradley_terry_loss, next_token_labels, sequence_mean_weights
 from nanorlhf.models import Policy, ScalarModel
@@ -41,6 +42,9 @@ MIN_EOS_RATE = 0.1  # an SFT model that has learned to stop is above 0.9
 LEAST_REFERENCES, MOST_REFERENCES = 64, 256  # posts whose summaries must have a mean score of 0
 STANDARD_ERRORS = 4  # 1 run in 16,000 is stopped by chance
 ROWS = 4  # sequences on which the kernels are checked
+
+
+FourModels = tuple[Policy, Policy, ScalarModel, ScalarModel | Ensemble]  # policy, reference, critic, reward model
 
 
 class Check(NamedTuple):
@@ -137,7 +141,7 @@ def logprob_error(policy: Policy, sequences: list[list[int]], responses: Tensor,
 
 
 def before_update(
-    run: Run, update: int, models: tuple[Policy, Policy, ScalarModel, ScalarModel], frozen: list[float],
+    run: Run, update: int, models: FourModels, frozen: list[float],
     episode: Experience, said, sampled_logprobs: Tensor, queries: Sequence[list[int]], references: Sequence[list[int]],
     tokenizer: Tokenizer,
 ) -> dict[str, float]:  # fmt: skip
@@ -154,9 +158,11 @@ def before_update(
         n = how_many_references(cfg.batch_size)
         known = [query + reference for query, reference in zip(queries[:n], references[:n], strict=True)]
         (known_scores,) = in_microbatches(
-            lambda packed, _: [models[3].last_scores(packed)], known, cfg.microbatch_tokens, run.device
-        )
-        checks += first_update(episode, said.ref_logprobs, said.raw_scores, known_scores, run.dtype)
+            lambda packed, _: [member_scores(models[3], packed)], known, cfg.microbatch_tokens, run.device
+        )  # (n, K)
+        first, *others = known_scores.unbind(1)  # the critic started as the first of the reward models
+        checks += first_update(episode, said.ref_logprobs, said.member_scores[:, 0], first, run.dtype)
+        checks += [reference_score(column, run.dtype, f" {k}") for k, column in enumerate(others, start=2)]
     return checked | report(checks, run.say, when)
 
 
@@ -167,7 +173,7 @@ def in_loss(run: Run, update: int, totals: dict[str, Tensor], checked: dict[str,
 
 
 def any_update(
-    models: tuple[Policy, Policy, ScalarModel, ScalarModel],
+    models: FourModels,
     frozen: list[float],
     episode: Experience,
     sampled_logprobs: Tensor,
@@ -238,18 +244,25 @@ def first_update(
     has_slot = ~mask[:, -1]  # a response that fills all R slots has no such state
     allowed = max(SCORE[dtype] * max(1.0, scores.std(unbiased=False).item()), rounding(scores, dtype))
     difference = torch.where(has_slot, values.gather(1, after_eos[:, None])[:, 0] - scores, 0.0)  # (B,)
-    # Standard errors from 0. The shift that should have made it 0 was itself a mean, perhaps of no more posts: twice
-    # the variance. And it was perhaps measured in fp32, where a trunk in bf16 moves all scores alike by up to 0.06.
-    error = reference_scores.std() * math.sqrt(2 / len(reference_scores))
-    off = ((reference_scores.mean().abs() - SHIFT[dtype]).clamp(min=0) / error.clamp(min=1e-12)).item()
     return [
         at_most("KL", kl, 1e-3, "policy and reference differ in weights, in temperature or in code"),
         at_most("V(after EOS) - score", rms(difference[has_slot]) if has_slot.any() else 0.0, allowed,
                 "the critic did not start as the reward model, one of them reads the wrong token, or EOS is masked"),
-        at_most("reference score", off, STANDARD_ERRORS,  # in standard errors
-                "the authors' summaries should have mean score 0: the reward model's score_shift was lost, has the "
-                "wrong sign, or was measured on other posts or another format"),
+        reference_score(reference_scores, dtype),
     ]  # fmt: skip
+
+
+def reference_score(reference_scores: Tensor, dtype: torch.dtype, which: str = "") -> Check:
+    """The authors' summaries, (n,), have mean score 0; which: of several reward models, " 2"."""
+    # Standard errors from 0. The shift that should have made it 0 was itself a mean, perhaps of no more posts: twice
+    # the variance. And it was perhaps measured in fp32, where a trunk in bf16 moves all scores alike by up to 0.06.
+    error = reference_scores.std() * math.sqrt(2 / len(reference_scores))
+    off = ((reference_scores.mean().abs() - SHIFT[dtype]).clamp(min=0) / error.clamp(min=1e-12)).item()
+    return at_most(
+        f"reference score{which}", off, STANDARD_ERRORS,  # in standard errors
+        f"the authors' summaries should have mean score 0: the score_shift of reward model{which} was lost, has the "
+        "wrong sign, or was measured on other posts or another format",
+    )  # fmt: skip
 
 
 def how_many_references(batch_size: int) -> int:

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 from nanorlhf.data.hub import hub_id_of
+from nanorlhf.run.run_folder import program
 from nanorlhf.storage.jsonl import read_jsonl, write_whole
 
 WHAT = {  # architecture -> what it is, transformers' class, the hub's name for the task
@@ -38,8 +39,9 @@ def card(record: dict, metrics: dict, folder: Path) -> str:
     model, settings = json.loads((folder / "config.json").read_text(encoding="utf-8")), record["config"]
     what, auto, task = WHAT[model["architectures"][0]]
     commit = (record.get("git") or {}).get("commit") or "unknown"
+    start = [Path(word).name for word in program(record["argv"][0])]
     kept = {name: value for name, value in metrics.items() if name.startswith(SHOWN) and "accuracy/" not in name}
-    command = shlex.join(["python", Path(record["argv"][0]).name, *record["argv"][1:]])
+    command = shlex.join(["python", *start, *record["argv"][1:]])
     front = ["---", "library_name: transformers", f"pipeline_tag: {task}", "tags: [rlhf, ppo, tldr, nanorlhf]"]
     if base := _base_of(settings.get("model") or settings.get("sft_model") or ""):
         front.append(f"base_model: {base}")

@@ -169,15 +169,22 @@ def _restore(cfg: Any, explicit: set[str]) -> None:
         return  # there is no such run: Run says so
     from nanorlhf.data.hub import hub_id_of  # here: --help should not wait for the tokenizers
 
+    def equal(now: Any, then: Any) -> bool:
+        if isinstance(now, str) and isinstance(then, str):
+            return Path(now) == Path(then) or now == hub_id_of(then)  # a hub id, and where it was fetched to
+        return now == then
+
     for name in _names(type(cfg)) & set(began_with):
         if name in FREE_ON_RESUME and (name in explicit or name not in KEPT_UNLESS_GIVEN):
             continue
         now, then = getattr(cfg, name), began_with[name]
-        equal = now == then
-        if isinstance(now, str) and isinstance(then, str):
-            equal = Path(now) == Path(then) or now == hub_id_of(then)  # a hub id, and where it was fetched to
+        if isinstance(now, tuple):  # in JSON a list; a name, where the flag took one only
+            then = (then,) if isinstance(then, str) else tuple(then or ())
+            same = len(now) == len(then) and all(map(equal, now, then))
+        else:
+            same = equal(now, then)
         check(
-            name not in explicit or equal, f"--{name}", now, f"{then!r}, as when {path.parent} began",
+            name not in explicit or same, f"--{name}", now, f"{then!r}, as when {path.parent} began",
             "leave the flag out to resume, or start a new run with --run_name",
         )  # fmt: skip
         setattr(cfg, name, then)

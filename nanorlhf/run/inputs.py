@@ -11,6 +11,7 @@ So every script runs alone on a fresh clone, and says which of the three it took
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from nanorlhf.data.download import DOWNLOADED
@@ -62,6 +63,14 @@ def find_model(
         f"{flag_name}: no {stage} model found, expected a Hugging Face folder: run `python train_{stage}.py` first, or "
         f"pass --{flag_name} DIR, or --preset tiny"
     )
+
+
+def find_models(
+    stage: str, flags: Sequence[str], flag_name: str, preset: str, runs: str | Path = "runs"
+) -> tuple[tuple[str, ...], str]:
+    """`find_model` for a flag that takes several, or none: the folders, and where the first came from."""
+    found = [find_model(stage, flag, flag_name, preset, runs) for flag in flags or (None,)]
+    return tuple(str(folder) for folder, _ in found), found[0][1]
 
 
 def _model_of(preset: str | None) -> str:

@@ -53,6 +53,7 @@ from nanorlhf.storage.resume import (
 MUST_BE_FINITE = (
     "train/sft/loss",
     "train/rm/loss",
+    "train/dpo/loss",
     "loss/policy_avg",
     "loss/value_avg",
     "objective/scores",
