@@ -42,14 +42,14 @@ SWITCHES = (
     Switch("no_value_clipping", "20", "values are clipped at 0.2", "`--cliprange_value 1000`",
            flags="--cliprange_value 1000"),
     Switch("new_critic", "22", "the critic starts as the reward model", "SFT's trunk and a new head", lines=(
-        (TRAIN, "critic = critic_from(reward_model)", f"critic = critic_from({NEW_HEAD})"),)),
+        (TRAIN, "critic = critic_from(reward_models[0])", f"critic = critic_from({NEW_HEAD})"),)),
     Switch("score_at_eos", "23", "the score comes one step after EOS", "at EOS", lines=(
         (PPO, "slot = (last_token(responses, eos_id) + 1)", "slot = last_token(responses, eos_id)"),)),
     Switch("no_missing_eos_rule", "23.3", "no EOS: the score is -1", "the reward model's score", lines=(
         (TRAIN, "scores = ppo.apply_missing_eos(said.raw_scores, responses, eos_id, cfg.missing_eos_score)",
          "scores = said.raw_scores"),)),
     Switch("no_shift", "15", "references score 0 on average", "scores as they are", lines=(
-        (TRAIN, "        critic = critic_from(", "        reward_model.score_shift = 0.0; critic = critic_from("),)),
+        (TRAIN, "critic = critic_from(", "reward_models[0].score_shift = 0.0; critic = critic_from("),)),
     Switch("temperature_in_sampling_only", "20", "every log-prob is at 0.7", "sampled at 0.7, log-probs at 1", lines=(
         (TRAIN, "R, T = responses.shape[1], cfg.temperature", "R, T = responses.shape[1], 1.0"),
         (TRAIN, "mask / actions, cfg.temperature, cfg.cliprange", "mask / actions, 1.0, cfg.cliprange"))),

@@ -102,19 +102,15 @@ def measure(run: Run) -> list[dict]:
     from nanorlhf.run.inputs import find_data
 
     posts = load_posts(find_data(None, "tiny")[0], "test")[:POSTS]
-    if run.policy is None:
-        return best_of_n_rows(Path("runs") / run.steps[-1].name)
     sft = Path("runs") / f"fr_sft{run.seed}" / "final"
-    noise = zlib.crc32(run.name.encode())  # every policy has noise of its own
     theirs = m.judged(sft, run.reward_model, posts, noise=run.seed)
+    if run.policy is None:
+        return m.best_of_n(Path("runs") / run.steps[-1].name, theirs, posts, run.seed)
+    noise = zlib.crc32(run.name.encode())  # every policy has noise of its own
     ours = m.judged(run.policy, run.reward_model, posts, noise=noise)
     row = m.against(ours, theirs, seed=run.seed) | m.distance(run.policy, sft, posts, noise)
     row |= {"posts": len(posts), "strength": run.strength}
     return [m.rounded(row) | {"curve": m.curve(run.policy.parent)}]
-
-
-def best_of_n_rows(folder: Path) -> list[dict]:
-    raise NotImplementedError
 
 
 # --- the list ---------------------------------------------------------------------------------------------------------

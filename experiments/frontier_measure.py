@@ -5,6 +5,7 @@ that was optimised. Distance: the exact KL from SFT of a sampled summary, in nat
 posts: the noise within a run. That between runs is frontier_report.py's.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from nanorlhf.evaluation.metrics import (
 from nanorlhf.evaluation.summaries import Plan, Written, write
 from nanorlhf.run.run import read_metrics
 from nanorlhf.storage.checkpoint import load_scalar
+from nanorlhf.storage.jsonl import read_jsonl
 
 TEMPERATURE, RESPONSE, QUERY, TOKENS = 0.7, 32, 104, 8192  # eval.py's preset tiny
 CURVE = ("objective/gold", "objective/scores", *(name for name, *_ in ALARMS))
@@ -77,6 +79,26 @@ def against(ours: Judged, theirs: Judged, seed: int) -> dict[str, float | list[f
     row["lc_win_rate"] = length_controlled_win_rate(outcomes, *lengths)
     row["lc_win_rate_interval"] = list(length_controlled_interval(outcomes, *lengths, seed=seed, resamples=400))
     return row | {"length": mean(lengths[0]), "eos_rate": ours.eos_rate}
+
+
+def best_of_n(folder: Path, theirs: Judged, posts: list[Post], seed: int) -> list[dict]:
+    """A row for each n of a run of experiments/best_of_n.py: its own figures, over all subsets of the samples; gains
+    over its n = 1; and, from its files of winners, what it does not have: length, and the win rate at equal length."""
+    rows = json.loads((folder / "best_of_n.json").read_text(encoding="utf-8"))["rows"]
+    found = []
+    for row in rows:
+        written = {w["id"]: w for w in read_jsonl(folder / f"best_of_{row['n']}.jsonl", having="id")}
+        winners = [written[post.id] for post in posts]
+        texts, gold, scores = ([winner[name] for winner in winners] for name in ("summary", "gold", "score"))
+        extra = against(Judged(texts, gold, scores, float("nan")), theirs, seed)
+        figures = ("gold", "proxy", "win_rate", "kl")
+        line = {name: row[name] for figure in figures for name in (figure, f"{figure}_interval")}
+        line |= {f"{name}_gain": row[name] - rows[0][name] for name in ("gold", "proxy")}
+        line |= {name: extra[name] for name in ("lc_win_rate", "lc_win_rate_interval", "length")}
+        line |= {"kl_bound": row["kl_bound"], "posts": len(posts), "strength": f"n {row['n']}"}
+        found.append(rounded(line))
+    assert rows[0]["n"] == 1, "gains are over a single sample: the first n is to be 1"
+    return found
 
 
 def distance(policy: Path, sft: Path, posts: list[Post], noise: int) -> dict[str, float | list[float]]:

@@ -95,7 +95,7 @@ def best_of_n(seed: int) -> Run:
 
 
 def dpo(beta: float, seed: int) -> Run:
-    flags = "-m experiments.train_dpo", f"--beta {beta:g} --lr 5e-4 --sft_model", final(f"fr_sft{seed}")
+    flags = "-m experiments.train_dpo", f"--beta {beta:g} --save_every 0 --sft_model", final(f"fr_sft{seed}")
     return trained("dpo", f"beta {beta:g}", seed, 120, *flags)
 
 
@@ -103,7 +103,7 @@ def group(algorithm: str, kl_coef: float, seed: int) -> Run:
     """RLOO or GRPO: the same loop without a critic, 4 samples a query, as many episodes as PPO."""
     where = "reward" if algorithm == "rloo" else "loss"  # each as its authors have it
     flags = "-m experiments.train_rloo --algorithm", algorithm, "--samples_per_query 4 --kl", where
-    more = f"--kl_coef {kl_coef:g} --lr 4e-4 --total_episodes 2304", *inputs(seed)
+    more = f"--kl_coef {kl_coef:g} --total_episodes 2304 --save_every 0 --sample_every 3", *inputs(seed)
     return trained(algorithm, f"kl {kl_coef:g}", seed, 45, *flags, *more)
 
 
