@@ -15,6 +15,8 @@ SEEDS = (1, 2, 3)
 # PPO at a quarter of the preset's operations (docs/robustness.md): 18 updates of one epoch of 4 minibatches, 4.7 TFLOP.
 CHEAP = "--num_ppo_epochs 1 --num_minibatches 4 --critic_warmup 1 --critic_lr 1.5e-3 --lr 4e-4 --lr_warmup 1"
 CHEAP += " --total_episodes 2304 --save_every 0 --sample_every 3"
+# Twice as long at a constant rate: where over-optimisation shows, and what an ensemble does about it.
+LONG = CHEAP.replace("2304", "4608") + " --lr_schedule constant"
 KL = "--kl_coef 0.15"  # the preset's, at which the details are compared
 
 
@@ -87,6 +89,11 @@ def ppo(kl_coef: float, seed: int) -> Run:
     return trained("ppo", f"kl {kl_coef:g}", seed, 60, "train_ppo.py", CHEAP, f"--kl_coef {kl_coef:g}", *inputs(seed))
 
 
+def long(kl_coef: float, seed: int) -> Run:
+    flags = "train_ppo.py", LONG, f"--kl_coef {kl_coef:g}", *inputs(seed)
+    return trained("ppo", f"long, kl {kl_coef:g}", seed, 120, *flags)
+
+
 def best_of_n(seed: int) -> Run:
     """All n at once: the first n of the same 16 samples."""
     flags = "-m experiments.best_of_n --n 1 2 4 8 16 --posts 512 --split test --policy", final(f"fr_sft{seed}")
@@ -108,13 +115,13 @@ def group(algorithm: str, kl_coef: float, seed: int) -> Run:
 
 
 def ensemble(rule: str, kl_coef: float, seed: int) -> Run:
-    """PPO against the reward models of three seeds, its own first (the critic starts as that one)."""
+    """A long PPO against the reward models of three seeds, its own first (the critic starts as that one)."""
     others = [other for other in SEEDS if other != seed]
     before = tuple(part for other in others for part in models(other))
     rms = [final(f"fr_rm{which}") for which in (seed, *others)]
     flags = "--sft_model", final(f"fr_sft{seed}"), "--reward_model", *rms, "--ensemble", rule
-    flags = "train_ppo.py", CHEAP, f"--kl_coef {kl_coef:g}", *flags
-    return trained(f"ppo, {rule} of 3", f"kl {kl_coef:g}", seed, 75, *flags, before=before)
+    flags = "train_ppo.py", LONG, f"--kl_coef {kl_coef:g}", *flags
+    return trained(f"ppo, {rule} of 3", f"long, kl {kl_coef:g}", seed, 150, *flags, before=before)
 
 
 def second_round(kl_coef: float, seed: int, own: bool = True) -> Run:
@@ -147,23 +154,25 @@ def plan() -> list[Run]:
         nothing,
         partial(ppo, 0.15),
         partial(ppo, 0.0),
-        partial(ppo, 0.05),
         best_of_n,
         partial(dpo, 0.1),
         partial(group, "rloo", 0.15),
         partial(group, "grpo", 0.15),
+        partial(long, 0.0),
         partial(ensemble, "min", 0.0),
+        partial(ppo, 0.05),
         partial(second_round, 0.05),
     ]
     second = [partial(dpo, 0.03), partial(group, "rloo", 0.05), partial(group, "grpo", 0.05)]
     details = [partial(detail, which) for which in SWITCHES]
     third = [
-        partial(ppo, 0.02),
         partial(ppo, 0.5),
-        partial(ensemble, "min", 0.05),
-        partial(ensemble, "mean", 0.0),
+        partial(ppo, 0.02),
         partial(dpo, 0.3),
         partial(second_round, 0.05, own=False),
+        partial(ensemble, "mean", 0.0),
         partial(ensemble, "mean_minus_std", 0.0),
+        partial(long, 0.05),
+        partial(ensemble, "min", 0.05),
     ]
     return [make(seed=seed) for make in (*first, *second, *details, *third) for seed in SEEDS]

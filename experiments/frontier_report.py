@@ -188,7 +188,7 @@ def frontier_figure(rows: Sequence[dict]) -> Figure:
     return figure
 
 
-def turning_figure(rows: Sequence[dict], strength: str = "kl 0") -> Figure:
+def turning_figure(rows: Sequence[dict], strength: str = "long, kl 0") -> Figure:
     """Truth and proxy update by update without a KL penalty: one reward model beside ensembles of three."""
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     found = groups(rows, "frontier")

@@ -235,13 +235,12 @@ def test_what_was_not_run_is_named():
 
 def test_tables_and_figures_are_made_from_whatever_is_there():
     curve = {"objective/gold": [3.0, 4.0, 3.9], "objective/scores": [0.0, 1.0, 2.0], "hack/length": [12.0, 13.0, 30.0]}
-    rows = [row(method, strength, seed, 4.0 + seed / 10, kl=0.5 * seed, curve=curve)
-            for method, strength in (("sft", "-"), ("ppo", "kl 0.15"), ("ppo", "kl 0"), ("ppo, min of 3", "kl 0"))
-            for seed in SEEDS]  # fmt: skip
+    some = ("sft", "-"), ("ppo", "kl 0.15"), ("ppo", "long, kl 0"), ("ppo, min of 3", "long, kl 0")
+    rows = [row(*which, seed, 4.0 + seed / 10, kl=0.5 * seed, curve=curve) for which in some for seed in SEEDS]
     rows.append(row("best of n", "n 4", 1, 4.2))  # one seed, no curve
     filled = frontier_report.tables(rows)
-    assert "| ppo, min of 3 | kl 0 | 3 | 0.00 ± 0.00 |" in filled["pairs"]
-    assert "| ppo | kl 0 | 3 of 3, 3 of 3, 3 of 3 | 3.63 ± 0.00 |" in filled["turns"]
+    assert "| ppo, min of 3 | long, kl 0 | 3 | 0.00 ± 0.00 |" in filled["pairs"]
+    assert "| ppo | long, kl 0 | 3 of 3, 3 of 3, 3 of 3 | 3.63 ± 0.00 |" in filled["turns"]
     for figure in (frontier_report.frontier_figure(rows), frontier_report.turning_figure(rows)):
         assert frontier_report.png(figure).startswith(b"\x89PNG")
     page = "".join(f"<!-- {name} -->stale<!-- /{name} -->" for name in filled)
