@@ -127,5 +127,7 @@ def kl_estimate(probability: np.ndarray, n: int) -> np.ndarray:
     (Beirami et al. 2024, section 4). Its mean over winners estimates the KL; at probability 0 it is `kl_bound`."""
     p = np.clip(probability, 1e-12, 1.0)
     other = -np.expm1(n * np.log1p(-np.minimum(p, 1 - 1e-12)))  # 1 - (1-p)^n: that at least one of n is it
+    if n == 1:
+        return np.zeros_like(p)
     rest = (1 - other) * (kl_bound(n) + (n - 1) * np.log1p(-np.minimum(p, 1 - 1e-12)))
     return rest + other * np.log(other / p)

@@ -107,7 +107,7 @@ PRESETS = {
     "paper": dict(batch_size=512, lr=3e-6, total_episodes=1_000_000),
     "smollm2": dict(lr=1e-5, max_grad_norm=1.0, max_query_length=544, response_length=56, microbatch_tokens=8192,
                     sample_every=10, save_every=50),
-    "tiny": dict(lr=1e-3, kl_coef=0.15, max_grad_norm=1.0, total_episodes=2304, max_query_length=104,
+    "tiny": dict(lr=4e-4, kl_coef=0.15, max_grad_norm=1.0, total_episodes=2304, max_query_length=104,
                  response_length=32, microbatch_tokens=4096, sample_every=8, save_every=8),
 }  # fmt: skip
 
