@@ -109,6 +109,11 @@ def measure(run: Run) -> list[dict]:
     noise = zlib.crc32(run.name.encode())  # every policy has noise of its own
     ours = m.judged(run.policy, run.reward_model, posts, noise=noise)
     row = m.against(ours, theirs, seed=run.seed) | m.distance(run.policy, sft, posts, noise)
+    first = Path("runs") / f"fr_rm{run.seed}" / "final"
+    if run.reward_model != first:  # what the model of the first round says of the same texts
+        sides = (m.judged(run.policy, first, posts, noise), m.judged(sft, first, posts, run.seed))
+        old = m.against(*sides, seed=run.seed)
+        row |= {f"first_{name}": old[name] for name in ("proxy_gain", "agreement")}
     row |= {"posts": len(posts), "strength": run.strength}
     return [m.rounded(row) | {"curve": m.curve(run.policy.parent)}]
 

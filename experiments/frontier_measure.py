@@ -62,7 +62,9 @@ def judged(policy: Path, reward_model: Path, posts: list[Post], noise: int) -> J
 def against(ours: Judged, theirs: Judged, seed: int) -> dict[str, float | list[float]]:
     """Levels of ours, gains over theirs on the same posts, win rates. Every number with its interval over posts.
 
-    -> gold, proxy, gold_gain, proxy_gain, win_rate, lc_win_rate, each also as <name>_interval; length in words
+    -> gold, proxy, gold_gain, proxy_gain, win_rate, lc_win_rate, each also as <name>_interval; length in words;
+    agreement: of the posts on which truth and proxy both differ, the share on which they prefer the same text, None
+    where there is none
     """
     outcomes = [OUTCOMES[verdict(a, b)] for a, b in zip(ours.gold, theirs.gold, strict=True)]
     lengths = [[len(words(text)) for text in side.texts] for side in (ours, theirs)]
@@ -78,6 +80,8 @@ def against(ours: Judged, theirs: Judged, seed: int) -> dict[str, float | list[f
         row |= {name: float(values.mean()), f"{name}_interval": list(bootstrap_interval(values, seed))}
     row["lc_win_rate"] = length_controlled_win_rate(outcomes, *lengths)
     row["lc_win_rate_interval"] = list(length_controlled_interval(outcomes, *lengths, seed=seed, resamples=400))
+    signs = np.sign(samples["gold_gain"].round(6)) * np.sign(samples["proxy_gain"])
+    row["agreement"] = float((signs[signs != 0] > 0).mean()) if signs.any() else None
     return row | {"length": mean(lengths[0]), "eos_rate": ours.eos_rate}
 
 
@@ -94,7 +98,7 @@ def best_of_n(folder: Path, theirs: Judged, posts: list[Post], seed: int) -> lis
         figures = ("gold", "proxy", "win_rate", "kl")
         line = {name: row[name] for figure in figures for name in (figure, f"{figure}_interval")}
         line |= {f"{name}_gain": row[name] - rows[0][name] for name in ("gold", "proxy")}
-        line |= {name: extra[name] for name in ("lc_win_rate", "lc_win_rate_interval", "length")}
+        line |= {name: extra[name] for name in ("lc_win_rate", "lc_win_rate_interval", "length", "agreement")}
         line |= {"kl_bound": row["kl_bound"], "posts": len(posts), "strength": f"n {row['n']}"}
         found.append(rounded(line))
     assert rows[0]["n"] == 1, "gains are over a single sample: the first n is to be 1"

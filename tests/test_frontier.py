@@ -190,6 +190,7 @@ def test_gains_and_win_rates_by_hand():
     assert row["gold"] == 2.0 and row["gold_gain"] == pytest.approx((1 + 0 - 2) / 3)
     assert row["proxy"] == 1.0 and row["proxy_gain"] == pytest.approx(2 / 3)
     assert row["win_rate"] == pytest.approx((1 + 0.5 + 0) / 3) and row["length"] == pytest.approx(7 / 3)
+    assert row["agreement"] == 0.5  # proxy prefers ours thrice; gold agrees once, once not, and once has no say
     low, high = row["gold_gain_interval"]
     assert -2 <= low < row["gold_gain"] < high <= 1
 
