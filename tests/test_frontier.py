@@ -321,7 +321,7 @@ def test_a_threshold_is_chosen_on_one_half_of_the_seeds_and_graded_on_the_other(
     found = early_warning.held_out({1: [turning, calm], 2: [turning, loud]})
     grade, thresholds = next(pair for pair in found if pair[0].metric == "hack/length")
     assert thresholds[0] == 1.3  # from seed 1, graded on seed 2, where it cries wolf
-    assert (grade.turns, grade.calm) == (2, 2) and grade.wolf >= 1
+    assert (grade.turns, grade.in_time, grade.calm, grade.wolf) == (2, 2, 2, 2)
     assert early_warning.held_out({1: [turning]}) == []
 
 
