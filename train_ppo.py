@@ -9,7 +9,8 @@ Reads the SFT model, the reward model and TL;DR posts; writes runs/ppo/final (th
 steps, numbered as in the code:
 
     1. read posts: queries only, the policy writes the responses
-    2. load four models: policy and reference (both the SFT model), critic and reward model (both the reward model)
+    2. load four models: policy and reference (both the SFT model), critic and reward model (both the reward model; it
+       may be several, --ensemble)
     then for each update:
     3. rollout: sample R tokens for each query at temperature 0.7
     4. score: log-probs under policy and reference, values, and one score a response

@@ -18,7 +18,7 @@ so are the names of flags and metrics:
 
 Where the KL goes (--kl): `reward` subtracts kl_coef times the KL of the whole response from its score, as PPO does; so
 the baseline sees it and the gradient is that of the objective. `loss` adds kl_coef times k3 to the loss, as GRPO was
-published; its gradient is a token's own, k3 has less variance than k1, and the advantage is of the score alone.
+published; the advantage is then of the score alone, and the gradient that of KL(SFT || policy) (docs/methods.md).
 Ahmadian et al. 2024; Shao et al. 2024. Left out: PPO's value clipping and GAE (no critic), whitening, exact KL.
 """
 
@@ -282,9 +282,7 @@ def main(cfg: Config) -> None:
             kl = torch.where(action_mask, logprobs - ref_logprobs, 0.0)  # (B, R), k1
             rewards = scores - cfg.kl_coef * kl.sum(1) if cfg.kl == "reward" else scores  # (B,)
             advantages = ADVANTAGES[cfg.algorithm](rewards, K)  # (B,)
-            groups = Groups(
-                sequences, responses, action_mask, logprobs, ref_logprobs, advantages, scores, kl, entropy
-            )
+            groups = Groups(sequences, responses, action_mask, logprobs, ref_logprobs, advantages, scores, kl, entropy)
             checked = {}
             if cfg.preflight and (update < 2 or update == start):
                 checks = before_update(update, models, frozen, groups, sampled_logprobs, tokenizer, cfg)

@@ -11,7 +11,7 @@ PPO, MODELS, TLDR = "nanorlhf/ppo.py", "nanorlhf/models.py", "nanorlhf/data/tldr
 ROLLOUT, DECODER, PACKING, LLAMA = (f"nanorlhf/{name}.py" for name in ("rollout", "decoder", "packing", "llama"))
 LOSSES, OPTIM, MONITOR = "nanorlhf/losses.py", "nanorlhf/optim.py", "nanorlhf/monitoring/monitor.py"
 SAMPLE, FUSED = "kernels/sample_head.py", "kernels/linear_ppo_loss.py"
-TRAIN = "train_ppo.py"
+TRAIN, METHODS = "train_ppo.py", "experiments/methods.py"
 FUSED_TEST = "test_models.py::test_the_fused_ppo_loss_is_that_of_ppo_policy_loss_in_value_gradient_and_statistics"
 UPDATE = "test_parity.py::test_an_update_equals_the_naive_ppo_in_float64"
 FLIGHT = "test_scripts.py::test_before_the_first_update_ratio_is_one_and_kl_is_zero"  # stopped by the pre-flight
@@ -304,4 +304,27 @@ MUTATIONS = [
     M("rouge_with_stemmer", "T55, alignment-lab sft_eval.py", "nanorlhf/evaluation/metrics.py",
       "rouge_rows_stemmed if stemmer else rouge_rows,", "rouge_rows_stemmed,",
       "test_metrics.py::test_rouge_has_no_stemmer"),
+
+    # --- the other methods (experiments/)
+    M("dpo_without_reference", "detail 19", METHODS, "beta * (logprobs - ref_logprobs)", "beta * logprobs",
+      "test_methods.py::test_golden_dpo_loss_and_implicit_rewards"),
+    M("dpo_one_token_late", "detail 19", "experiments/train_dpo.py", "np.arange(start + q - 1, end - 1)",
+      "np.arange(start + q, end - 1)",
+      "test_methods.py::test_the_logprob_of_a_summary_is_the_sum_over_its_tokens_and_no_others"),
+    M("baseline_with_itself", "RLOO", METHODS, "(groups.sum(1, keepdim=True) - groups) / (K - 1)",
+      "groups.mean(1, keepdim=True)", "test_methods.py::test_golden_leave_one_out_advantages"),
+    M("deviation_of_the_batch", "GRPO", METHODS, "groups.std(1, keepdim=True)", "groups.std()",
+      "test_methods.py::test_the_advantages_of_a_query_know_nothing_of_the_others_and_add_up_to_zero[grpo"),
+    M("groups_interleaved", "RLOO", "experiments/train_rloo.py", "cfg.seed, update).repeat(K)",
+      "cfg.seed, update).tolist() * K",
+      "test_method_scripts.py::test_the_k_responses_to_a_post_differ_and_stand_together"),
+    M("k3_of_the_reversed_ratio", "k3", METHODS, "torch.exp(-x) - 1 + x", "torch.exp(x) - 1 - x",
+      "test_methods.py::test_golden_k3"),
+    M("kl_after_eos_in_the_loss", "T38", METHODS, "torch.where(mask, ref_logprobs, 0.0)", "ref_logprobs",
+      "test_methods.py::test_what_follows_eos_reaches_neither_loss_nor_gradient"),
+    M("ensemble_of_the_highest", "ensembles", "nanorlhf/ensemble.py", "scores.amin(dim=1)", "scores.amax(dim=1)",
+      "test_methods.py::test_golden_combinations_of_scores"),
+    M("the_opponent_is_one_of_the_n", "best of n", METHODS, "rank_weights(M - 1, n)[np.minimum(i - (j < i), M - 2)]",
+      "rank_weights(M, n)[i]",
+      "test_methods.py::test_a_win_rate_is_the_mean_over_all_opponents_and_all_subsets_of_the_others"),
 ]  # fmt: skip

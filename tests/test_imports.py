@@ -83,7 +83,8 @@ def test_a_model_loads_without_torchs_compiler():
 
 # The house, from the ground up. A file imports from its own floor and from those below it; files on one floor may use
 # one another, but never in a circle.
-LESSON = {"llama", "attention", "packing", "pairs", "models", "ensemble", "decoder", "rollout", "losses", "ppo", "optim"}
+LESSON = {"llama", "attention", "packing", "pairs", "models", "ensemble"}
+LESSON |= {"decoder", "rollout", "losses", "ppo", "optim"}
 FLOORS = ["kernels", "errors", "data", "lesson", "storage", "run", "evaluation", "monitoring", "tiny", "scripts"]
 ASK_THE_TINY_WORLD = {  # for its data and its truth, where they are wanted
     ("nanorlhf.run.inputs", "nanorlhf.tiny.data"),

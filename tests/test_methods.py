@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -175,7 +176,8 @@ def test_the_loss_and_its_gradient_are_those_of_a_naive_loop_in_float64(algorith
         total, kls = total - weight * surrogate, kls + weight * (log_ratio.exp() - log_ratio - 1)
     (total + kl_coef * kls).backward()
     assert clipped  # the case is there
-    assert policy_part.item() == pytest.approx(total.item(), abs=1e-6) and kl.item() == pytest.approx(kls.item(), abs=1e-6)
+    assert policy_part.item() == pytest.approx(total.item(), abs=1e-6)
+    assert kl.item() == pytest.approx(kls.item(), abs=1e-6)
     torch.testing.assert_close(b.new_logprobs.grad, new.grad.float(), atol=1e-6, rtol=1e-5)
 
 
@@ -236,8 +238,6 @@ def test_the_dpo_loss_is_that_of_trl():
 
 def up_to_the_loss(function, *arguments) -> torch.Tensor:
     """The local `loss` of a method of TRL's at the line where it begins to log, for which the stub has no means."""
-    import sys
-
     found = {}
 
     def watch(frame, event, _):

@@ -32,6 +32,8 @@ def logged(tmp_path_factory, world, models):
         patch.chdir(tmp_path_factory.mktemp("metrics"))
         patch.setattr(monitor, "mfu", lambda *_: 0.4)  # as on a GPU whose peak is known
         for script, more in MORE.items():
+            if script == "train_ppo":  # two reward models: what one more logs is on
+                more += f" --reward_model {models[script].split('--reward_model ')[1]}"
             folder = run(script, world, f"{models[script]} {more}")
             found[f"{script}.py"] = {name for row in read_metrics(folder) for name in row}
         words = models["train_ppo"].split()

@@ -27,7 +27,7 @@ def log_update(
     when the update began, had sampled, had scored and had learned
     """
     cfg, e, (lr, critic_lr), (began, rolled_out, scored, learned) = run.cfg, episode, rates, times
-    R, warming = cfg.response_length, update < cfg.critic_warmup
+    R, K, warming = cfg.response_length, len(cfg.reward_model), update < cfg.critic_warmup
     queries = [sequence[:-R] for sequence in e.sequences]
     finished = [query + sequence[len(query) : len(query) + summary.tokens]
                 for query, sequence, summary in zip(queries, e.sequences, summaries, strict=True)]  # fmt: skip
@@ -41,9 +41,8 @@ def log_update(
         | {"lr": lr, "critic_lr": critic_lr, "episode": (update + 1) * cfg.batch_size}
         | {"time/rollout": rolled_out - began, "time/score": scored - rolled_out, "time/learn": learned - scored}
         | monitor.speed(
-            policy.config, e.sequences, finished, R, cfg.num_ppo_epochs, learned - began, run.device, warming,
-            len(cfg.reward_model),
-        )  # fmt: skip
+            policy.config, e.sequences, finished, R, cfg.num_ppo_epochs, learned - began, run.device, warming, K
+        )
         | (monitor.diversity(policy, tokenizer, queries, R, cfg.temperature, cfg.seed) if look else {})
         | checked
     )
