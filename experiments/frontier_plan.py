@@ -91,7 +91,7 @@ def ppo(kl_coef: float, seed: int) -> Run:
 
 def long(kl_coef: float, seed: int) -> Run:
     flags = "train_ppo.py", LONG, f"--kl_coef {kl_coef:g}", *inputs(seed)
-    return trained("ppo", f"long, kl {kl_coef:g}", seed, 120, *flags)
+    return trained("ppo", f"long, kl {kl_coef:g}", seed, 130, *flags)
 
 
 def best_of_n(seed: int) -> Run:
@@ -103,7 +103,7 @@ def best_of_n(seed: int) -> Run:
 
 def dpo(beta: float, seed: int) -> Run:
     flags = "-m experiments.train_dpo", f"--beta {beta:g} --save_every 0 --sft_model", final(f"fr_sft{seed}")
-    return trained("dpo", f"beta {beta:g}", seed, 120, *flags)
+    return trained("dpo", f"beta {beta:g}", seed, 130, *flags)
 
 
 def group(algorithm: str, kl_coef: float, seed: int) -> Run:
@@ -155,7 +155,7 @@ def plan() -> list[Run]:
         partial(ppo, 0.15),
         partial(ppo, 0.0),
         best_of_n,
-        partial(dpo, 0.1),
+        partial(dpo, 0.5),
         partial(group, "rloo", 0.15),
         partial(group, "grpo", 0.15),
         partial(long, 0.0),
@@ -163,12 +163,12 @@ def plan() -> list[Run]:
         partial(ppo, 0.05),
         partial(second_round, 0.05),
     ]
-    second = [partial(dpo, 0.03), partial(group, "rloo", 0.05), partial(group, "grpo", 0.05)]
+    second = [partial(dpo, 0.25), partial(group, "rloo", 0.05), partial(group, "grpo", 0.05)]
     details = [partial(detail, which) for which in SWITCHES]
     third = [
         partial(ppo, 0.5),
         partial(ppo, 0.02),
-        partial(dpo, 0.3),
+        partial(dpo, 1.0),
         partial(second_round, 0.05, own=False),
         partial(ensemble, "mean", 0.0),
         partial(ensemble, "mean_minus_std", 0.0),

@@ -228,9 +228,9 @@ def test_one_seed_is_never_called_a_difference():
 
 
 def test_what_was_not_run_is_named():
-    runs = [run for run in plan() if (run.method, run.strength) != ("dpo", "beta 0.1")]
-    rows = [{"run": run.name} for run in runs] + [{"run": "dpo beta 0.1 2"}]
-    assert frontier_report.not_run(rows) == "- dpo, beta 0.1: seeds 1, 3"
+    runs = [run for run in plan() if (run.method, run.strength) != ("dpo", "beta 0.5")]
+    rows = [{"run": run.name} for run in runs] + [{"run": "dpo beta 0.5 2"}]
+    assert frontier_report.not_run(rows) == "- dpo, beta 0.5: seeds 1, 3"
     assert frontier_report.not_run([{"run": run.name} for run in plan()]).startswith("Nothing")
 
 
