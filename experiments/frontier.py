@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from experiments import frontier_plan
 from experiments.frontier_plan import Run, Step, plan
 from nanorlhf.errors import one_sentence
 from nanorlhf.storage.jsonl import append, read_jsonl
@@ -86,7 +87,7 @@ def perform(run: Run, commit: str) -> list[dict] | None:
     rows = measure(run)
     spent = {"seconds": round(trained - began), "measure_seconds": round(time.monotonic() - trained)}
     about = {"run": run.name, "part": run.part, "method": run.method, "seed": run.seed}
-    about |= {"command": " ".join(run.steps[-1].words), "commit": commit} | spent
+    about |= {"command": " ".join(run.steps[-1].words) if run.steps else "", "commit": commit} | spent
     return [about | row for row in rows]
 
 
@@ -102,14 +103,13 @@ def measure(run: Run) -> list[dict]:
     from nanorlhf.run.inputs import find_data
 
     posts = load_posts(find_data(None, "tiny")[0], "test")[:POSTS]
-    sft = Path("runs") / f"fr_sft{run.seed}" / "final"
+    sft, first = frontier_plan.sft(run.seed), frontier_plan.rm(run.seed)
     theirs = m.judged(sft, run.reward_model, posts, noise=run.seed)
     if run.policy is None:
         return m.best_of_n(Path("runs") / run.steps[-1].name, theirs, posts, run.seed)
     noise = zlib.crc32(run.name.encode())  # every policy has noise of its own
     ours = m.judged(run.policy, run.reward_model, posts, noise=noise)
     row = m.against(ours, theirs, seed=run.seed) | m.distance(run.policy, sft, posts, noise)
-    first = Path("runs") / f"fr_rm{run.seed}" / "final"
     if run.reward_model != first:  # what the model of the first round says of the same texts
         sides = (m.judged(run.policy, first, posts, noise), m.judged(sft, first, posts, run.seed))
         old = m.against(*sides, seed=run.seed)
