@@ -38,11 +38,17 @@ NEW_HEAD = '__import__("nanorlhf.models").models.reward_model_from(policy, cfg.s
 SWITCHES = (
     Switch("no_advantage_whitening", "25", "advantages are whitened", "raw advantages", lines=(
         (TRAIN, "advantages = ppo.masked_whiten(raw_advantages, action_mask)", "advantages = raw_advantages"),)),
-    Switch("reward_whitening", "24", "rewards are not whitened", "`--whiten_rewards`", flags="--whiten_rewards"),
-    Switch("no_value_clipping", "20", "values are clipped at 0.2", "`--cliprange_value 1000`",
-           flags="--cliprange_value 1000"),
     Switch("new_critic", "22", "the critic starts as the reward model", "SFT's trunk and a new head", lines=(
         (TRAIN, "critic = critic_from(reward_models[0])", f"critic = critic_from({NEW_HEAD})"),)),
+    Switch("temperature_in_sampling_only", "20", "every log-prob is at 0.7", "sampled at 0.7, log-probs at 1", lines=(
+        (TRAIN, "R, T = responses.shape[1], cfg.temperature", "R, T = responses.shape[1], 1.0"),
+        (TRAIN, "mask / actions, cfg.temperature, cfg.cliprange", "mask / actions, 1.0, cfg.cliprange"))),
+    Switch("one_step", "20", "4 steps on each batch", "one: `--num_minibatches 1`", flags="--num_minibatches 1"),
+    Switch("constant_lr", "20", "the rates fall linearly to 0", "`--lr_schedule constant`",
+           flags="--lr_schedule constant"),
+    Switch("no_value_clipping", "20", "values are clipped at 0.2", "`--cliprange_value 1000`",
+           flags="--cliprange_value 1000"),
+    Switch("reward_whitening", "24", "rewards are not whitened", "`--whiten_rewards`", flags="--whiten_rewards"),
     Switch("score_at_eos", "23", "the score comes one step after EOS", "at EOS", lines=(
         (PPO, "slot = (last_token(responses, eos_id) + 1)", "slot = last_token(responses, eos_id)"),)),
     Switch("no_missing_eos_rule", "23.3", "no EOS: the score is -1", "the reward model's score", lines=(
@@ -50,12 +56,6 @@ SWITCHES = (
          "scores = said.raw_scores"),)),
     Switch("no_shift", "15", "references score 0 on average", "scores as they are", lines=(
         (TRAIN, "critic = critic_from(", "reward_models[0].score_shift = 0.0; critic = critic_from("),)),
-    Switch("temperature_in_sampling_only", "20", "every log-prob is at 0.7", "sampled at 0.7, log-probs at 1", lines=(
-        (TRAIN, "R, T = responses.shape[1], cfg.temperature", "R, T = responses.shape[1], 1.0"),
-        (TRAIN, "mask / actions, cfg.temperature, cfg.cliprange", "mask / actions, 1.0, cfg.cliprange"))),
-    Switch("constant_lr", "20", "the rates fall linearly to 0", "`--lr_schedule constant`",
-           flags="--lr_schedule constant"),
-    Switch("one_step", "20", "4 steps on each batch", "one: `--num_minibatches 1`", flags="--num_minibatches 1"),
 )  # fmt: skip
 
 
