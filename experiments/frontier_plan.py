@@ -159,13 +159,13 @@ def plan() -> list[Run]:
     first = [
         nothing,
         partial(ppo, 0.15),
-        partial(ppo, 0.0),
         best_of_n,
-        partial(dpo, 0.5),
         partial(group, "rloo", 0.15),
         partial(group, "grpo", 0.15),
+        partial(dpo, 0.5),
         partial(long, 0.0),
         partial(ensemble, "min", 0.0),
+        partial(ppo, 0.0),
         partial(ppo, 0.05),
         partial(second_round, 0.05),
     ]
