@@ -265,7 +265,7 @@ def plan(cfg: Config, total_updates: int, mean_query: float) -> list[str]:
 def main(cfg: Config) -> None:
     total_updates = updates(cfg)
 
-    # 1. posts
+    # 1. posts (the walk's stations 1 and 2)
     data, data_from = find_data(cfg.data, cfg.preset)
     sft_folder, sft_from = find_model("sft", cfg.sft_model, "sft_model", cfg.preset)
     rm_folders, rm_from = find_models("rm", cfg.reward_model, "reward_model", cfg.preset)
@@ -285,7 +285,7 @@ def main(cfg: Config) -> None:
         queries, references = encode_posts(posts, tokenizer, cfg.max_query_length, run.progress)
         run.say(f"tokens  {length_report(queries, [references], R)}")
 
-        # 2. models
+        # 2. models (stations 3 and 4)
         policy = load_policy(sft_folder, run.device, run.dtype, tokenizer)
         reference = load_policy(sft_folder, run.device, run.dtype, tokenizer).requires_grad_(False)
         reward_models = [load_scalar(folder, run.device, run.dtype, tokenizer) for folder in rm_folders]
@@ -310,7 +310,7 @@ def main(cfg: Config) -> None:
             rates, warming = learning_rates(update, total_updates, cfg), update < cfg.critic_warmup
             began = now(run.device)
 
-            # 3. rollout
+            # 3. rollout (station 5)
             batch = batch_indices(len(queries), B, cfg.seed, update)  # (B,)
             batch_posts, batch_queries = [posts[i] for i in batch], [queries[i] for i in batch]
             run.at(update + 1, [post.id for post in batch_posts])
@@ -319,7 +319,7 @@ def main(cfg: Config) -> None:
             summaries = read_responses(tokenizer, responses)
             rolled_out = now(run.device)
 
-            # 4. score
+            # 4. score (stations 6 and 7)
             sequences = [query + response for query, response in zip(batch_queries, responses.tolist(), strict=True)]
             finished = [s[: len(s) - R + summary.tokens] for s, summary in zip(sequences, summaries, strict=True)]
             said = score(*models, sequences, finished, responses, cfg)
@@ -328,7 +328,7 @@ def main(cfg: Config) -> None:
             )
             scored = now(run.device)
 
-            # 5. rewards and advantages
+            # 5. rewards and advantages (stations 8 to 10)
             action_mask, value_mask = ppo.action_mask(responses, eos_id), ppo.value_mask(responses, eos_id)  # (B, R)
             scores = ppo.apply_missing_eos(said.raw_scores, responses, eos_id, cfg.missing_eos_score)  # (B,)
             kl = torch.where(action_mask, said.logprobs - said.ref_logprobs, 0.0)  # (B, R), k1: a token's may be < 0
@@ -350,7 +350,7 @@ def main(cfg: Config) -> None:
                     run, update, models, frozen, episode, said, sampled_logprobs, queries, references, tokenizer
                 )
 
-            # 6. learn: K passes, an optimizer step a minibatch
+            # 6. learn: K passes, an optimizer step a minibatch (stations 11 to 14)
             totals = defaultdict(float)  # sums over the steps
             for epoch in range(cfg.num_ppo_epochs):
                 order = np.random.default_rng([cfg.seed, update, epoch]).permutation(B)

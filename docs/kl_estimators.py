@@ -25,10 +25,9 @@ book = Book(ROOT / "docs" / "kl_estimators.py", "KL estimators")
 # %% [markdown]
 # # KL estimators: k1, k2, k3, the exact one, and where to put them
 #
-# "Why is my KL negative?" "Which estimator should I use?" "In the reward or in the loss?" Four answers with the numbers
-# of a real policy (the embedded PPO checkpoint) against its reference (SFT), made by `python -m docs.walk`. It
-# belongs to
-# [station 7 of the walk](walk.md#7-score-and-kl).
+# "Why is my KL negative?" "Which estimator should I use?" "In the reward or in the loss?" Four answers with the
+# numbers of a real policy (the embedded PPO checkpoint) against its reference (SFT), made by `python -m docs.walk`.
+# It belongs to [station 7 of the walk](walk.md#7-score-and-kl).
 #
 # p is the policy, q the reference, both at the sampling temperature; a token x is drawn from p, and r = q(x) / p(x).
 #
@@ -67,8 +66,8 @@ assert torch.allclose(exact.float(), kl_reference(z, x, labels, T)[0].float(), a
 # %% [markdown]
 # ## How good is one token's number?
 #
-# No sampling is needed to say: with the whole distribution at hand, mean and deviation over the draw of x are sums over
-# the vocabulary, for each state of the batch.
+# No sampling is needed to say: with the whole distribution at hand, mean and deviation over the draw of x are sums
+# over the vocabulary, for each state of the batch.
 
 # %%
 mean = {name: (p * k).sum(-1) for name, k in estimators.items()}  # (M,): expectation at each state
@@ -76,14 +75,14 @@ variance = {name: (p * (k - mean[name][:, None]) ** 2).sum(-1) for name, k in es
 drawn = {name: k.gather(1, labels[:, None])[:, 0] for name, k in estimators.items()}  # (M,)
 book.code(kl_reference)
 book.table(
-    ["", "mean a token", "bias", "deviation of one token's", "below 0 among those drawn", "batch: a response"],
+    ["", "mean a token", "bias", "deviation of one token's", "below -0.0005 among those drawn", "batch: a response"],
     [
         [name, fixed(mean[name].mean(), 4), fixed((mean[name] - exact).mean(), 4), fixed(variance[name].mean().sqrt(), 3),
          f"{(drawn[name] < -0.0005).double().mean():.0%}", fixed(drawn[name].sum() / B)]
         for name in estimators
     ]
     + [["exact", fixed(exact.mean(), 4), "0", "0", "0%", fixed(exact.sum() / B)]],
-    note=f"{int(mask.sum())} states of {B} responses; in nats. The last column is what a run would log from this one batch.",
+    note=f"{int(mask.sum())} states of {B} responses; in nats. Deviation: root of the mean variance. The last column is what a run would log from this one batch.",
 )  # fmt: skip
 lowest = min(("k1", "k2", "k3"), key=lambda name: variance[name].mean().item())
 book.say(
@@ -91,7 +90,7 @@ book.say(
       models are close.
     - **The smallest deviation here is that of {lowest}.** k3 can only win where r stays moderate: where the policy has left a token that
       the reference likes, r is huge when it is drawn.
-    - **A negative k1 is normal**, as the column says; a negative mean over a large batch is not, and an exact KL below 0 is always a bug."""
+    - **A negative k1 is normal**, as the column says (more are below 0 by less); a negative mean over a large batch is not, and an exact KL below 0 is always a bug."""
 )
 
 # %%
@@ -110,8 +109,7 @@ book.table(
 # The penalty that is wanted has the gradient of KL(p || q). With g = d log p(x) / d z, z the logits:
 #
 # **In the reward** (the paper, `train_ppo.py`) the number is a constant that makes the drawn token better or worse,
-# and the policy
-# gradient multiplies it with g. At the state where it is paid this gives, on average over the draw,
+# and the policy gradient multiplies it with g. At the state where it is paid this gives, on average over the draw,
 #
 # ```
 # k1      E[k1 g]     = gradient of KL(p || q)                          the one that was wanted
@@ -120,12 +118,11 @@ book.table(
 # ```
 #
 # And the return carries it back in time: with any of them, earlier tokens pay for the states that they lead to. With
-# the
-# exact KL (`--kl_estimator full`) that is all; the divergence at the token's own state is charged to those before it.
+# the exact KL (`--kl_estimator full`) that is all; the divergence at the token's own state is charged to those before
+# it.
 #
 # **In the loss** (GRPO and others) the estimator itself is differentiated at the drawn token, which is another
-# question (Tang and
-# Munos 2025, [arXiv 2506.09477](https://arxiv.org/abs/2506.09477)):
+# question (Tang and Munos 2025, [arXiv 2506.09477](https://arxiv.org/abs/2506.09477)):
 #
 # ```
 # k1      E[g]                     = 0                          no penalty at all, only noise
@@ -136,7 +133,8 @@ book.table(
 #
 # And nothing is carried back: each token pays for its own state alone.
 #
-# Below all of these by autograd, at the state of the batch where the wanted gradient is largest.
+# Below all of these by autograd, at the state of the batch where the wanted gradient is largest; and their cosine
+# with the wanted one, at this state and over all states of the batch.
 
 # %%
 steepness = (p * (-log_r - exact[:, None])).norm(dim=-1) / T  # (M,): norm of the gradient of KL(p || q), by hand
@@ -174,6 +172,25 @@ claims = [
     (loss["k1"], 0 * wanted), (loss["k2"], wanted), (loss["k3"], other),
 ]  # fmt: skip
 assert all(torch.allclose(found, claimed, atol=1e-9) for found, claimed in claims)
+
+
+def over_batch(k: torch.Tensor) -> torch.Tensor:
+    """(M, V): what `in_reward` gives for each state, by hand: p (k - its mean) / T. k (M, V)."""
+    return p * (k - (p * k).sum(-1, keepdim=True)) / T
+
+
+q = logq.exp()
+wanted_batch, other_batch = over_batch(-log_r), (p - q) / T  # gradients of KL(p || q) and of KL(q || p), (M, V)
+assert torch.allclose(wanted_batch[state], wanted) and torch.allclose(other_batch[state], other)
+batch = {f"{name} in the reward": over_batch(k) for name, k in estimators.items()}
+batch |= {"k2 in the loss": wanted_batch, "k3 in the loss": other_batch, "exact in the loss": wanted_batch}
+batch["**wanted**"] = wanted_batch
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> str:
+    return fixed((a * b).sum() / (a.norm() * b.norm()), 2)
+
+
 most = wanted.abs().topk(3).indices.tolist()
 pieces = [tokenizer.decode([i]).replace(" ", "␣") if i != tokenizer.eos_id else "<EOS>" for i in most]
 every = {"**wanted**": wanted}
@@ -181,18 +198,20 @@ every |= {f"{name} in the reward": g for name, g in reward.items()} | {
     f"{name} in the loss": g for name, g in loss.items()
 }
 book.table(
-    ["", *(f"by the logit of `{piece}`" for piece in pieces), "norm", "cosine with the wanted one"],
+    ["", *(f"by the logit of `{piece}`" for piece in pieces), "norm", "cosine", "over the batch"],
     [
         [
             name,
             *row(g[most]),
             fixed(g.norm()),
-            fixed(g @ wanted / (g.norm() * wanted.norm()), 2) if g.norm() > 1e-9 else "",
+            cosine(g, wanted) if g.norm() > 1e-9 else "",
+            cosine(batch[name], wanted_batch) if name in batch else "",
         ]
         for name, g in every.items()
     ]
-    + [["p", *row(p[state, most]), "", ""], ["q", *row(logq[state, most].exp()), "", ""]],
-    note=f"The exact KL of this state is {fixed(exact[state])} nats.",
+    + [["p", *row(p[state, most]), "", "", ""], ["q", *row(q[state, most]), "", "", ""]],
+    note=f"The exact KL of this state is {fixed(exact[state])} nats. Where two tokens hold nearly all of p and q, as here, every gradient "
+    "lies on one line, and a cosine of 1 says little; that over the batch tells.",
 )
 book.say(
     """So: **in the reward, k1**, as in the paper: the only one with the whole gradient, at the token's own state and at those
@@ -208,7 +227,7 @@ book.question(
     "kl_of_reference_to_policy",
     "A log-ratio is written the wrong way round. Which of k1, k2, k3 and the exact KL could tell?",
     Table(
-        ["mean a token", "as it should be", "log-ratio inverted"],
+        ["mean over the drawn tokens", "as it should be", "log-ratio inverted"],
         [
             ["k1", fixed(drawn["k1"].mean(), 4), fixed(-drawn["k1"].mean(), 4)],
             ["k2", fixed(drawn["k2"].mean(), 4), fixed(drawn["k2"].mean(), 4)],

@@ -31,7 +31,7 @@ from docs.walking.numbers import digits, fixed, row, total
 from kernels import linear_cross_entropy
 from kernels.kl import kl_reference
 from kernels.linear import linear_fp32
-from kernels.linear_ppo_loss import clipped_loss
+from kernels.linear_ppo_loss import _loss_rows
 from kernels.sample_head import sample
 from nanorlhf import losses, ppo
 from nanorlhf.data import tldr
@@ -51,6 +51,7 @@ PAPER = ["--num_ppo_epochs", "4", "--num_minibatches", "1"]  # as in the paper, 
 cfg = parse(train_ppo.Config, train_ppo.PRESETS, train_ppo.__doc__, ["--preset", "tiny", *PAPER])
 R, T = cfg.response_length, cfg.temperature
 FAULTS = {mutation.name: mutation for mutation in MUTATIONS}
+interpreter = fused.start()  # for station 12
 
 
 def shown(token: int) -> str:
@@ -67,18 +68,17 @@ def quoted(tokens: list[int]) -> str:
 # %% [markdown]
 # # The walk: one post from text to gradient
 #
-# One real post goes through everything that RLHF with PPO does to it: tokens, supervised fine-tuning, reward model,
-# rollout, rewards, advantages, loss, gradient, one step of the optimizer. Every number below was computed by the code
-# shown beside it; none was typed. `python -m docs.walk` makes these pages again, and a test compares.
+# One post of the [tiny world](tiny_world.md), a small Reddit whose truth is known, goes through everything that RLHF
+# with PPO does to it: tokens, supervised fine-tuning, reward model, rollout, rewards, advantages, loss, gradient, one
+# step of the optimizer. Every number in the tables and answers below was computed as the page was made, by the
+# functions shown beside them. `python -m docs.walk` makes these pages again, and a test compares.
 #
 # Three forms of the same page: [walk.md](walk.md), walk.html (open it from a clone: point at a token and it lights up
-# at
-# every station), and [walk.ipynb](walk.ipynb), to change things and see.
+# at every station), and [walk.ipynb](walk.ipynb), to change things and see.
 #
 # **Where we are in training.** The policy is the embedded PPO checkpoint, so it differs from its reference, the SFT
-# model,
-# and KL is not zero. The critic is as new as in the first update of `train_ppo.py`: it *is* the reward model, and has
-# learned nothing about unfinished summaries yet. The walk then makes one update with a small batch.
+# model, and KL is not zero. The critic is as new as in the first update of `train_ppo.py`: it *is* the reward model,
+# and has learned nothing about unfinished summaries yet. The walk then makes one update with a small batch.
 #
 # | step of [train_ppo.py](../train_ppo.py) | stations |
 # |---|---|
@@ -90,7 +90,8 @@ def quoted(tokens: list[int]) -> str:
 # | 6. learn | [11](#11-ratio-clip-and-loss), [12](#12-the-gradient-by-hand), [13](#13-one-step-of-adamw), [14](#14-the-clipped-objective) |
 #
 # Dimensions: B sequences, N packed tokens, R response tokens, V vocabulary. L is the index of a response's first EOS.
-# Details in brackets are the paper's ([the ledger](details.md)); L + 1 and the like are explained where they come up.
+# Details in brackets are the paper's, U for the steps of its code ([the ledger](details.md)); L + 1 and the like are
+# explained where they come up.
 
 # %%
 tokenizer = load_tokenizer(EMBEDDED / "sft")
@@ -119,11 +120,10 @@ book.figure("walk_pipeline", figures.pipeline(shapes), "The four models of PPO a
 # %% [markdown]
 # ## 1. Text becomes ids
 #
-# A post is put into a fixed frame that ends in `TL;DR:` without a space; the space belongs to the response [details
-# 2.1,
-# 2.3, 3]. BOS opens the query and EOS, a token of its own, closes the response. Ids are joined as they are and never
-# decoded and encoded again. A query over the limit loses the end of its *post*, never its title or its `TL;DR:` [detail
-# 2.2].
+# A post is put into a fixed frame that ends in `TL;DR:` without a space; the space belongs to the response
+# [details 2.1, 2.3, 3]. BOS (beginning of sequence) opens the query, and EOS (end of sequence) closes the response. PAD, which
+# fills up rows in other code, is not needed here. Ids are joined as they are and never decoded and encoded again. A
+# query over the limit loses the end of its *post*, never its title or its `TL;DR:` [detail 2.2].
 
 # %%
 reference_response = tldr.encode_response(tokenizer, post.summary)
@@ -182,10 +182,11 @@ book.question(
 # ## 2. Many posts, one row
 #
 # Sequences of different lengths are put one after the other into a single row: no padding, so no padding bugs.
-# Positions
-# restart at 0, and `cu_seqlens` tells attention where it may not look across [detail 5: the paper pads instead; the
-# results are the same]. What must be right here is the shift by one: the hidden state that *predicts* response token t
-# is that of the token before it.
+# Positions restart at 0, and `cu_seqlens` tells attention where it may not look across [detail 5: the paper pads
+# instead; the results are the same]. What must be right here is the shift by one: the hidden state that *predicts*
+# response token t is that of the token before it.
+#
+# *Our response* is what the policy will write in station 5; it is here already to show where its tokens stand.
 
 # %%
 two = [queries[0] + responses[0].tolist(), query + response.tolist()] if mine else [query + response.tolist(),
@@ -239,15 +240,16 @@ book.question(
 # ## 3. Supervised fine-tuning: the next token
 #
 # The base model becomes the SFT model by predicting each next token of query and summary [detail 9]. The loss of a
-# sequence is the mean of `-log p` over its tokens; with p the softmax of the logits z, its gradient is the simplest of
-# the three we shall meet:
+# sequence is the mean of `-log p` over its tokens; with p the softmax of the logits z, its gradient is the simplest
+# of the three we shall meet:
 #
 # ```
-# d loss / d z_label = w (p_label - 1)        w: the token's weight, 1 / (labels of the sequence x sequences)
+# d loss / d z_label = w (p_label - 1)
 # d loss / d z_other = w p_other
 # ```
 #
-# It pushes the label's logit up by what is missing to 1 and all others down by their own share.
+# w is the token's weight: 1 / (labels of the sequence x sequences). It pushes the label's logit up by what is missing
+# to 1 and all others down by their own share.
 
 # %%
 one = pack([query + reference_response])
@@ -270,7 +272,7 @@ p = logits.detach().softmax(-1).gather(1, labels[:, None])[:, 0]  # (N,) of the 
 first = len(query) - 1  # the row that predicts the first token of the summary
 book.code(losses.next_token_labels, losses.sequence_mean_weights)
 book.table(
-    ["label", "p of the label", "by hand: w (p - 1)", "autograd"],
+    ["label", "p of the label", "by hand: w (p - 1)", "by autograd"],
     [
         [
             f"`{shown(labels[i].item())}`",
@@ -298,11 +300,13 @@ book.question(
 # %% [markdown]
 # ## 4. The reward model: one number
 #
-# The SFT model's trunk with a linear head, read at EOS [details 10 to 12]. It learns from pairs: with the margin
-# d = score of the chosen - score of the rejected summary, the loss is `-log sigmoid(d)`, and
+# The SFT model without its output layer and with a linear one that gives one number, read at EOS [details 10 to 12].
+# It learns from pairs of summaries of one post, of which a person (here a simulated annotator) chose one: with the
+# margin d = score of the chosen - score of the rejected summary, the loss is `-log sigmoid(d)`, and
 #
 # ```
-# d loss / d chosen score = sigmoid(d) - 1        d loss / d rejected score = 1 - sigmoid(d)
+# d loss / d chosen score   = sigmoid(d) - 1
+# d loss / d rejected score = 1 - sigmoid(d)
 # ```
 #
 # The same shape as before: what is missing to certainty. Only the difference counts, so the zero of the scores is
@@ -319,7 +323,7 @@ losses.bradley_terry_loss(leaf[:1], leaf[1:]).backward()
 sigma = torch.sigmoid(pair_scores[0] - pair_scores[1]).item()
 book.code(losses.bradley_terry_loss, ScalarModel.last_scores)
 book.table(
-    ["", "head", "minus the shift: score", "by hand", "autograd", "summary"],
+    ["", "head", "minus the shift: score", "d loss / d score by hand", "by autograd", "summary"],
     [
         [
             who,
@@ -361,9 +365,8 @@ book.question(
 #
 # The policy writes R tokens for each query, whether it has stopped or not, at temperature T: logits are divided by T
 # before the softmax, nothing is cut off and nothing forbidden [detail 23.1]. A token is drawn with one uniform number
-# u.
-# Put the probabilities of the whole vocabulary end to end, in the order of the ids; the token whose stretch holds u is
-# it. u depends on (seed, episode, t) alone, so that a rollout can be repeated.
+# u. Put the probabilities of the whole vocabulary end to end, in the order of the ids; the token whose stretch holds
+# u is it. u depends on (seed, episode, t) alone, so that a rollout can be repeated.
 
 # %%
 u = uniforms(cfg.seed, list(range(B)), R)  # (B, R)
@@ -398,11 +401,17 @@ book.say(
 # %%
 with planted(FAULTS["top_p_inherited"]):
     narrow, narrow_logprobs = generate(policy, queries, R, T, seed=cfg.seed)
+with torch.no_grad():
+    _, narrow_entropy = policy.response_logprobs(
+        pack([q + r for q, r in zip(queries, narrow.tolist(), strict=True)]), narrow, T
+    )
+narrow_mask = ppo.action_mask(narrow, tokenizer.eos_id)
 differ = (narrow != responses)[action_mask].float().mean().item()
 book.question(
     "top_p_inherited",
-    """The sampler inherits a `top_p` from some default: here u only reaches over the first 0.9 of the row of stretches. The
-    log-probs that it reports are still those of the full softmax. Which numbers give it away?""",
+    """The sampler inherits a `top_p` from some default. Real top-p cuts off the *least likely* tokens; our fault of one line, cruder,
+    cuts off those at the end of the row: u only reaches over its first 0.9. The log-probs that it reports are still those of the
+    full softmax. Which numbers give it away?""",
     Table(
         ["over the batch", "as it should be", "with the fault"],
         [
@@ -410,22 +419,29 @@ book.question(
             [
                 "mean log-prob of a drawn token",
                 fixed(sampled_logprobs[action_mask].mean()),
-                fixed(narrow_logprobs[ppo.action_mask(narrow, tokenizer.eos_id)].mean()),
+                fixed(narrow_logprobs[narrow_mask].mean()),
             ],
-            ["minus mean entropy, its expectation", fixed(-entropy[action_mask].mean()), ""],
+            [
+                "minus mean entropy, its expectation",
+                fixed(-entropy[action_mask].mean()),
+                fixed(-narrow_entropy[narrow_mask].mean()),
+            ],
         ],
     ),  # fmt: skip
-    """No log-prob is wrong, so ratio and approxkl stay perfect. But the tokens are no longer drawn from the distribution
-    that the log-probs describe, so k1, an average over draws, no longer estimates the KL. [What to look for](bugs.md).""",
+    """A drawn token's log-prob is minus the entropy on average: the two lines should agree up to noise. With the fault the
+    drawn tokens are likelier than they should be. No log-prob is wrong, so nothing of station 11 shows it; but what is
+    averaged over draws, as the KL of station 7, is not what it claims to be. [What to look for](bugs.md).""",
 )
 
 # %% [markdown]
 # ## 6. What counts: the masks
 #
+# The critic guesses at each token how much reward is still to come: the *value* V. The *advantage* (station 9) is how
+# much better it went than that guess, and the policy makes tokens with a positive one likelier.
+#
 # The policy answers for its tokens up to and with the first EOS: `action_mask`, t <= L. Values are trained one state
 # further, t <= L + 1, because value t belongs to the state *before* token t: value L + 1 is that of the finished
-# response.
-# Masks come from EOS, never from PAD [details 23.2 and U5].
+# response. Masks come from EOS, never from PAD [details 23.2 and U5].
 
 # %%
 slots = torch.arange(R) == min(L + 1, R - 1)
@@ -462,12 +478,11 @@ book.question(
 # %% [markdown]
 # ## 7. Score and KL
 #
-# Four models look at the same response. The reward model reads it up to EOS and gives one score; a response without EOS
-# gets -1 in its place [detail 23.3]. Policy and reference give each token a log-prob, both at temperature T. Their
-# difference on the token that was drawn is `k1`: a sample of the KL divergence between the two models, right on average
-# and noisy, below 0 whenever the reference likes the token more. The exact KL, over the whole vocabulary, is never
-# below 0. More
-# on its estimators: [kl_estimators.md](kl_estimators.md).
+# Four models look at the same response. The reward model reads it up to EOS and gives one score; a response without
+# EOS gets -1 in its place [detail 23.3]. Policy and reference give each token a log-prob, both at temperature T.
+# Their difference on the token that was drawn is `k1`: a sample of the KL divergence between the two models, right on
+# average and noisy, below 0 whenever the reference likes the token more. The exact KL, over the whole vocabulary, is
+# never below 0. More on its estimators: [kl_estimators.md](kl_estimators.md).
 
 # %%
 finished = [s[: len(s) - R + int(end) + 1] for s, end in zip(everything, last, strict=True)]
@@ -502,7 +517,7 @@ book.table(
     ],
     [*actions, None],
     note=f"Mean of the sums over the batch: k1 {fixed(kl.sum(1).mean())}, exact {fixed(exact_kl.sum(1).mean())} nats a response. "
-    f"{int((kl[action_mask] < -0.0005).sum())} of {int(action_mask.sum())} k1 are below 0.",
+    f"{int((kl[action_mask] < -0.0005).sum())} of {int(action_mask.sum())} k1 are below -0.0005; more are below 0 by less.",
 )
 
 # %%
@@ -521,8 +536,8 @@ book.question(
 # %% [markdown]
 # ## 8. Rewards
 #
-# Each token pays `kl_coef` times its k1. The score is added once, at L + 1, one step *after* EOS: the state that it
-# belongs to, the finished response, has a value of its own [detail U6].
+# Each token pays `kl_coef` times its k1 (0.15 in this preset). The score is added once, at L + 1, one step *after*
+# EOS: the state that it belongs to, the finished response, has a value of its own [detail U6].
 
 # %%
 rewards = ppo.token_rewards(scores, kl, responses, tokenizer.eos_id, cfg.kl_coef)  # (B, R)
@@ -560,8 +575,8 @@ def moved(a: torch.Tensor, b: torch.Tensor) -> int:
 
 book.question(
     "score_at_eos",
-    f"""The score is put at EOS instead of one step after. Which rewards of our response move, and which of the {L + 2}
-    advantages? Then two more: the penalty has the wrong sign (`kl_sign`); the score is added to the whole row
+    f"""The score is put at EOS instead of one step after. Which rewards of our response move, and does the sum of the row? (And
+    which of the {L + 2} advantages: that is for when you have read station 9.) Then two more: the penalty has the wrong sign (`kl_sign`); the score is added to the whole row
     (`score_on_every_token`).""",
     Table(
         ["", "reward at L", "reward at L + 1", "sum of the row", "advantages that move", "advantage at L"],
@@ -585,18 +600,22 @@ book.question(
 # %% [markdown]
 # ## 9. Advantages
 #
-# How much better did it go than the critic thought? From the last slot backwards, with V of the next state in reach
-# (Schulman et al. 2016, eq. 16; gamma 1 and lambda 0.95 [detail 20]):
+# How much better did it go than the critic thought? That is computed from the last slot backwards (Schulman et al.
+# 2016, eq. 16; gamma 1 and lambda 0.95 [detail 20]):
 #
 # ```
 # delta_t = reward_t + gamma V_(t+1) - V_t
-# A_t     = delta_t + gamma lambda A_(t+1)          return_t = A_t + V_t, what the critic is trained towards
+# A_t     = delta_t + gamma lambda A_(t+1)
+# return_t = A_t + V_t
 # ```
 #
+# delta asks how much better one step went than the critic's two guesses around it; the return is what the critic is
+# trained towards. With lambda 0 only the next step and the critic's word for all the rest count; with lambda 1 only
+# what really happened; 0.95 lies between.
+#
 # The critic begins as the reward model, so V at L + 1 *is* the score, and the last delta is 0: an identity that the
-# pre-flight of `train_ppo.py` checks. At other tokens the reward model's output means nothing yet [detail 13], and
-# the first
-# advantages are mostly the critic's own errors.
+# pre-flight of `train_ppo.py`, its checks before the first step, looks at. At other tokens the reward model's output
+# means nothing yet [detail 13], and the first advantages are mostly the critic's own errors.
 
 # %%
 book.code(ppo.gae)
@@ -689,12 +708,13 @@ book.question(
 # ## 11. Ratio, clip and loss
 #
 # `ratio = exp(new log-prob - old log-prob)` says how much likelier the token has become since it was sampled. The
-# loss is
-# the mean over all actions of `max(-A ratio, -A clip(ratio, 0.8, 1.2))`: the clipped surrogate of Schulman et al.
-# 2017, eq. 7,
-# with a loss's sign. Before the first step the ratio is 1 everywhere, nothing is clipped, and the loss is minus the
-# mean
-# of the whitened advantages: 0. Its *gradient* is not.
+# loss is the mean over all actions of `max(-A ratio, -A clip(ratio, 0.8, 1.2))`: the clipped surrogate of Schulman et
+# al. 2017, eq. 7, with a loss's sign. Before the first step the ratio is 1 everywhere, nothing is clipped, and the
+# loss is minus the mean of the whitened advantages: 0. Its *gradient* is not.
+#
+# Two numbers say how far the policy has moved since it sampled: `clipfrac`, the share of tokens that the clip holds,
+# and `approxkl`, half the mean squared log-ratio. approxkl is between the policy before and after, and is not the KL
+# to the reference of station 7.
 
 # %%
 n = action_mask.sum()
@@ -744,15 +764,16 @@ book.question(
 # %% [markdown]
 # ## 12. The gradient by hand
 #
-# log p = z / T - log sum exp(z / T), so its derivative by the logit of the sampled token is (1 - p) / T. The chain rule
-# through the ratio gives, where the ratio is not clipped,
+# log p = z / T - log sum exp(z / T), so its derivative by the logit of the sampled token is (1 - p) / T. The chain
+# rule through the ratio gives, where the ratio is not clipped,
 #
 # ```
-# d loss / d z = -A ratio (1 - p) / (T n)           n: all actions of the minibatch
+# d loss / d z = -A ratio (1 - p) / (T n)
 # ```
 #
-# Read it: a good token (A > 0) gets its logit pushed up, less when it is nearly certain already. The Triton kernel
-# computes this while it still holds the logits, and never stores them.
+# with n all actions of the minibatch. Read it: a good token (A > 0) gets its logit pushed up, less when it is nearly
+# certain already. The Triton kernel computes loss and gradient in one go (it is *fused*), while it still holds the
+# logits: `grad`, in its last lines.
 
 # %%
 leaf = logits[: L + 1].clone().requires_grad_()  # (L+1, V): the logits before our actions
@@ -773,6 +794,7 @@ autograd = logit_gradient()
 A, p = advantages[mine, : L + 1], logprobs[mine, : L + 1].exp()
 by_hand = -A * (1 - p) / (T * n)
 kernel = fused.gradient_of_logits(
+    interpreter,
     logits[: L + 1],
     ours,
     logprobs[mine, : L + 1],
@@ -784,7 +806,7 @@ kernel = fused.gradient_of_logits(
 scale = by_hand.abs().max()
 assert (by_hand - autograd).abs().max() < 1e-4 * scale and not (by_hand - kernel).abs().max() > 1e-4 * scale
 micro = 1e6  # the numbers are small: in millionths
-book.code(clipped_loss)
+book.code(getattr(_loss_rows, "fn", _loss_rows))  # Triton keeps the function in `fn`
 book.table(
     ["t", "token", "A", "p", "by hand", "autograd", "fused kernel"],
     [
@@ -798,7 +820,7 @@ book.table(
         for t in actions
     ],
     actions,
-    note=f"In millionths. T = {T}, n = {int(n)}, ratio 1. The kernel ran in Triton's interpreter, on the CPU (nan: no Triton here).",
+    note=f"In millionths. T = {T}, n = {int(n)}, ratio 1. The kernel ran in Triton's interpreter, on the CPU.",
 )
 
 # %%
@@ -819,14 +841,15 @@ book.question(
 # ## 13. One step of AdamW
 #
 # Policy and critic share one optimizer and one step [detail 22]. Adam divides the gradient by its own size, so in the
-# first step
-# nearly every weight moves by the learning rate, towards the sign of its gradient; eps = 1e-5, larger than usual,
-# holds back the
-# weights whose gradient is tiny [detail 20]. With g the clipped gradient of a weight w, the first step is
+# first step nearly every weight moves by about the learning rate, against the sign of its gradient; eps = 1e-5,
+# larger than usual, holds back the weights whose gradient is tiny [detail 20]. With g the clipped gradient of a
+# weight w, the first step is
 #
 # ```
-# w <- w (1 - lr 0.01) - lr g / (|g| + eps)
+# w <- w (1 - lr x 0.01) - lr g / (|g| + eps)
 # ```
+#
+# where 0.01 is the weight decay.
 
 # %%
 fresh = copy.deepcopy((policy.state_dict(), critic.state_dict()))
@@ -877,7 +900,7 @@ book.table(
         ["after, by hand", fixed(expected, 6)],
         ["after, as the optimizer left it", fixed(after, 6)],
     ],
-    note=f"The weight: head, row of `{names[0]}`, column 0. Learning rate {cfg.lr:g}, a thousand times what a large model takes.",
+    note=f"The weight: head, row of `{names[0]}`, column 0. Learning rate {cfg.lr:g}; the default, for Llama-3.2-1B, is {train_ppo.Config().lr:g}.",
 )
 book.table(
     ["t", "token", "A", "log-prob before", "after", "ratio"],
@@ -913,10 +936,9 @@ book.question(
 # %% [markdown]
 # ## 14. The clipped objective
 #
-# The batch is used for several epochs, and the ratio leaves 1. The objective (the loss, negated) is drawn here for A
-# > 0 and A < 0
-# in units of |A|. Where the line is flat a token has no gradient: it has been pushed far enough already. It is flat on
-# one side only: a token that has moved the *wrong* way is always pulled back.
+# The batch is used for several epochs, and the ratio leaves 1. The objective (the loss, negated) is drawn here for
+# A > 0 and A < 0 in units of |A|. Where the line is flat a token has no gradient: it has been pushed far enough
+# already. It is flat on one side only: a token that has moved the *wrong* way is always pulled back.
 
 
 # %%
@@ -948,15 +970,38 @@ book.table(
         [str(i + 1), fixed(e["loss"], 4), f"{e['clipfrac']:.1%}", fixed(e["approxkl"], 4), fixed(e["value loss"])]
         for i, e in enumerate(seen)
     ],
-    note="As each epoch met it, before its step. The first has ratio 1 everywhere.",
+    note="As each epoch met it, before its step. The first has ratio 1 everywhere."
+    + (
+        " The first step made the policy's loss worse: the batch is small, and Adam's first step moves nearly every weight by the whole "
+        "learning rate, however small its gradient."
+        if seen[1]["loss"] > seen[0]["loss"]
+        else ""
+    ),
 )
+
+# %% [markdown]
+# The critic learns from the same batch, towards the returns, by half the mean squared error; its new value is clipped
+# too, to within 0.2 of the old one, and the larger of the two errors counts [detail 20]. So the loss cannot fall far
+# in one update, even where the values do.
+
+# %%
+book.code(ppo.value_loss)
 with torch.no_grad():
     learned = critic.response_values(packed, R)[mine]
 book.table(
     ["t", "token", "value before the update", "after it", "return"],
     [[str(t), f"`{names[t]}`", *row([values[mine, t], learned[t], returns[mine, t]])] for t in states],
     states,
-    note="The critic learns from the same batch, towards the returns.",
+    note="Value loss of our response alone: "
+    + ", ".join(
+        f"{fixed(float(ppo.value_loss(v[None], values[[mine]], returns[[mine]], value_mask[[mine]], clip)[0]))} {when}"
+        for v, clip, when in (
+            (values[mine], cfg.cliprange_value, "before"),
+            (learned, cfg.cliprange_value, "after"),
+            (learned, 1e9, "after, had nothing been clipped"),
+        )
+    )
+    + ".",
 )
 
 # %%

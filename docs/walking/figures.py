@@ -26,7 +26,7 @@ BACKGROUND = ".fig .page { fill: #ffffff; } @media (prefers-color-scheme: dark) 
 def drawing(width: int, height: int, parts: list[str]) -> str:
     """The inside of a figure, `width` x `height` pixels; narrower pages scroll it."""
     return (
-        f'<svg class="fig" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'<svg class="fig" xmlns="http://www.w3.org/2000/svg" viewBox="-8 0 {width + 8} {height}" width="{width + 8}" '
         f'height="{height}">{"".join(parts)}</svg>'
     )
 
@@ -35,7 +35,7 @@ def standalone(svg: str) -> str:
     """The same as a file: with its style, and a page of its own behind it."""
     head, rest = svg.split(">", 1)
     return (
-        f'{head}><style>{FIGURE_CSS}{BACKGROUND}</style><rect class="page" width="100%" height="100%" rx="6"/>{rest}\n'
+        f'{head}><style>{FIGURE_CSS}{BACKGROUND}</style><rect class="page" x="-8" width="100%" height="100%" rx="6"/>{rest}\n'
     )
 
 
@@ -127,20 +127,19 @@ def strip(names: list[str], rows: list[tuple[str, list[bool], str]], note: list[
 
 
 def bars(names: list[str], rows: list[tuple[str, list[float], str]]) -> str:
-    """One response as bars: a column a token, a band a quantity, each with its own scale."""
+    """One response as bars: a column a token, a band a quantity, all to one scale."""
     step, left, top, band = 46, 104, 84, 92
+    most = max(abs(value) for _, values, _ in rows for value in values) or 1.0
     parts = []
-    for i, (title, values, _) in enumerate(rows):
+    for i, (title, _, _) in enumerate(rows):
         middle = top + band * i + band / 2
-        most = max(abs(value) for value in values) or 1.0
         parts.append(line(left, middle, left + step * len(names), middle))
         parts.append(text(0, middle - 2, title, "b"))
-        parts.append(text(0, middle + 14, f"largest {most:.2f}", "small soft"))
     for t, name in enumerate(names):
         x = left + step * t
         inside = [f'<g transform="rotate(-55 {x + 22} {top - 6})">{text(x + 22, top - 6, name, "mono")}</g>']
         for i, (_, values, kind) in enumerate(rows):
-            middle, most = top + band * i + band / 2, max(abs(value) for value in values) or 1.0
+            middle = top + band * i + band / 2
             height = 28 * abs(values[t]) / most
             up = values[t] >= 0
             inside.append(

@@ -19,22 +19,29 @@ from kernels.runtime import triton
 ROOT = Path(__file__).parents[2]
 
 
-def gradient_of_logits(
-    logits: Tensor, labels: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, **options: float
-) -> Tensor:
-    """d loss / d logits (M, V) by the Triton kernel; nan where Triton is not installed. options: temperature, cliprange."""
+def start() -> subprocess.Popen | None:
+    """The process with the interpreter, which gets ready while the walk goes on; None where Triton is not installed."""
     if triton is None:
+        return None
+    environment = os.environ | {"NANORLHF_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "docs.walking.fused"]
+    streams = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, **streams, text=True, env=environment, cwd=ROOT, encoding="utf-8")
+
+
+def gradient_of_logits(
+    interpreter: subprocess.Popen | None, logits: Tensor, labels: Tensor, old_logprobs: Tensor, advantages: Tensor,
+    weights: Tensor, **options: float,
+) -> Tensor:  # fmt: skip
+    """d loss / d logits (M, V) by the Triton kernel; nan where Triton is not installed. options: temperature, cliprange."""
+    if interpreter is None:
         return torch.full_like(logits, float("nan"))
     rows = dict(logits=logits, labels=labels, old_logprobs=old_logprobs, advantages=advantages, weights=weights)
     sent = json.dumps([{name: tensor.tolist() for name, tensor in rows.items()}, options])
-    environment = os.environ | {"NANORLHF_KERNELS": "triton", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "docs.walking.fused"]
-    done = subprocess.run(
-        command, input=sent, capture_output=True, text=True, env=environment, cwd=ROOT, encoding="utf-8"
-    )
-    if done.returncode:
-        raise RuntimeError(f"the fused kernel in Triton's interpreter: {done.stderr.strip().splitlines()[-1]}")
-    return torch.tensor(json.loads(done.stdout))
+    made, said = interpreter.communicate(sent)
+    if interpreter.returncode:
+        raise RuntimeError(f"the fused kernel in Triton's interpreter: {said.strip().splitlines()[-1]}")
+    return torch.tensor(json.loads(made))
 
 
 def main() -> None:

@@ -77,7 +77,8 @@ def figures(book: Book) -> dict[str, str]:
 
 def html_table(table: Table) -> str:
     def cell(text: str, tag: str = "td") -> str:
-        return f"<{tag}>{PROSE.renderInline(text)}</{tag}>"
+        kind = " class=text" if len(text) > 40 and "`" not in text else ""  # prose, which may wrap
+        return f"<{tag}{kind}>{PROSE.renderInline(text)}</{tag}>"
 
     tokens = table.tokens or [None] * len(table.rows)
     head = "".join(cell(text, "th") for text in table.header)
