@@ -228,7 +228,7 @@ def test_llama_1b_preset_runs_on_a_cpu_from_the_base_model_to_ppo(world, models,
         recipe = vars(SCRIPTS[name].Config())
         for field in ("lr", "max_grad_norm", "max_query_length", "microbatch_tokens", "lr_schedule"):
             assert config[field] == recipe[field], (name, field)
-        found = {"sft_model": str(sft / "final"), "reward_model": str(rm / "final"), "data": str(world)}
+        found = {"sft_model": str(sft / "final"), "reward_model": [str(rm / "final")], "data": str(world)}
         assert all(config[key] == path for key, path in found.items() if key in config)  # what --resume goes on with
         assert all("not_finite" not in row for row in read_metrics(folder))
     first = read_metrics(ppo)[0]

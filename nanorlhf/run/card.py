@@ -19,8 +19,8 @@ WHAT = {  # architecture -> what it is, transformers' class, the hub's name for 
     "LlamaForTokenClassification": ("A critic: the expected score of a response, at each of its tokens.",
                                     "AutoModelForTokenClassification", "token-classification"),
 }  # fmt: skip
-SHOWN = ("train/sft/loss", "train/rm/loss", "validation/", "eval/rm/validation/accuracy", "objective/", "val/eos_rate",
-         "episode")  # fmt: skip
+SHOWN = ("train/sft/loss", "train/rm/loss", "train/dpo/loss", "validation/", "eval/rm/validation/accuracy",
+         "eval/dpo/validation/accuracy", "objective/", "val/eos_rate", "episode")  # fmt: skip
 
 QUERY = "SUBREDDIT: r/...\\n\\nTITLE: ...\\n\\nPOST: ...\\n\\nTL;DR:"
 

@@ -44,7 +44,7 @@ def look(folder: str | Path) -> Iterator[str]:
     through = finals and all((final / "README.md").exists() for final in finals)  # a card is the last that is written
     if through and not writer:
         yield "done    it is through: nothing to resume"
-    elif not writer and stage != "eval":
+    elif not writer and "resume" in record["config"]:
         yield f"resume  {resume_command(record)}"
 
 
