@@ -200,7 +200,8 @@ def test_gains_and_win_rates_by_hand():
 
 
 def row(method: str, strength: str, seed: int, gold: float, part: str = "frontier", **more) -> dict:
-    numbers = {"gold_gain": gold - 3, "proxy_gain": gold, "win_rate": gold / 10, "lc_win_rate": 0.5, "length": 12.0}
+    numbers = {"gold_gain": gold - 3, "proxy_gain": gold, "proxy": gold - 1, "win_rate": gold / 10}
+    numbers |= {"lc_win_rate": 0.5, "length": 12.0, "agreement": 0.7}
     about = {"run": f"{method} {strength} {seed}", "part": part, "commit": "abc", "machine": "m, 2 cores"}
     spent = {"seconds": 40, "measure_seconds": 20}
     named = {"method": method, "strength": strength, "seed": seed, "gold": gold, "kl": 1.0}
@@ -211,6 +212,13 @@ def test_an_interval_over_three_seeds_is_students():
     # 4.0, 4.1, 4.5: mean 4.2, sd 0.2646; t(2, 0.975) = 4.303; half width 4.303 * 0.2646 / sqrt(3) = 0.657
     assert frontier_report.number([4.0, 4.1, 4.5]) == "4.20 ± 0.66"
     assert frontier_report.number([4.0]) == "4.00"  # one seed has none
+
+
+def test_gains_are_over_the_seeds_own_mean_sft_where_best_of_one_was_measured():
+    first = row("best of n", "n 1", 1, 3.5)
+    rows = [first, row("ppo", "kl 0", 1, 4.5), row("ppo", "kl 0", 2, 4.5), row("x", "y", 1, 4.5, first_proxy_gain=0.1)]
+    gains = [(found["gold_gain"], found["proxy_gain"]) for found in frontier_report.over_sft(rows)]
+    assert gains == [(0.0, 0.0), (1.0, 1.0), (1.5, 4.5), (1.0, 4.5)]  # seed 2 has no such row, x another reward model
 
 
 def test_a_detail_is_compared_with_the_recipe_seed_by_seed():
@@ -246,6 +254,8 @@ def test_tables_and_figures_are_made_from_whatever_is_there():
     filled = frontier_report.tables(rows)
     assert "| ppo, min of 3 | long, kl 0 | 3 | 0.00 ± 0.00 |" in filled["pairs"]
     assert "| ppo | long, kl 0 | 3 of 3, 3 of 3, 3 of 3 | 3.63 ± 0.00 |" in filled["turns"]
+    rows.append(row("ppo, second round", "kl 0.05", 1, 4.0, first_agreement=0.6, first_proxy_gain=0.1))
+    assert "| ppo, second round | kl 0.05 | 1 | 0.700 | 0.600 | 1.00 |" in frontier_report.tables(rows)["second"]
     for figure in (frontier_report.frontier_figure(rows), frontier_report.turning_figure(rows)):
         assert frontier_report.png(figure).startswith(b"\x89PNG")
     page = "".join(f"<!-- {name} -->stale<!-- /{name} -->" for name in filled)
