@@ -229,7 +229,8 @@ def turning_figure(rows: Sequence[dict], strength: str = "long, kl 0") -> Figure
             if curves:
                 centre = np.mean([early_warning.smoothed(values) for values in curves], axis=0)
                 axes.plot(range(1, len(centre) + 1), centre, color=colour, linewidth=2.2, label=method)
-        axes.legend(fontsize=7, labelcolor=GREY, frameon=False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7, labelcolor=GREY, frameon=False)
     return figure
 
 
