@@ -169,7 +169,7 @@ def plan() -> list[Run]:
         partial(ppo, 0.05),
         partial(second_round, 0.05),
     ]
-    second = [partial(dpo, 0.25), partial(group, "rloo", 0.05), partial(group, "grpo", 0.05)]
+    second = [partial(dpo, 0.25), partial(group, "rloo", 0.05), partial(group, "grpo", 1.0)]
     details = [partial(detail, which) for which in SWITCHES]
     third = [
         partial(ppo, 0.5),
