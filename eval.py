@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kernels
+from nanorlhf import parallel
 from nanorlhf.evaluation import rm_card
 from nanorlhf.storage.checkpoint import check_folder, load_scalar
 from nanorlhf.evaluation.claude import MODEL, ClaudeJudge
@@ -153,6 +154,7 @@ def main(cfg: Config) -> None:
         rm_folder, rm_from = None, "not found, left out"
     if cfg.judge == "rm" and not (rm_folder or cfg.judge_model):
         raise UserError("--judge rm needs a reward model: run `python train_rm.py` first, or pass --reward_model DIR")
+    parallel.check_enough("num_posts", len(posts))
     with_gold = of_tiny_world(posts)
     if cfg.judge == "gold":
         check_gold(posts)
@@ -170,6 +172,8 @@ def main(cfg: Config) -> None:
             run.say_all(check_folder(folder, tokenizer, scalar=True))
             scalar = load_scalar(folder, run.device, run.dtype, tokenizer)
             limits = cfg.max_query_length, cfg.microbatch_tokens
+            first = reward_model_judge(scalar, tokenizer, *limits).scores  # a number, or an error before hours of work
+            first(posts[:1], [posts[0].summary])
             return reward_model_judge(scalar, tokenizer, *limits, run.progress, run.say)
 
         reward_model = load_judge(rm_folder) if rm_folder else None
@@ -178,7 +182,7 @@ def main(cfg: Config) -> None:
                 judge = gold_judge()
             case "rm":
                 judge = load_judge(Path(cfg.judge_model)) if cfg.judge_model else reward_model
-            case "claude":
+            case "claude" if parallel.first():  # under torchrun one process asks
                 cache = Path(cfg.judge_cache) if cfg.judge_cache else None
                 options = dict(batch=cfg.batch, yes=cfg.yes, say=run.say, progress=run.progress)
                 judge = ClaudeJudge(cache, cfg.judge_model or MODEL, **options)
@@ -219,7 +223,7 @@ def main(cfg: Config) -> None:
         scores = {name: reward_model.scores(posts, texts[name]) for name in texts} if reward_model else {}
         gold = {name: gold_scores(posts, texts[name]) for name in texts} if with_gold else {}
         described = {REFERENCE: describe_reference(posts, scores.get(REFERENCE), gold.get(REFERENCE))}
-        for name in run.progress(written, what="describing"):
+        for name in run.progress(written if parallel.first() else (), what="describing"):
             numbers = scores.get(name), gold.get(name)
             described[name] = describe(written[name], posts, *numbers, cfg.rouge_stemmer, run.progress)
             described[name] |= {"objective/kl_full": mean(kls[name])} if name in kls else {}
@@ -245,10 +249,14 @@ def main(cfg: Config) -> None:
                     row["interval"] = bootstrap_interval(values, cfg.seed)
                     example_sets.append(row | ({"gold": mean(gold_scores(shown, made))} if with_gold else {}))
 
-        # 5. win rates
+        # 5. win rates: under torchrun all processes generate and score their share; from here on no model is needed
+        if cfg.judge != "rm" and not parallel.first():
+            return
         win_rates, judgements = compare(judge, posts, texts, scores, cfg.seed, run.progress)
 
         # 6. tables, files, report
+        if not parallel.first():
+            return
         told = ("preset", "split", "temperature", "response_length", "judge", "seed", "rouge_stemmer")
         about = {"posts": len(posts), "data": short(data)} | {name: getattr(cfg, name) for name in told}
         told = ("diversity_samples", "diversity_posts", "diversity_temperature")

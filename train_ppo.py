@@ -19,7 +19,7 @@ steps, numbered as in the code:
     7. log
 
 N+ details 20 to 25; the arithmetic is in nanorlhf/ppo.py. Left out: adaptive KL, entropy
-bonus, several GPUs. Next: eval.py. The steps with one post's numbers: docs/walk.md, stations 1 to 14.
+bonus. Next: eval.py. The steps with one post's numbers: docs/walk.md, stations 1 to 14.
 """
 
 import os
@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 import kernels
-from nanorlhf import ppo
+from nanorlhf import parallel, ppo
 from nanorlhf.data.encoding import encode_posts, length_report
 from nanorlhf.data.tldr import batch_indices, load_posts
 from nanorlhf.data.tokenizer import check_same, load_tokenizer
@@ -47,7 +47,7 @@ from nanorlhf.models import Policy, ScalarModel, critic_from, parameter_count, r
 from nanorlhf.monitoring import preflight
 from nanorlhf.monitoring.log_update import log_update
 from nanorlhf.optim import SCHEDULES, AdamW
-from nanorlhf.packing import in_microbatches, pack, split_by_tokens, to_device
+from nanorlhf.packing import in_microbatches, microbatches, pack, to_device
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate, read_responses
 from nanorlhf.run.card import write_card
@@ -55,6 +55,7 @@ from nanorlhf.run.config import cli
 from nanorlhf.run.device import now, side_by_side
 from nanorlhf.run.inputs import find_data, find_model, find_models
 from nanorlhf.run.run import Run, read_metrics
+from nanorlhf.sharding import actor_of, refill
 from nanorlhf.storage.checkpoint import check_folder, load_policy, load_scalar, save_policy, save_scalar
 
 
@@ -146,6 +147,10 @@ class Scored(NamedTuple):
     raw_scores: torch.Tensor  # (B,)
     member_scores: torch.Tensor | None = None  # (B, K): what each of K reward models says
 
+    def must_be_finite(self) -> dict[str, torch.Tensor]:
+        names = ("logprobs", "ref_logprobs", "values")
+        return {"scores": self.raw_scores} | {name: getattr(self, name) for name in names}
+
 
 def score(
     policy: Policy, reference: Policy, critic: ScalarModel, reward_model: ScalarModel | Ensemble,
@@ -171,19 +176,21 @@ def score(
 
 def learn(
     policy: Policy, critic: ScalarModel, episode: Experience, minibatch: np.ndarray, rows: np.ndarray, cfg: Config,
-    warming: bool = False,
+    warming: bool = False, counts: bool = True,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Forward and backward pass over the microbatch `rows` of a minibatch; of the critic alone while it is `warming`.
 
-    Both losses are means over the tokens of the whole minibatch, so gradients and metrics of its microbatches add up.
+    Both losses are means over the tokens of the whole minibatch, so gradients and metrics of its microbatches add up,
+    also over processes. counts: False has weight 0: where another process has a microbatch more, all must take part.
     """
     e, R = episode, cfg.response_length
     packed = pack([e.sequences[i] for i in rows], e.responses.device)
     minibatch, rows = (to_device(torch.from_numpy(x), e.responses.device) for x in (minibatch, rows))  # copied once
     actions, states = e.action_mask[minibatch].sum(), e.value_mask[minibatch].sum()  # how many there are of each
-    responses, old_logprobs, advantages, mask = (
-        tensor[rows] for tensor in (e.responses, e.logprobs, e.advantages, e.action_mask)
+    responses, old_logprobs, advantages, mask, value_mask = (
+        tensor[rows] for tensor in (e.responses, e.logprobs, e.advantages, e.action_mask, e.value_mask)
     )  # (b, R) each
+    mask, value_mask = (mask, value_mask) if counts else (mask & False, value_mask & False)
 
     def learn_policy() -> dict[str, torch.Tensor]:
         # ppo.policy_loss in value and gradient, but fused with the head, so that no logits are kept
@@ -197,7 +204,7 @@ def learn(
             "policy/approxkl_avg": stats["approxkl"],
             "policy/clipfrac_avg": clipfrac,
             "policy/entropy_avg": torch.where(mask, entropy, 0.0).sum() / actions,
-            "policy/entropy_avg_paper": entropy.sum() / (len(minibatch) * R),
+            "policy/entropy_avg_paper": counts * entropy.sum() / (len(minibatch) * R),
             "val/ratio": stats["ratio"],
             "val/ratio_squared": stats["ratio_squared"],
         }
@@ -205,7 +212,7 @@ def learn(
     def learn_critic() -> dict[str, torch.Tensor]:
         new_values = critic.response_values(packed, R)  # (b, R)
         loss, stats = ppo.value_loss(
-            new_values, e.values[rows], e.returns[rows], e.value_mask[rows], cfg.cliprange_value, denominator=states
+            new_values, e.values[rows], e.returns[rows], value_mask, cfg.cliprange_value, denominator=states
         )
         (cfg.vf_coef * loss).backward()
         return {"loss/value_avg": loss.detach(), "val/clipfrac_avg": stats["clipfrac"]}
@@ -218,7 +225,8 @@ def learn(
 
 
 def add(totals: dict[str, torch.Tensor], more: dict[str, torch.Tensor]) -> None:
-    for name, value in more.items():
+    """Adds what a microbatch gave; under torchrun what those of all processes gave, as their gradients add up too."""
+    for name, value in parallel.summed(more).items():
         totals[name] += value
 
 
@@ -227,6 +235,7 @@ def updates(cfg: Config) -> int:
     check(cfg.temperature > 0, "temperature", cfg.temperature, "greater than 0", "choose 0.7")
     check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
     check(cfg.kl_estimator in KL_ESTIMATORS, "kl_estimator", cfg.kl_estimator, f"one of {', '.join(KL_ESTIMATORS)}")
+    parallel.check_enough("batch_size", cfg.batch_size)
     check(cfg.ensemble in RULES, "ensemble", cfg.ensemble, f"one of {', '.join(RULES)}")
     parts = f"a multiple of num_minibatches {cfg.num_minibatches}"
     check(cfg.batch_size % cfg.num_minibatches == 0, "batch_size", cfg.batch_size, parts)
@@ -286,12 +295,13 @@ def main(cfg: Config) -> None:
         run.say(f"tokens  {length_report(queries, [references], R)}")
 
         # 2. models (stations 3 and 4)
-        policy = load_policy(sft_folder, run.device, run.dtype, tokenizer)
-        reference = load_policy(sft_folder, run.device, run.dtype, tokenizer).requires_grad_(False)
-        reward_models = [load_scalar(folder, run.device, run.dtype, tokenizer) for folder in rm_folders]
+        loaded = run.device, run.dtype, tokenizer  # under torchrun a part of every weight on each process: sharding.py
+        policy = load_policy(sft_folder, *loaded, parts="masters")
+        reference = load_policy(sft_folder, *loaded, parts="frozen").requires_grad_(False)
+        reward_models = [load_scalar(folder, *loaded, parts="frozen") for folder in rm_folders]
         critic = critic_from(reward_models[0]).requires_grad_(True)
         reward_model = Ensemble(reward_models).requires_grad_(False)
-        models, frozen = (policy, reference, critic, reward_model), preflight.fingerprint([reference, reward_model])
+        frozen = preflight.fingerprint([reference, reward_model])
         for trained in (policy, critic):
             trained.model.activation_checkpointing = cfg.activation_checkpointing
         optimizer = AdamW([policy, critic], lr=cfg.lr)
@@ -304,31 +314,31 @@ def main(cfg: Config) -> None:
         for line in plan(cfg, total_updates, np.mean(queries.lengths)):
             run.say(line)
         start = run.resume(optimizer)
+        actor = actor_of(policy)  # samples and scores, whole on every process; of one process the policy itself
+        models = actor, reference, critic, reward_model
         alarms = Alarms(began=read_metrics(run.folder)[0] if start else {})
 
         for update in range(start, total_updates):
             rates, warming = learning_rates(update, total_updates, cfg), update < cfg.critic_warmup
             began = now(run.device)
 
-            # 3. rollout (station 5)
+            # 3. rollout (station 5): under torchrun each process samples its share of the rows, and all get all of them
             batch = batch_indices(len(queries), B, cfg.seed, update)  # (B,)
             batch_posts, batch_queries = [posts[i] for i in batch], [queries[i] for i in batch]
             run.at(update + 1, [post.id for post in batch_posts])
             episodes = range(update * B, (update + 1) * B)  # their numbers name the sampling noise
-            responses, sampled_logprobs = generate(policy, batch_queries, R, T, cfg.seed, episodes)  # (B, R) each
+            responses, sampled_logprobs = generate(actor, batch_queries, R, T, cfg.seed, episodes)  # (B, R) each
             summaries = read_responses(tokenizer, responses)
             rolled_out = now(run.device)
 
-            # 4. score (stations 6 and 7)
+            # 4. score (stations 6 and 7): shared out and gathered alike
             sequences = [query + response for query, response in zip(batch_queries, responses.tolist(), strict=True)]
             finished = [s[: len(s) - R + summary.tokens] for s, summary in zip(sequences, summaries, strict=True)]
             said = score(*models, sequences, finished, responses, cfg)
-            run.check_finite(
-                scores=said.raw_scores, logprobs=said.logprobs, ref_logprobs=said.ref_logprobs, values=said.values
-            )
+            run.check_finite(**said.must_be_finite())
             scored = now(run.device)
 
-            # 5. rewards and advantages (stations 8 to 10)
+            # 5. rewards and advantages (stations 8 to 10): of all rows, on every process the same
             action_mask, value_mask = ppo.action_mask(responses, eos_id), ppo.value_mask(responses, eos_id)  # (B, R)
             scores = ppo.apply_missing_eos(said.raw_scores, responses, eos_id, cfg.missing_eos_score)  # (B,)
             kl = torch.where(action_mask, said.logprobs - said.ref_logprobs, 0.0)  # (B, R), k1: a token's may be < 0
@@ -350,25 +360,26 @@ def main(cfg: Config) -> None:
                     run, update, models, frozen, episode, said, sampled_logprobs, queries, references, tokenizer
                 )
 
-            # 6. learn: K passes, an optimizer step a minibatch (stations 11 to 14)
+            # 6. learn (stations 11 to 14): K passes, a step a minibatch; shared out, gradients and sums add up
             totals = defaultdict(float)  # sums over the steps
             for epoch in range(cfg.num_ppo_epochs):
                 order = np.random.default_rng([cfg.seed, update, epoch]).permutation(B)
                 for minibatch in np.split(order, cfg.num_minibatches):
-                    for group in split_by_tokens([len(sequences[i]) for i in minibatch], cfg.microbatch_tokens):
-                        add(totals, learn(policy, critic, episode, minibatch, minibatch[group], cfg, warming))
+                    for group, counts in microbatches([len(sequences[i]) for i in minibatch], cfg.microbatch_tokens):
+                        add(totals, learn(policy, critic, episode, minibatch, minibatch[group], cfg, warming, counts))
                     if checked:
                         preflight.in_loss(run, update, totals, checked)
                     totals["grad_norm"] += optimizer.step(rates, cfg.max_grad_norm, cfg.on_nan)
+            refill(actor, policy)  # gathers its weights, where they are in parts
 
             # 7. log, and save when it is time
             log_update(
-                run, update, policy, tokenizer, batch_posts, summaries, said, episode, totals, checked,
+                run, update, actor, tokenizer, batch_posts, summaries, said, episode, totals, checked,
                 alarms, rates, (began, rolled_out, scored, now(run.device)),
             )  # fmt: skip
             run.end_step(update + 1, optimizer)
 
-        save_policy(policy, run.folder / "final", tokenizer, temperature=T)
+        save_policy(actor, run.folder / "final", tokenizer, temperature=T)
         save_scalar(critic, run.folder / "final_critic", tokenizer)
         for final in ("final", "final_critic"):
             write_card(run.folder, final)

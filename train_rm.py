@@ -29,11 +29,13 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a GPU
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
 import kernels
+from nanorlhf import parallel
 from nanorlhf.data.encoding import encode_comparisons, encode_posts, length_report
 from nanorlhf.data.tldr import (
     Comparison,
@@ -49,7 +51,7 @@ from nanorlhf.losses import bradley_terry_loss, pair_accuracy
 from nanorlhf.models import ScalarModel, parameter_count, reward_model_from
 from nanorlhf.monitoring import preflight
 from nanorlhf.optim import SCHEDULES, AdamW
-from nanorlhf.packing import split_by_tokens
+from nanorlhf.packing import in_microbatches, microbatches
 from nanorlhf.pairs import pack_pairs
 from nanorlhf.run.card import write_card
 from nanorlhf.run.config import cli
@@ -110,8 +112,8 @@ PRESETS = {
 @torch.no_grad()
 def score(model: ScalarModel, sequences: list[list[int]], microbatch_tokens: int, progress) -> torch.Tensor:
     """Scores of any number of sequences, (n,) fp32, a microbatch at a time."""
-    groups = split_by_tokens([len(s) for s in sequences], microbatch_tokens)
-    return torch.cat([model.scores([sequences[i] for i in group]) for group in progress(groups, what="scoring")])
+    device, walk = model.score.weight.device, partial(progress, what="scoring")
+    return in_microbatches(lambda packed, _: [model.last_scores(packed)], sequences, microbatch_tokens, device, walk)[0]
 
 
 def accuracy_by(comparisons: list[Comparison], correct: list[bool]) -> dict[str, float]:
@@ -127,19 +129,20 @@ def accuracy_by(comparisons: list[Comparison], correct: list[bool]) -> dict[str,
 def learn(
     model: ScalarModel, pairs: list[tuple[list[int], list[int], list[int]]], cfg: Config
 ) -> dict[str, torch.Tensor]:
-    """Forward and backward pass over a batch of (query, chosen, rejected), by microbatches -> its metrics, () each."""
+    """Forward and backward pass over a batch of (query, chosen, rejected), by microbatches -> its metrics, () each.
+    Under torchrun each process goes through its share; gradients add up in the backward pass, metrics at the end."""
     device, totals = model.score.weight.device, defaultdict(float)
-    for group in split_by_tokens([sum(map(len, pair)) for pair in pairs], cfg.microbatch_tokens):
+    for group, counts in microbatches([sum(map(len, pair)) for pair in pairs], cfg.microbatch_tokens):
         packed = pack_pairs(*zip(*(pairs[i] for i in group), strict=True), device)  # the query of a pair once
         chosen_scores, rejected_scores = model.last_scores(packed).chunk(2)  # (b,) each, read at EOS
-        share = len(group) / cfg.batch_size  # microbatches add up to the mean over the batch
+        share = counts * len(group) / cfg.batch_size  # microbatches add up to the mean over the batch
         loss = share * bradley_terry_loss(chosen_scores, rejected_scores)
         loss.backward()
         totals["train/rm/loss"] += loss.detach()
         totals["train/rm/accuracy"] += share * pair_accuracy(chosen_scores, rejected_scores)
         totals["train/rm/chosen_scores"] += share * chosen_scores.detach().mean()
         totals["train/rm/rejected_scores"] += share * rejected_scores.detach().mean()
-    return totals
+    return parallel.summed(totals)
 
 
 def measure(
@@ -164,6 +167,7 @@ def measure(
 
 def main(cfg: Config) -> None:
     check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
+    parallel.check_enough("batch_size", cfg.batch_size)
 
     # 1. comparisons
     data, data_from = find_data(cfg.data, cfg.preset)
@@ -194,7 +198,7 @@ def main(cfg: Config) -> None:
         run.say(f"tokens  {length_report(queries, [chosen, rejected])}")
 
         # 2. model and optimizer
-        policy = load_policy(folder, run.device, run.dtype, tokenizer)
+        policy = load_policy(folder, run.device, run.dtype, tokenizer, parts="frozen")  # under torchrun: sharding.py
         model = reward_model_from(policy, cfg.seed)
         del policy
         model.model.activation_checkpointing = cfg.activation_checkpointing
@@ -226,6 +230,7 @@ def main(cfg: Config) -> None:
         references = [q + r for q, r in zip(*encode_posts(posts, tokenizer, cfg.max_query_length), strict=True)]
         reference_scores = score(model, references, cfg.microbatch_tokens, run.progress)
         model.score_shift = reference_scores.mean().item()
+        model.shift_posts = len(posts)
 
         # 5. save
         save_scalar(model, run.folder / "final", tokenizer)

@@ -3,6 +3,7 @@
     python -m bench.against                              rollout, SFT step and PPO update, at 1 thread and at 2
     python -m bench.against --sft_model DIR --reward_model DIR --data DIR --batch_size 4 --rows 4 --work rollout sft
                                                          other models on real posts (preset smollm2): minutes each
+    python -m bench.against ... --beside bf16            ours in bf16 in the place of transformers: does it pay here?
     python -m bench.against --trl_python VENV/bin/python     also TRL's PPOTrainer, from an environment that has it:
                                                          pip install "trl==1.12.0" "transformers>=5" (1.12 is the last
                                                          with a PPOTrainer, in trl.experimental)
@@ -49,6 +50,7 @@ from nanorlhf.packing import split_by_tokens
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate
 from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.checkpoint import load_policy, load_scalar
 from nanorlhf.tiny.data import ensure_world
 
@@ -66,10 +68,13 @@ class Batch(NamedTuple):
 class Ours:
     """The functions of the scripts."""
 
-    def __init__(self, cfg: train_ppo.Config, sft_cfg: train_sft.Config, sft_model=TINY_SFT, reward_model=TINY_RM):
+    def __init__(
+        self, cfg: train_ppo.Config, sft_cfg: train_sft.Config, sft_model=TINY_SFT, reward_model=TINY_RM,
+        dtype: torch.dtype = torch.float32,
+    ):  # fmt: skip
         self.cfg, self.sft_cfg = cfg, sft_cfg
-        policy, reference, student = (load_policy(sft_model) for _ in range(3))
-        reward_model = load_scalar(reward_model).requires_grad_(False)
+        policy, reference, student = (load_policy(sft_model, dtype=dtype) for _ in range(3))
+        reward_model = load_scalar(reward_model, dtype=dtype).requires_grad_(False)
         self.models = (
             policy,
             reference.requires_grad_(False),
@@ -255,6 +260,7 @@ def main() -> None:
     parser.add_argument("--reward_model", type=Path, default=TINY_RM, help="of the same kind, by train_rm.py")
     parser.add_argument("--data", type=Path, help="folder with tldr/train.jsonl [the tiny world]")
     parser.add_argument("--max_query_length", type=int, help="tokens of a query [the preset's]")
+    parser.add_argument("--beside", choices=["transformers", "bf16"], default="transformers", help="what takes turns")
     parser.add_argument("--work", nargs="+", choices=WORK, default=WORK, help="only these")
     args = parser.parse_args()
     preset = "tiny" if args.sft_model == TINY_SFT else "smollm2"
@@ -268,7 +274,11 @@ def main() -> None:
     queries, summaries = encode_posts(posts[: args.batch_size], tokenizer, cfg.max_query_length)
     queries, summaries = list(queries), list(summaries)
     models = args.sft_model, args.reward_model
-    ours, theirs = Ours(cfg, sft_cfg, *models), Theirs(cfg, sft_cfg, args.rows, *models)
+    ours = Ours(cfg, sft_cfg, *models)
+    if args.beside == "bf16":
+        theirs = Ours(cfg, sft_cfg, *models, dtype=torch.bfloat16)
+    else:
+        theirs = Theirs(cfg, sft_cfg, args.rows, *models)
     batch = Batch(queries, [q + s for q, s in zip(queries, summaries, strict=True)], None)
     batch = batch._replace(responses=ours.rollout(batch))
     mine, other = ours.score(batch), theirs.score(batch)
@@ -281,16 +291,16 @@ def main() -> None:
     print(f"{len(queries)} posts, preset {preset}, R {cfg.response_length}: {tokens['packed']:,} tokens packed, "
           f"{tokens['padded']:,} padded ({tokens['padded'] / tokens['packed']:.2f}x); log-probs apart by at most "
           f"{max(apart.values()):.1e}")  # fmt: skip
-    print("\n| threads | | nanorlhf, s | transformers, s | ratio | of CPU time |\n|---|---|---|---|---|---|")
+    print(f"\n| threads | | nanorlhf, s | {args.beside}, s | ratio | of CPU time |\n|---|---|---|---|---|---|")
     results = []
     for threads in args.threads:
         torch.set_num_threads(threads)
         row = {"threads": threads}
         for work in args.work:
-            seconds = in_turn({"nanorlhf": ours, "transformers": theirs}, work, batch, args.repeats)
-            ratio, busy = (seconds[f"transformers{kind}"] / seconds[f"nanorlhf{kind}"] for kind in ("", "_cpu"))
+            seconds = in_turn({"nanorlhf": ours, args.beside: theirs}, work, batch, args.repeats)
+            ratio, busy = (seconds[f"{args.beside}{kind}"] / seconds[f"nanorlhf{kind}"] for kind in ("", "_cpu"))
             row[work] = seconds | {"ratio": ratio, "ratio_cpu": busy}
-            print(f"| {threads} | {work} | {seconds['nanorlhf']:.3f} | {seconds['transformers']:.3f} | {ratio:.2f} | "
+            print(f"| {threads} | {work} | {seconds['nanorlhf']:.3f} | {seconds[args.beside]:.3f} | {ratio:.2f} | "
                   f"{busy:.2f} |", flush=True)  # fmt: skip
         if args.trl_python:
             found = trl(args, threads, batch, cfg)
@@ -304,9 +314,10 @@ def main() -> None:
                 print(f"| {threads} | TRL | | {found['error']} | | |", flush=True)
             row["trl"] = found
         results.append(row)
-    print(json.dumps({"bench": "against", "torch": torch.__version__, "batch_size": args.batch_size, "tokens": tokens,
-                      "logprobs_apart": max(apart.values()), "results": results}))  # fmt: skip
+    print(json.dumps({"bench": "against", "beside": args.beside, "torch": torch.__version__,
+                      "batch_size": args.batch_size, "tokens": tokens, "logprobs_apart": max(apart.values()),
+                      "results": results}))  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -1,19 +1,22 @@
 """One visit to a machine: every benchmark with a time limit of its own, one file of results, the tables made from it.
 
-    python -m bench.all --visit 1        a GPU, 8 minutes at most: update, kernels, rollout, and the GPU tests
-    python -m bench.all --visit 2        the same again: twenty PPO updates at full depth, the tiny pipeline, plan
+    python -m bench.all --visit 1        a GPU, 8 minutes at most: the GPU tests, an update, a rollout, the kernels
+    python -m bench.all --visit 2        the same again: twenty PPO updates at full depth, then side by side SmolLM2 on
+                                         real posts, the tiny pipeline against a CPU's, the plan of memory
     python -m bench.all                  a GPU: both. A CPU: the same with tiny shapes, plans for four cards, and the
                                          comparisons, about 5 minutes when nothing else runs
     python -m bench.all --only update    some of it; the others stay in the file as they are
     python -m bench.all --dry            every command of a visit to a GPU, on this CPU and as small as it gets
-    python -m bench.all --tables         only writes the tables between the markers in docs/speed.md again
+    python -m bench.all --tables         only writes the tables of docs/speed.md and the README's line again
 
 Writes bench/results/<device>.json (--results for another folder, where visit.log goes too) after each benchmark:
 device, commit, driver, versions, and each benchmark's JSON line. What is there for this commit is not run again, so a
 visit that was cut short goes on where it ended (--again runs it). One that fails or runs out of time keeps the figures
 it had, with the end of what it said; the rest go on, and the exit status is 1. Benchmarks that measure no time run side
-by side, the others alone. A machine without a network needs the packages of pyproject.toml brought along: the first
-thing said is which of them are missing, and how.
+by side at the end, the others alone. The GPU tests are the kernels against float64, the step that waits for nothing,
+the plan of memory, and a run with --deterministic that is resumed and ends with the same bits. A machine without a
+network needs the packages of pyproject.toml brought along: the first thing said is which of them are missing, and how;
+SmolLM2 and the posts too (bench/small_run.py), without which that part is left out.
 """
 
 import argparse
@@ -35,18 +38,22 @@ from typing import NamedTuple
 
 import torch
 
-from bench.tables import tables
+from bench.rows import FILE
+from bench.tables import quick, tables
 from nanorlhf.run.run_folder import git
+from nanorlhf.run.streams import as_command
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "speed.md"
+RESULTS, PAGE, README = ROOT / "bench" / "results", ROOT / "docs" / "speed.md", ROOT / "README.md"
 BEGIN, END = "<!-- tables: python -m bench.all --tables -->\n", "<!-- end of tables -->\n"
+QUICK = "| **Quick?** |"  # the README's line of measured speed, made from the results too
 CARDS = (24, 48, 80, 141)  # GB, whose plans a CPU makes
+DRY_LIMIT = 1200  # seconds
 TAIL = 1500  # characters that are kept of a failed one's output
 
 
-VISITS = {"1": ("update", "kernels", "rollout", "tests"), "2": ("ppo", "tiny", "plan")}
-LATER = {"anthropic", "wandb", "gguf"}  # imported where they are used, which is in no benchmark
+VISITS = {"1": ("tests", "update", "rollout", "kernels"), "2": ("ppo", "smollm2", "tiny", "plan")}
+LATER = {"anthropic", "wandb", "gguf", "xllamacpp"}  # imported where they are used: of these only gguf, by small_run
 
 
 class Bench(NamedTuple):
@@ -61,11 +68,12 @@ def benches(gpu_gb: float | None, trl_python: str | None = None) -> list[Bench]:
     if gpu_gb:
         workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
         return [
+            Bench("tests", ["-m", "pytest", "-m", "gpu", "-q", *workers], 180),
             Bench("update", ["-m", "bench.update"], 110),
-            Bench("kernels", ["-m", "bench.kernels", "--rows", "6784"], 110),
             Bench("rollout", ["-m", "bench.rollout", "--rounds", "3"], 80),
-            Bench("ppo", ["-m", "bench.ppo_run"], 280),
-            Bench("tests", ["-m", "pytest", "-m", "gpu", "-q", *workers], 180, alone=False),
+            Bench("kernels", ["-m", "bench.kernels", "--rows", "6784"], 110),
+            Bench("ppo", ["-m", "bench.ppo_run"], 230),
+            Bench("smollm2", ["-m", "bench.small_run", "--minutes", "3.4"], 240, alone=False),
             Bench("tiny", ["-m", "bench.tiny_run"], 180, alone=False),
             Bench("plan", ["-m", "bench.plan", "--gpu_gb", f"{gpu_gb:.0f}"], 60, alone=False),
         ]
@@ -87,10 +95,12 @@ def dry(planned: list[Bench]) -> list[Bench]:
         "kernels": ["--rows", "8", "--tokens", "8"],
         "rollout": ["--rounds", "1", "--device", "cpu", "--threads", "1"],
         "ppo": ["--updates", "3", "--device", "cpu"],
+        "smollm2": ["--tiny", "--device", "cpu", "--minutes", "0.1"],
         "tests": ["--collect-only"],
         "tiny": ["--updates", "1", "--device", "cpu", "--dtypes", "float32", "--stages", "sft", "ppo"],
     }
-    return [one._replace(arguments=one.arguments + instead.get(one.name, [])) for one in planned]
+    # Limits are those of a card that is waited for; here other work, or an old processor, may take any time.
+    return [one._replace(arguments=one.arguments + instead.get(one.name, []), limit=DRY_LIMIT) for one in planned]
 
 
 def missing() -> list[str]:
@@ -106,8 +116,8 @@ def missing() -> list[str]:
     return found
 
 
-BRING = """missing here: {names} (pyproject.toml). With a network: python -m pip install --group run --group test. To bring
-them to a machine without one, fetch wheels for its Python and processor where there is a network, 3.12 for example,
+BRING = """missing here: {names} (pyproject.toml). With a network: python -m pip install --group run --group test. To
+bring them to a machine without one, fetch wheels for its Python and processor where there is a network, for example
     python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \\
         -d wheels {names} tyro docstring-parser typeguard shtab
 and there
@@ -115,15 +125,20 @@ and there
 
 
 def run(bench: Bench, log: Path | None = None) -> dict:
-    """{"s", and "result" (its JSON line) or "skipped" or "error"}. What it prints is added to the log at the end."""
+    """{"s", and "result" (its JSON line) or "skipped" or "error"}. What it prints is added to the log at the end.
+
+    "skipped" is what a benchmark says in its line that lacks something here: no result, and no failure.
+    """
     module = bench.arguments[1]
     if module.startswith("bench.") and not importlib.util.find_spec(module):
         return {"skipped": f"there is no {module}"}
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "output", "w+", encoding="utf-8") as output:
         rows = Path(folder) / "rows.jsonl"
-        command = [sys.executable, *bench.arguments, *(["--rows_to", rows] if module == "bench.kernels" else [])]
-        child = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        command, environment = [sys.executable, *bench.arguments], os.environ | {FILE: str(rows)}
+        child = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             status = child.wait(timeout=bench.limit)
             error = f"exit status {status}" if status else None
@@ -147,7 +162,7 @@ def run(bench: Bench, log: Path | None = None) -> dict:
     elif error is None:
         result = {"summary": lines[-1] if lines else ""}  # of pytest
     if error is None:
-        return found | {"result": result}
+        return found | ({"skipped": result["skipped"]} if "skipped" in result else {"result": result})
     # What it had measured: its line all the same, where a process ends badly after its work, or the rows so far.
     kept = {"partial": result or {"results": partial}} if result or partial else {}
     return found | {"error": error, "tail": text[-TAIL:]} | kept
@@ -162,9 +177,12 @@ def _json(line: str) -> dict | None:
 
 
 def updated(before: dict | None, now: dict) -> dict:
-    """The entry of a benchmark: one that failed keeps the figures of an earlier one, and says that it failed since."""
-    if "error" not in now or "result" not in (before or {}):
+    """The entry of a benchmark: one that failed keeps the figures of an earlier one, and says that it failed since; one
+    that could not be made here keeps them too."""
+    if "result" in now or "result" not in (before or {}):
         return now
+    if "skipped" in now:
+        return before
     return before | {"failed_since": {key: now[key] for key in ("error", "commit", "tail")}}
 
 
@@ -203,6 +221,11 @@ def write_tables() -> None:
     _, end, after = rest.partition(END)
     assert end, f"{PAGE}: expected the markers {BEGIN!r} and {END!r}"
     write(PAGE, before + BEGIN + "\n" + tables(RESULTS) + "\n" + END + after)
+    lines = README.read_text(encoding="utf-8").splitlines(keepends=True)
+    places = [i for i, line in enumerate(lines) if line.startswith(QUICK)]
+    assert len(places) == 1, f"{README}: expected one line that begins with {QUICK!r}"
+    lines[places[0]] = f"{QUICK} {quick(RESULTS)} |\n"
+    write(README, "".join(lines))
 
 
 def main() -> None:
@@ -213,6 +236,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing whose limit passes this")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the files are")
     parser.add_argument("--commit", help="its name, where there is no git")
+    parser.add_argument("--weights", nargs="+", metavar="FILE", help="SmolLM2's wheel or its parts (bench.small_run)")
+    parser.add_argument("--posts", metavar="DIR", help="tldr/ and comparisons/ as OpenAI's, for bench.small_run")
     parser.add_argument("--trl_python", help="python of an environment with TRL, for bench.against on a CPU")
     parser.add_argument("--dry", action="store_true", help="a visit to a GPU on this CPU, as small as it gets")
     parser.add_argument("--tables", action="store_true", help="run nothing, write the tables")
@@ -231,6 +256,10 @@ def main() -> None:
     chosen = args.only or (VISITS[args.visit] if args.visit else names)
     state = git() or {"commit": "unknown", "dirty": False}
     commit = args.commit or state["commit"][:7] + (" with changes" if state["dirty"] else "")
+    own = ["--name", "visit_" + re.sub(r"\W+", "_", commit)]  # another commit does not go on with these runs
+    own += ["--weights", *args.weights] if args.weights else []
+    own += ["--posts", args.posts] if args.posts else []
+    planned = [one._replace(arguments=one.arguments + own) if one.name == "smollm2" else one for one in planned]
     found = machine() | ({"device": "dry"} if args.dry else {})
     args.results.mkdir(parents=True, exist_ok=True)
     path, log = args.results / file_of(found["device"]).name, args.results / "visit.log"
@@ -270,4 +299,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

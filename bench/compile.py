@@ -26,6 +26,8 @@ from pathlib import Path
 
 import torch
 
+from nanorlhf.run.streams import as_command
+
 M, D, V, B, R = 6784, 2048, 128_256, 128, 53  # one PPO batch of Llama-3.2-1B: 128 responses of 53 tokens
 N, H, HKV, DH, F, S = 12_896, 32, 8, 64, 8192, 576  # and its body: packed tokens of 32 sequences, slots of the KV cache
 SHARED_LIMIT = 232_448  # bytes of shared memory a block can have on sm_90
@@ -213,4 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

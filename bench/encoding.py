@@ -1,10 +1,11 @@
 """Posts a second, from text to token ids, and how long a start takes when they are remembered.
 
     python -m bench.encoding --data DIR       a folder of real posts in OpenAI's format (default: the tiny world)
+    python -m bench.encoding --data DIR --model models/smollm2       with that model's tokenizer alone
 
-Learns a tokenizer of Llama 3's format and size, and one of Llama 2's, on one half of the training posts, repeats the
-other half to the 116,722 rows of OpenAI's training split, and encodes them twice, in a process of its own each time:
-first anew, then from the cache. Prints a line for each and one JSON line last.
+Without --model, learns a tokenizer of Llama 3's format and size, and one of Llama 2's, on one half of the training
+posts. Repeats the other half to the 116,722 rows of OpenAI's training split, and encodes them twice, in a process of
+its own each time: first anew, then from the cache. Prints a line for each and one JSON line last.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import sentencepiece
 from bench.stand_ins import write_llama3_tokenizer
 from nanorlhf.data.download import POSTS
 from nanorlhf.data.tldr import Post, format_query, load_posts
+from nanorlhf.run.streams import as_command
 from nanorlhf.tiny.data import ensure_world
 
 START = """
@@ -70,6 +72,7 @@ def start(data: Path, tokenizer: Path, folder: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.encoding", description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="folder with tldr/train.jsonl")
+    parser.add_argument("--model", type=Path, help="folder with a tokenizer: in place of the two learned ones")
     parser.add_argument("--rows", type=int, default=POSTS["train"])
     args = parser.parse_args()
     posts = load_posts(args.data or ensure_world("data/tiny"), "train")
@@ -79,13 +82,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         words = write_posts(folder / "data", encode, args.rows)
-        learned = write_llama3_tokenizer(folder / "llama3", texts)
-        write_llama2_tokenizer(folder / "llama2", texts)
-        print(
-            f"{args.rows:,} posts of {words:.0f} words, {cores} cores; {learned:,} learned tokens in Llama 3's format"
-        )
-        for format in ("llama3", "llama2"):
-            first, second = (start(folder / "data", folder / format, folder) for _ in range(2))
+        print(f"{args.rows:,} posts of {words:.0f} words, {cores} cores")
+        tokenizers = {args.model.name: args.model.resolve()} if args.model else {}
+        if not tokenizers:
+            learned = write_llama3_tokenizer(folder / "llama3", texts)
+            write_llama2_tokenizer(folder / "llama2", texts)
+            print(f"{learned:,} learned tokens in Llama 3's format")
+            tokenizers = {format: folder / format for format in ("llama3", "llama2")}
+        for format, path in tokenizers.items():
+            first, second = (start(folder / "data", path, folder) for _ in range(2))
             speed = args.rows / first["encode_s"]
             total = second["import_s"] + second["read_s"] + second["encode_s"]
             busy = args.rows / (first["cpu_s"] - second["cpu_s"])
@@ -99,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -27,6 +27,7 @@ from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.models import Policy
 from nanorlhf.monitoring.flops import head_flops, ppo_update_flops, trunk_flops
 from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.tiny.data import COMPARISONS, ensure_world
 
@@ -102,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -24,6 +24,7 @@ from nanorlhf.evaluation.report import write_report
 from nanorlhf.evaluation.summaries import Written
 from nanorlhf.rollout import Summary
 from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.jsonl import append
 from nanorlhf.tiny.posts import make_post
 
@@ -99,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -8,9 +8,10 @@
 
 Each operation is timed beside its PyTorch reference, torch's own fused cross-entropy and norm, and Liger's kernels
 where it is installed, in turn in one process; torch.compile comes last. The ceilings, a copy and a matmul
-in bf16, are measured in the same run. Times are medians over at least a fifth of a second, with a cold L2; memory is
-the peak above the operands. --rows_to FILE writes one JSON line a measurement as it is made, so that a visit that is
-cut short keeps what it has. One JSON line last. Needs torch and triton, nothing else.
+in bf16, are measured in the same run. Times are medians over at least a fifth of a second, with a cold L2; those of the
+body's operations also for the GPU alone, in a captured graph that needs no Python. Memory is the peak above the
+operands. A line a measurement goes to bench.all as it is made (bench/rows.py), so that a visit that is cut short keeps
+what it has. One JSON line last. Needs torch and triton, nothing else.
 """
 
 import argparse
@@ -25,11 +26,14 @@ import torch
 from torch import Tensor
 
 import kernels
+from bench.rows import note
+from nanorlhf.run.streams import as_command
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 D, V = (2048, 128_256) if GPU else (64, 4001)
 F, H, HKV, DH = (8192, 32, 8, 64) if GPU else (176, 4, 2, 16)
+CAPTURED = 10  # calls in a graph
 OTHERS = {"add_rms_norm": "rms_norm"}  # the file of an operation that has not its name
 FILES = {name: importlib.import_module(f"kernels.{OTHERS.get(name, name)}") for name in kernels.__all__
          if name.islower() and name not in ("chosen", "linear", "linear_fp32")}  # fmt: skip
@@ -55,6 +59,24 @@ def measure(function: Callable[[], object]) -> tuple[float, float]:
     torch.cuda.synchronize()
     gigabytes = (torch.cuda.max_memory_allocated() - before) / 1e9
     return do_bench(function, warmup=50, rep=200, return_mode="median") / 1e3, gigabytes
+
+
+def on_the_gpu_alone(function: Callable[[], object]) -> float:
+    """Seconds of a call without Python: ten of them in one captured graph, replayed. The host takes as long to ask for
+    an operation of the body as the GPU to do it, and in an update of a large model the host is far ahead. The L2 is as
+    warm as the call before left it. Raises RuntimeError for what cannot be captured.
+    """
+    from triton.testing import do_bench
+
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()  # sets up on this stream what it needs
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        for _ in range(CAPTURED):
+            function()
+    return do_bench(graph.replay, warmup=20, rep=100, return_mode="median") / 1e3 / CAPTURED
 
 
 def with_gradient(function: Callable, leaves: list[Tensor]) -> Callable[[], None]:
@@ -210,6 +232,17 @@ def ceilings() -> dict[str, float]:
     return {"GB": 2 * x.numel() * 4 / 1e9 / copy, "TFLOP": 2 * size**3 / 1e12 / matmul}
 
 
+def alone(name: str, who: str, function: Callable) -> dict:
+    """The time of a call for the GPU alone, printed, as part of a row; nothing where it cannot be captured."""
+    try:
+        seconds = on_the_gpu_alone(function)
+    except RuntimeError as error:
+        print(f"{name}, {who}: not captured, {str(error).splitlines()[0][:80]}")
+        return {}
+    print(f"{name}, {who}: {seconds * 1e3:.3f} ms for the GPU alone", flush=True)
+    return {"gpu_ms": seconds * 1e3}
+
+
 @contextmanager
 def changed(file, name: str, value):
     """A module constant, for the time of a measurement."""
@@ -280,7 +313,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[6784, 8192] if GPU else [256], help="rows M")
     parser.add_argument("--tokens", type=int, default=12_896 if GPU else 256, help="packed tokens N of the body")
     parser.add_argument("--compile", action="store_true", help="torch.compile of each reference too, last")
-    parser.add_argument("--rows_to", metavar="FILE", help="append one JSON line a measurement here")
     parser.add_argument("--tiles", action="store_true", help="other tiles and chunks than those that ship")
     flags = parser.parse_args()
     device = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
@@ -320,10 +352,11 @@ def main() -> None:
                     numbers = f"{seconds * 1e3:.3f} | {rate:.3g} {unit_name} | {share:.0%} | {memory}"
                     print(f"| {name} | {who} | {numbers} |", flush=True)
                     row = {what: rows, "op": name, "who": who, "ms": seconds * 1e3, unit_name: rate}
-                    results.append(row | {"of_ceiling": share} | ({"gb": gigabytes} if GPU else {}))
-                    if flags.rows_to:
-                        with open(flags.rows_to, "a", encoding="utf-8") as file:
-                            file.write(json.dumps(results[-1]) + "\n")
+                    row |= {"of_ceiling": share} | ({"gb": gigabytes} if GPU else {})
+                    if GPU and what == "tokens" and not compiled:
+                        row |= alone(name, who, function)
+                    results.append(row)
+                    note(results[-1])
                 torch._dynamo.reset() if compiled else None
         print()
     print(json.dumps({"bench": "kernels", "device": device, "torch": torch.__version__, "ceilings": ceiling,
@@ -331,4 +364,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

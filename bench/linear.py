@@ -14,6 +14,7 @@ import time
 import torch
 
 from kernels.linear import _onednn, _onednn_grad_weight, linear_reference, onednn_products
+from nanorlhf.run.streams import as_command
 
 SHAPES = [(4096, 128, 256), (4096, 128, 704), (4096, 352, 128), (1024, 128, 1280)]  # M tokens, K inputs, N outputs
 
@@ -60,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -3,6 +3,7 @@
     python -m bench.plan --gpu_gb 80                        24, 48, 80 or 141: what the card is sold as, in 10^9 bytes
     python -m bench.plan --gpu_gb 80 --microbatch_tokens 8192
     python -m bench.plan --gpu_gb 8 --model smollm2         also smollm2-360m
+    python -m bench.plan --gpu_gb 80 --gpus 8 --model llama-8b      several (bench/several.py); also llama-3b
 
 No GPU is needed: the real passes of train_sft.py, train_rm.py and train_ppo.py run at the shape of the model on the
 meta device, which has shapes and lifetimes but no data, and bench/memory.py counts the storages. When the preset's
@@ -31,6 +32,7 @@ from nanorlhf.optim import AdamW
 from nanorlhf.packing import pack, split_by_tokens
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate
+from nanorlhf.run.streams import as_command
 
 GIB = 2**30
 CONTEXT = 0.6 * GIB  # of the CUDA context: outside torch's allocator
@@ -258,12 +260,19 @@ def main() -> None:
     parser.add_argument("--gpu_gb", type=float, default=80, help="memory of the card in 10^9 bytes, as it is sold")
     parser.add_argument("--model", choices=MODELS, default="llama-1b")
     parser.add_argument("--microbatch_tokens", type=int, help="where to begin [the preset's]")
+    parser.add_argument("--gpus", type=int, default=1, help="on one machine, by torchrun")
     args = parser.parse_args()
-    if args.gpu_gb <= 0 or (args.microbatch_tokens or 1) < 1:
+    if args.gpu_gb <= 0 or (args.microbatch_tokens or 1) < 1 or args.gpus < 1:
         parser.error(
-            f"got --gpu_gb {args.gpu_gb:g} --microbatch_tokens {args.microbatch_tokens}, expected both above 0"
+            f"got --gpu_gb {args.gpu_gb:g} --microbatch_tokens {args.microbatch_tokens} --gpus {args.gpus}, expected "
+            "all above 0"
         )
     shape = shape_for("meta", args.model)
+    if args.gpus > 1:
+        from bench.several import report  # it counts with what stands above
+
+        report(args.model, args.gpus, args.gpu_gb)
+        return
     per_token = {name: saved_per_token(shape, flag) for name, flag in (("kept", False), ("checkpointing", True))}
     free = budget(args.gpu_gb) / GIB
     smaller = "; --model smollm2 is an eighth of it" if args.model == "llama-1b" else ""
@@ -293,4 +302,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

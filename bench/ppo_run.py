@@ -23,6 +23,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from bench.rows import note
 from bench.shapes import Shape, random_model, shape_for
 from bench.stand_ins import SPECIALS, write_llama3_tokenizer
 from nanorlhf.data.encoding import encode_posts
@@ -31,6 +32,7 @@ from nanorlhf.data.tokenizer import Tokenizer, load_tokenizer
 from nanorlhf.models import Policy, reward_model_from
 from nanorlhf.run.device import pick_device, pick_dtype
 from nanorlhf.run.run import read_metrics
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.checkpoint import save_policy, save_scalar
 from nanorlhf.tiny.data import write_world
 
@@ -115,10 +117,13 @@ def make_it_stop(policy: Policy, queries: list[list[int]], eos_id: int, tokens: 
 
 def watch(command: list[str], folder: Path, updates: int) -> tuple[int | None, list[dict]]:
     """Run until `updates` are logged, and no further: (exit status or None, the metrics)."""
-    child = subprocess.Popen(command, cwd=folder, stdout=sys.stderr)
+    child, noted = subprocess.Popen(command, cwd=folder, stdout=sys.stderr), 0
     try:
         while child.poll() is None:
             rows = read_metrics(folder / "runs" / "ppo") if (folder / "runs/ppo/metrics.jsonl").exists() else []
+            for row in rows[noted:]:
+                note(row)
+            noted = len(rows)
             if len(rows) >= updates:
                 break
             time.sleep(0.2)
@@ -185,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

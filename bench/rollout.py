@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import transformers
 
+from bench.rows import note
 from bench.stand_ins import LLAMA_32_1B
 from nanorlhf import decoder
 from nanorlhf.data.encoding import encode_posts
@@ -40,6 +41,7 @@ from nanorlhf.packing import in_microbatches
 from nanorlhf.rollout import generate, uniforms
 from nanorlhf.run.device import device_name, now, pick_device
 from nanorlhf.run.inputs import EMBEDDED, find_data
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.storage.weights import file_parts
 
@@ -236,6 +238,7 @@ def main() -> None:
         for name, row in rows.items():
             rate = moved / (row["step_ms"] / 1e3)
             row |= {"bytes_per_s": rate, "of_bandwidth": rate / peak if peak else None, "peak_bytes": memory[name]}
+            note({"threads": threads, "who": name} | row)
             share = f"{rate / peak:.0%}" if peak else f"{rate / 1e9:.0f} GB/s"
             gib = "" if memory[name] is None else f"{memory[name] / 2**30:.2f}"
             times = f"{row['seconds']:8.3f}{row['prefill_s']:11.3f}{row['step_ms']:9.2f}{row['tokens_per_s']:10,.0f}"
@@ -247,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

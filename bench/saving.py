@@ -28,6 +28,7 @@ from bench.stand_ins import LLAMA_32_1B
 from nanorlhf.llama import LlamaConfig
 from nanorlhf.models import Policy, ScalarModel, parameter_count
 from nanorlhf.optim import AdamW
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.atomic import sync
 from nanorlhf.storage.model_config import read_config
 from nanorlhf.storage.resume import checkpoints, damage, load_state, save_checkpoint
@@ -152,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -28,6 +28,7 @@ from nanorlhf.monitoring.flops import head_flops, trunk_flops
 from nanorlhf.packing import split_by_tokens
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate
+from nanorlhf.run.streams import as_command
 
 BATCHES, LENGTHS = (16, 32, 64, 128, 256), (64, 128, 256, 512, 1024)
 FIXED_LENGTH, FIXED_BATCH = 128, 32  # tokens of a query while the batch grows, queries while they grow
@@ -135,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

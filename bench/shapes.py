@@ -4,13 +4,14 @@ Random weights cost the same time and memory as trained ones, and nothing has to
 bench.update, bench.plan and bench.scaling can be made on a fresh machine.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from bench.stand_ins import LLAMA_32_1B
+from nanorlhf import parallel, sharding
 from nanorlhf.llama import LlamaConfig
 from nanorlhf.models import Policy, ScalarModel
 from nanorlhf.run.inputs import EMBEDDED
@@ -62,7 +63,12 @@ SMOLLM2 = {  # config.json on the hub: hidden_size, intermediate_size, layers, h
     "smollm2": ("SmolLM2-135M", 576, 1536, 30, 9, 3),
     "smollm2-360m": ("SmolLM2-360M", 960, 2560, 32, 15, 5),
 }
-MODELS = ("llama-1b", *SMOLLM2)
+LARGER = {  # what differs from Llama-3.2-1B, from config.json of Llama-3.2-3B and Llama-3.1-8B on the hub
+    "llama-3b": ("Llama-3.2-3B", dict(hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, head_dim=128)),
+    "llama-8b": ("Llama-3.1-8B", dict(
+        hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, head_dim=128, tie_word_embeddings=False)),
+}  # fmt: skip
+MODELS = ("llama-1b", *LARGER, *SMOLLM2)
 
 
 def smollm2_config(name: str) -> LlamaConfig:
@@ -90,26 +96,33 @@ def shape_for(device: torch.device | str, model: str = "llama-1b") -> Shape:
         return Shape(name, config, "smollm2", mean=352, spread=100, least=64, most=544, response=35)
     if torch.device(device).type == "cpu":
         return Shape("tiny", read_config(EMBEDDED / "sft"), "tiny", mean=85, spread=9, least=58, most=104, response=15)
-    return Shape("Llama-3.2-1B", llama_config(), "llama-1b", mean=352, spread=100, least=64, most=512, response=33)
+    name, changes = LARGER.get(model, ("Llama-3.2-1B", {}))
+    config = replace(llama_config(), **changes)
+    return Shape(name, config, "llama-1b", mean=352, spread=100, least=64, most=512, response=33)
 
 
 @torch.no_grad()
-def random_model(kind: type[nn.Module], config: LlamaConfig, device, dtype: torch.dtype, **options) -> nn.Module:
-    """A Policy or ScalarModel made on the device itself, weights from N(0, 0.02), norms 1, and an fp32 scalar head."""
+def random_model(
+    kind: type[nn.Module], config: LlamaConfig, device, dtype: torch.dtype, parts: str | None = None, **options
+) -> nn.Module:
+    """A Policy or ScalarModel made on the device itself, weights from N(0, 0.02), norms 1, and an fp32 scalar head.
+    parts: under torchrun in parts, as `load_policy` has it."""
+    in_parts = parts and parallel.on()
     with torch.device("meta"):
         model = kind(config, **options)
-    model = model.to(dtype)
+    model = model.to(torch.float32 if in_parts and parts == "masters" else dtype)
     if isinstance(model, ScalarModel):
         model.score.float()
-    model = model.to_empty(device=device)
+    model = (sharding.shard(model, dtype) if in_parts else model).to_empty(device=device)
     for parameter in model.parameters():
-        parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, 0.02)
+        part = sharding.local(parameter.detach())
+        part.fill_(1.0) if parameter.dim() == 1 else part.normal_(0.0, 0.02)
     return model
 
 
 def four_models(config: LlamaConfig, device, dtype: torch.dtype) -> tuple[Policy, Policy, ScalarModel, ScalarModel]:
     """Policy, reference, critic and reward model, as train_ppo.py has them: the second and the last frozen."""
-    policy, reference = (random_model(Policy, config, device, dtype) for _ in range(2))
-    critic = random_model(ScalarModel, config, device, dtype, bias=True)
-    reward_model = random_model(ScalarModel, config, device, dtype, bias=False)
+    policy, reference = (random_model(Policy, config, device, dtype, parts) for parts in ("masters", "frozen"))
+    critic = random_model(ScalarModel, config, device, dtype, "masters", bias=True)
+    reward_model = random_model(ScalarModel, config, device, dtype, "frozen", bias=False)
     return policy, reference.requires_grad_(False), critic, reward_model.requires_grad_(False)

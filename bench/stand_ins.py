@@ -23,6 +23,7 @@ from nanorlhf.data.tldr import load_posts
 from nanorlhf.data.tokenizer import LLAMA3_SPLIT, llama3_specials
 from nanorlhf.errors import check, one_sentence
 from nanorlhf.models import Policy
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.model_config import read_config
 from nanorlhf.storage.weights import file_parts
 from nanorlhf.tiny.data import ensure_world
@@ -136,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -31,6 +31,9 @@ def update_table(result: dict) -> list[str]:
         speed = f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else ""
         more = [f"{row[key]:.1f}" if key == "peak_gib" and key in row else share(row.get(key)) for key in there]
         lines.append(row_of([row["stage"], row["phase"], f"{row['s']:.3f}", speed, *more]))
+    if "planned_gib" in result:
+        plans = ", ".join(f"{stage} {gib:.1f}" for stage, gib in result["planned_gib"].items())
+        lines += ["", f"Peaks by counting (`bench.plan`), GiB: {plans}."]
     if "hours" in result:
         lines += ["", "By these step times: " + ", ".join(f"{k} {h:.2f} h" for k, h in result["hours"].items()) + "."]
     return lines
@@ -89,12 +92,16 @@ def kernels_table(result: dict) -> list[str]:
         who = others.get(row["who"], row["who"].split(" (")[0])
         found.setdefault(row["op"], {})[who] = row
     there = [who for who in columns if any(who in one for one in found.values())]
-    lines += [row_of(["operation", "ours, ms", "of the ceiling", "ours, GB", *(f"{who}, ms" for who in there)])]
-    lines.append("|---" * (4 + len(there)) + "|")
+    graphed = ["ours", *there] if any("gpu_ms" in row for row in rows) else []  # the body's operations, without Python
+    head = ["operation", "ours, ms", "of the ceiling", "ours, GB", *(f"{who}, ms" for who in there)]
+    lines += [row_of([*head, *(f"{who}, GPU alone" for who in graphed)])]
+    lines.append("|---" * (4 + len(there) + len(graphed)) + "|")
     for op, one in found.items():
         ours = one["ours"]
         cells = [f"{ours['ms']:.3f}", share(ours["of_ceiling"]), f"{ours['gb']:.2f}"]
-        lines.append(row_of([op, *cells, *(f"{one[who]['ms']:.3f}" if who in one else "" for who in there)]))
+        cells += [f"{one[who]['ms']:.3f}" if who in one else "" for who in there]
+        cells += [f"{one[who]['gpu_ms']:.3f}" if "gpu_ms" in one.get(who, {}) else "" for who in graphed]
+        lines.append(row_of([op, *cells]))
     return lines
 
 
@@ -139,6 +146,33 @@ def tiny_table(result: dict) -> list[str]:
     return lines
 
 
+def small_table(result: dict) -> list[str]:
+    """SmolLM2 on real posts, stage by stage."""
+    about, rows = result["about"], {row["part"]: row for row in result["results"] if "failed" not in row}
+    lines = [f"{about['dtype']}, seed {about['seed']}, {about['total_s']:.0f} s for all parts, beside others.", ""]
+    lines += [row_of(["stage", "steps", "tokens/s", "peak GiB", "first", "last", "held out"]), "|---" * 7 + "|"]
+    for part in ("sft", "rm", "ppo"):
+        if part in rows:
+            row = rows[part]
+            kind, held_out = "loss", row.get("held_out")
+            if part == "ppo":
+                kind, held_out = "score", f"KL {row['kl'][-1]:.2f}, EOS {row['eos_rate'][-1]:.2f}"
+            cells = [row["steps"], f"{row['tokens_per_s']:,.0f}", f"{row['peak_gib']:.1f}"]
+            cells += [f"{kind} {x:.3f}" for x in row[kind]]
+            lines.append(row_of([part, *cells, held_out if part == "ppo" else f"{held_out:.3f}"]))
+    for who, row in rows.get("eval", {}).get("policies", {}).items():
+        if "rougeL" in row:
+            lines += ["", f"{who}: ROUGE-L {row['rougeL']:.4f}, EOS {row['eos_rate']:.2f}, {row['length']:.1f} words."]
+    for row in rows.get("eval", {}).get("win_rates", []):
+        low, high = row["interval"]
+        who = f"{row['ours']} over {row['theirs']} by the reward model"
+        lines += ["", f"{who}: {row['rate']:.3f} ({low:.3f} to {high:.3f})."]
+    if same := rows.get("out_again"):
+        text = f"transformers writes the same greedy text for {same['same_greedy_text']} of {same['posts']} posts."
+        lines += ["", text]
+    return lines
+
+
 def tests_line(result: dict) -> list[str]:
     """What pytest said last."""
     return [result["summary"].strip("= ") + "."]
@@ -146,8 +180,38 @@ def tests_line(result: dict) -> list[str]:
 
 TABLES = {"plan": plan_table, "update": update_table, "against": against_table, "scaling": scaling_line,
           "kernels": kernels_table, "rollout": rollout_table, "ppo": ppo_table, "tiny": tiny_table,
-          "tests": tests_line}  # fmt: skip
-COMMANDS = {"ppo": "python -m bench.ppo_run", "tiny": "python -m bench.tiny_run", "tests": "python -m pytest -m gpu"}
+          "smollm2": small_table, "tests": tests_line}  # fmt: skip
+COMMANDS = {"ppo": "python -m bench.ppo_run", "tiny": "python -m bench.tiny_run", "tests": "python -m pytest -m gpu",
+            "smollm2": "python -m bench.small_run"}  # fmt: skip
+
+
+def quick(folder: Path) -> str:
+    """The README's line: an update and a rollout on each GPU that was measured, then the ratios of a CPU."""
+    parts = []
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.name == "cpu.json"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        results = {name: bench["result"] for name, bench in found["benches"].items() if "result" in bench}
+        if "driver" in found and {"update", "rollout"} <= results.keys():
+            commit = found["benches"]["update"]["commit"]
+            parts.append(f"{results['update']['shape']}'s shape on one {found['device']}, measured at {commit}: "
+                         + _quick_gpu(results["update"], results["rollout"]))  # fmt: skip
+        elif "driver" not in found and {"against", "rollout"} <= results.keys():
+            beside = results["against"]["results"][-1]
+            threads = str(beside["threads"])
+            rollout = results["rollout"]["threads"][threads]["transformers"]["over_ours"]
+            parts.append(f"On {threads} CPU cores the tiny rollout is {rollout:.1f} times as quick as transformers, an "
+                         f"update {beside['update']['ratio']:.2f} times")  # fmt: skip
+    return ". ".join(parts) + ": [speed.md](docs/speed.md)"
+
+
+def _quick_gpu(update: dict, rollout: dict) -> str:
+    rows = {row["phase"]: row for row in update["results"] if row["stage"] == "ppo"}
+    ours, theirs = (rollout["threads"]["1"][who]["seconds"] for who in ("ours", "transformers"))
+    return (
+        f"an update of 128 episodes takes {rows['whole']['s']:.1f} s (learning at {rows['learn']['mfu']:.0%} MFU), a "
+        f"rollout {ours:.2f} s where transformers' `generate` takes {theirs:.2f} s, "
+        f"{rows['whole']['peak_gib']:.0f} GiB at its peak"
+    )
 
 
 def tables(folder: Path) -> str:

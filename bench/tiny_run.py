@@ -17,8 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.rows import note
 from nanorlhf.run.inputs import EMBEDDED
 from nanorlhf.run.run import read_metrics
+from nanorlhf.run.streams import as_command
 
 ROOT = Path(__file__).parents[1]
 STAGES, DTYPES = ("sft", "rm", "ppo"), ("float32", "bfloat16")
@@ -106,7 +108,10 @@ def main() -> None:
                 rows, committed = read_metrics(folder / "runs" / stage), read_metrics(EMBEDDED / stage)
                 seconds[f"{stage} {dtype}"] = rows[-1]["time"] - rows[0]["time"]
                 if same_flags(rows, committed):
-                    found += compare(stage, dtype, rows, committed, whole=args.updates is None)
+                    compared = compare(stage, dtype, rows, committed, whole=args.updates is None)
+                    found += compared
+                    for row in compared:
+                        note(row)
                 else:
                     other_flags.append(f"{stage} in {dtype}")
         finally:
@@ -126,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

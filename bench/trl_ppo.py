@@ -30,6 +30,8 @@ from transformers import (
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
+from nanorlhf.run.streams import as_command
+
 CHECKPOINTS = Path(__file__).parents[1] / "nanorlhf" / "tiny" / "checkpoints"
 
 
@@ -84,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

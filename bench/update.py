@@ -2,6 +2,7 @@
 
     python -m bench.update                 Llama-3.2-1B's shape on a GPU, the tiny world's on a CPU; random weights
     python -m bench.update --compare       also with NANORLHF_KERNELS=torch, and with padding, each in its own process
+    torchrun --standalone --nproc_per_node 1 -m bench.update       models in parts (sharding.py), on so many GPUs
     python -m bench.update --padded        as if every query were padded to its longest, as the paper's code does
 
 What runs is the code of the scripts: generate, train_ppo.score, train_ppo.learn and AdamW.step, train_sft.learn and
@@ -35,15 +36,20 @@ import train_ppo
 import train_rm
 import train_sft
 from bench.kernels import ceilings
+from bench.plan import predict
+from bench.rows import note
 from bench.shapes import PAIRS, POSTS, Shape, four_models, random_model, shape_for
-from nanorlhf import ppo
+from nanorlhf import parallel, ppo
+from nanorlhf.errors import one_sentence
 from nanorlhf.models import Policy, ScalarModel, parameter_count
 from nanorlhf.monitoring.flops import head_flops, mfu, trunk_flops
 from nanorlhf.optim import AdamW
-from nanorlhf.packing import split_by_tokens
+from nanorlhf.packing import microbatches
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate
 from nanorlhf.run.device import device_name, now, pick_device, pick_dtype
+from nanorlhf.run.streams import as_command
+from nanorlhf.sharding import actor_of, refill
 
 GIB = 2**30
 
@@ -82,14 +88,16 @@ class Clock:
 def ppo_update(shape: Shape, device: torch.device, dtype: torch.dtype, repeats: int) -> tuple[Clock, dict]:
     cfg = train_ppo.Config(**train_ppo.PRESETS[shape.preset])
     B, R, eos_id = cfg.batch_size, cfg.response_length, shape.config.eos_token_id
-    models = policy, _, critic, _ = four_models(shape.config, device, dtype)
+    policy, reference, critic, reward_model = four_models(shape.config, device, dtype)
     optimizer = AdamW([policy, critic], lr=cfg.lr)
+    actor = actor_of(policy)  # of one process the policy itself
+    models = actor, reference, critic, reward_model
     queries = shape.queries(B)
     written = [min(len(summary), R) for summary in shape.summaries(B)]  # tokens, EOS included
     clock = Clock(device)
     for _ in range(repeats + 1):
         with clock("rollout"):
-            responses, _ = generate(policy, queries, R, cfg.temperature, cfg.seed)
+            responses, _ = generate(actor, queries, R, cfg.temperature, cfg.seed)
             responses.masked_fill_(responses == eos_id, 0)
             responses[torch.arange(B), torch.tensor(written) - 1] = eos_id
             answers = responses.tolist()
@@ -109,17 +117,19 @@ def ppo_update(shape: Shape, device: torch.device, dtype: torch.dtype, repeats: 
             order = np.random.default_rng(epoch).permutation(B)
             for minibatch in np.split(order, cfg.num_minibatches):
                 with clock("learn"):
-                    for group in split_by_tokens([lengths[i] for i in minibatch], cfg.microbatch_tokens):
-                        train_ppo.learn(policy, critic, episode, minibatch, minibatch[group], cfg)
+                    for group, counts in microbatches([lengths[i] for i in minibatch], cfg.microbatch_tokens):
+                        train_ppo.learn(policy, critic, episode, minibatch, minibatch[group], cfg, counts=counts)
                 with clock("optimizer"):
                     optimizer.step(cfg.lr, cfg.max_grad_norm)
+        with clock("optimizer"):
+            refill(actor, policy)
         clock.lap()
 
     trunk, head = trunk_flops(shape.config, lengths), head_flops(shape.config, B * R)
     read = trunk_flops(shape.config, [len(x) for x in finished])
     tokens, steps = sum(lengths), cfg.num_ppo_epochs * cfg.num_minibatches
     trained = sum(parameter_count(model) for model in (policy, critic))
-    element, c = policy.head_weight.element_size(), shape.config
+    element, c = actor.head_weight.element_size(), shape.config
     cached = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * element  # bytes a token
     seen = sum(len(query) + t for query in queries for t in range(R))  # cached tokens that decoding reads
     work = {
@@ -142,11 +152,11 @@ def training_step(stage: str, shape: Shape, device, dtype: torch.dtype, repeats:
     script = {"sft": train_sft, "rm": train_rm}[stage]
     cfg = script.Config(**script.PRESETS[shape.preset])
     if stage == "sft":
-        model = random_model(Policy, shape.config, device, dtype)
+        model = random_model(Policy, shape.config, device, dtype, "masters")
         batch = shape.with_summaries(cfg.batch_size)
         lengths, rows = [len(s) for s in batch], sum(len(s) for s in batch)
     else:
-        model = random_model(ScalarModel, shape.config, device, dtype, bias=False)
+        model = random_model(ScalarModel, shape.config, device, dtype, "masters", bias=False)
         batch = shape.pairs(cfg.batch_size)
         lengths, rows = [sum(map(len, pair)) for pair in batch], 0  # the query once
     optimizer = AdamW([model], lr=cfg.lr)
@@ -176,7 +186,7 @@ def rows(stage: str, clock: Clock, work: dict, ceiling: dict[str, float], device
         if device.type == "cuda":  # a CPU's ceilings move with its load, and its matmul is not the one that we call
             row |= {"of_matmul": did["flops"] / s / 1e12 / ceiling["TFLOP"]} if "flops" in did else {}
             row |= {"of_copy": did["bytes"] / s / 1e9 / ceiling["GB"]} if "bytes" in did else {}
-            row |= {"mfu": mfu(did["flops"], s, device)} if "flops" in did else {}
+            row |= {"mfu": mfu(did["flops"] / parallel.size(), s, device)} if "flops" in did else {}
         row |= {"peak_gib": clock.peak[phase]} if phase in clock.peak else {}
         found.append(row)
     whole = sum(seconds.values())
@@ -216,6 +226,7 @@ def measure(args: argparse.Namespace) -> dict:
         clock, work = run(shape, device, dtype, args.repeats)
         for row in rows(stage, clock, work, ceiling, device):
             found.append(row)
+            note(row)
             cells = [row.get("of_matmul"), row.get("of_copy"), row.get("mfu")]
             shares = " | ".join("" if x is None else f"{x:.0%}" for x in cells)
             speed = f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else ""
@@ -227,6 +238,8 @@ def measure(args: argparse.Namespace) -> dict:
     result = {"bench": "update", "shape": shape.name, "device": device_name(device), "torch": torch.__version__,
               "kernels": kernels.chosen(), "mean_query": float(np.mean(lengths)), "ceilings": ceiling,
               "results": found}  # fmt: skip
+    if device.type == "cuda":
+        result["planned_gib"] = {stage: predict(stage, shape).peak / GIB for stage in args.stages}  # to compare with
     whole = {row["stage"]: row["s"] for row in found if row["phase"] == "whole"}
     if device.type == "cuda" and len(whole) == 3:
         result["hours"] = epochs(whole, shape)
@@ -267,8 +280,9 @@ def main() -> None:
     if args.repeats < 1:
         parser.error(f"got --repeats {args.repeats}, expected 1 or more")
     flags = ["--device", args.device, "--repeats", str(args.repeats), "--stages", *args.stages]
-    print(json.dumps(compare(flags) if args.compare else measure(args)))
+    with parallel.one_voice(), one_sentence(), parallel.group(args.device):
+        print(json.dumps(compare(flags) if args.compare else measure(args)))
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

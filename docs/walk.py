@@ -536,8 +536,8 @@ book.question(
 # %% [markdown]
 # ## 8. Rewards
 #
-# Each token pays `kl_coef` times its k1 (0.15 in this preset). The score is added once, at L + 1, one step *after*
-# EOS: the state that it belongs to, the finished response, has a value of its own [detail U6].
+# Each token pays `kl_coef` times its k1. The score is added once, at L + 1, one step *after* EOS: the state that it
+# belongs to, the finished response, has a value of its own [detail U6].
 
 # %%
 rewards = ppo.token_rewards(scores, kl, responses, tokenizer.eos_id, cfg.kl_coef)  # (B, R)

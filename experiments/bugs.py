@@ -30,6 +30,7 @@ from nanorlhf.rollout import generate
 from nanorlhf.run.config import parse
 from nanorlhf.run.inputs import EMBEDDED
 from nanorlhf.run.run import read_metrics
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.tiny.data import ensure_world
 
@@ -145,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -21,6 +21,7 @@ from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.llama import LlamaConfig
 from nanorlhf.monitoring.flops import head_flops, ppo_update_flops, trunk_flops
 from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.model_config import read_config
 from nanorlhf.tiny.data import ensure_world
 
@@ -142,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.errors import UserError, one_sentence
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.model_config import read_config, read_json
 from nanorlhf.storage.weights import TensorFolder
 
@@ -253,6 +254,18 @@ def _pre_tokenizer(folder: Path) -> str:
     )
 
 
+def llama_cpp_answers(file: Path, queries: list[list[int]], tokens: int) -> list[str]:
+    """What llama.cpp itself, as the package xllamacpp ships it, writes after each query, greedily; it stops at EOS."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = str(file), 1024, 1
+    params.cpuparams.n_threads, params.warmup = 1, False
+    server = xllamacpp.Server(params)
+    asked = {"n_predict": tokens, "temperature": 0.0, "cache_prompt": False}
+    return [server.handle_completions(asked | {"prompt": query})["choices"][0]["text"] for query in queries]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.gguf_folder", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="a policy's folder, such as runs/ppo/final")
@@ -265,4 +278,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

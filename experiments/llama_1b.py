@@ -23,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from nanorlhf.run.streams import as_command
+
 ROOT = Path(__file__).parents[1]
 STEPS = ("load", "forward", "sft", "rm", "ppo")
 LENGTHS = (5, 64, 300)  # tokens of the sequences of the forward pass
@@ -202,4 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

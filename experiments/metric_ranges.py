@@ -18,6 +18,7 @@ from pathlib import Path
 
 from nanorlhf.errors import check, one_sentence
 from nanorlhf.run.run import read_metrics
+from nanorlhf.run.streams import as_command
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 STAGES = {"sft": "train_sft.py", "rm": "train_rm.py", "ppo": "train_ppo.py", "eval": "eval.py"}
@@ -141,4 +142,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -20,6 +20,7 @@ from nanorlhf.evaluation.figures import overoptimisation_figure, png
 from nanorlhf.evaluation.metrics import seed_interval
 from nanorlhf.run.inputs import EMBEDDED
 from nanorlhf.run.run import read_metrics
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.jsonl import finite
 
 EPISODES_AN_UPDATE = 128
@@ -77,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

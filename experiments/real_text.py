@@ -27,6 +27,7 @@ from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.llama import LlamaConfig, initialise
 from nanorlhf.models import Policy
 from nanorlhf.run.run import read_metrics
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.checkpoint import read_config, save_policy
 
 ROOT = Path(__file__).parents[1]
@@ -98,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

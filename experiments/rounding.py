@@ -7,7 +7,8 @@ Two kernels that compute the same thing add up in another order, and then round 
 Through thirty layers that becomes a difference that is nobody's fault, and the pre-flight's bounds have to let it pass
 (nanorlhf/monitoring/preflight.py). Here it is made on a CPU: fp32 arithmetic, each operation's result rounded to bf16,
 once with whole matrix products and once with products of four parts that are added. Log-probs are of the authors'
-summaries at temperature 0.7; scores and values come from a head that is drawn as train_rm.py draws it. One JSON line last.
+summaries at temperature 0.7; scores and values come from a head that is drawn as train_rm.py draws it. The gradients of
+the head's kernels in bf16 are measured on the same states. One JSON line last.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from nanorlhf.data.tldr import load_posts
 from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.models import reward_model_from
 from nanorlhf.packing import pack, split_by_tokens
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.checkpoint import load_policy
 
 T, TOKENS = 0.7, 4096  # temperature; tokens a forward pass
@@ -75,6 +77,16 @@ def hidden_states(trunk: nn.Module, sequences: list[list[int]]) -> list[Tensor]:
     return states
 
 
+def head_gradients(hidden: Tensor, head: Tensor, labels: Tensor) -> dict[str, float]:
+    """The log-prob's gradients of hidden states (n, D) and head (V, D) as the head's kernels make them in bf16 (dz is
+    rounded, and the result): how far they are from float64, relative to their norm."""
+    h, w = hidden.double(), head.double()
+    dz = (torch.nn.functional.one_hot(labels, len(w)) - (h @ w.T / T).softmax(-1)) / T / len(h)  # (n, V)
+    ours = rounded(dz.float())
+    pairs = {"hidden": (rounded(ours @ head), dz @ w), "head": (rounded(ours.T @ hidden), dz.T @ h)}
+    return {name: ((mine - true).norm() / true.norm()).item() for name, (mine, true) in pairs.items()}
+
+
 def spread(difference: Tensor) -> dict:
     return {"n": difference.numel(), "rms": difference.square().mean().sqrt().item(),
             "largest": difference.abs().max().item()}  # fmt: skip
@@ -111,11 +123,16 @@ def main() -> None:
     found = {name: spread(a[i] - b[i]) for i, name in enumerate(("log-prob", "value", "score"))}
     found["log-prob, from fp32"] = spread(a[0] - x[0])
     found["score one token early"] = spread(x[3] - x[2])
+    # What all scores move alike is no error of one of them, but it is one of their mean: the pre-flight's SHIFT.
+    found["score, mean moved from fp32"] = [(one[2] - x[2]).mean().item() for one in (a, b)]
     found |= {"approxkl": 0.5 * (a[0] - b[0]).square().mean().item(), "score_std": x[2].std().item()}
+    states = torch.cat([rounded(h[r]) for h, r in zip(exact, rows, strict=True)])
+    labels = torch.cat([torch.tensor(s)[r.start + 1 : r.stop + 1] for r, s in zip(rows, sequences, strict=True)])
+    found["gradients of the head, relative"] = head_gradients(states, rounded(head), labels)
     for name, value in found.items():
         print(f"{name:24} {value}")
     print(json.dumps({"bench": "rounding", "posts": len(posts)} | found))
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nanorlhf.evaluation.figures import GREY, PROXY, draw_curve, new_axes, png
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.jsonl import append, read_jsonl
 from nanorlhf.tiny.demo import BARS, STAGES, judge_bars, measure, read_runs
 
@@ -162,4 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -12,12 +12,13 @@ The parts, each with its share of the time that is left; a part that is done is 
     rm     the reward model on the comparisons (split by post as published)
     ppo    PPO with each of --ppo_lrs
     eval   eval.py on held-out posts, the reward model as judge
-    out_again    does transformers write the same greedy text from the policy's folder?
+    out_again    do transformers, and llama.cpp from a GGUF, write the same greedy text from the policy's folder?
     preflight    what PPO's checks measure in fp32 and in bf16
 
 All of them are the real scripts with the preset smollm2, called in this process, so that CUDA starts and Triton
 compiles once. How many steps a part may take is measured: its script runs for three steps, then the rest of its share
-is filled. Writes runs/<name>_*, and into --out: results.json, report.md, metrics of each stage, samples.jsonl.
+is filled; or --steps says it. On a CPU only short posts are used (short_posts.py). Writes runs/<name>_*, and into
+--out: results.json, report.md, metrics of each stage, samples.jsonl.
 """
 
 import argparse
@@ -35,36 +36,30 @@ import eval as evaluation
 import train_ppo
 import train_rm
 import train_sft
+from experiments.out_again import out_again
+from experiments.short_posts import write_short_posts
 from experiments.small_model_report import report
 from nanorlhf.data.encoding import encode_posts
 from nanorlhf.data.tldr import load_posts
 from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.errors import UserError, check, one_sentence
 from nanorlhf.evaluation.metrics import rouge
-from nanorlhf.rollout import generate
 from nanorlhf.run.config import parse
 from nanorlhf.run.device import device_name, peak_gib, pick_device, pick_dtype
 from nanorlhf.run.inputs import find_data, find_model
 from nanorlhf.run.run_folder import git
-from nanorlhf.storage.checkpoint import load_policy
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.jsonl import read_jsonl, write_whole
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo, "eval": evaluation}
-SHARES = {
-    "lr": 4,
-    "sft": 3,
-    "rm": 2,
-    "ppo": 8,
-    "eval": 3,
-    "out_again": 1,
-    "preflight": 1,
-}  # of the time that is left, part by part
+SHARES = {"lr": 4, "sft": 3, "rm": 2, "ppo": 8, "eval": 3, "out_again": 1, "preflight": 1}  # of the time that is left
 PROBE_STEPS = 3  # on a GPU the first compiles
 LR_STEPS = 24  # of the comparison of learning rates, at most
 MOST_EPISODES = 10**9  # of PPO's schedule, which ends with its last update
 MOST_EPOCHS = 2  # of SFT and the reward model; PPO goes on for as long as there is time
-GREEDY_POSTS = 6
-# What a step holds: as the preset has it on a GPU; on a CPU an eighth of it and less, of posts cut to 192 tokens.
+GREEDY_POSTS, GREEDY_TOKENS = 6, 40
+# What a step holds: as the preset has it on a GPU; on a CPU a sixteenth of it, of posts that are short.
+LONGEST_ON_A_CPU = 224  # tokens of a query: a quarter of the posts, none of them cut; the comparisons are all taken
 ON_A_GPU = {
     "sft": {"eval_posts": 386, "batch_size": 128},
     "rm": {"batch_size": 32, "shift_posts": 4096},
@@ -72,11 +67,12 @@ ON_A_GPU = {
     "eval": {"num_posts": 386, "diversity_posts": 64},
 }
 ON_A_CPU = {
-    "sft": {"eval_posts": 32, "batch_size": 16, "max_query_length": 192, "microbatch_tokens": 2048},
-    "rm": {"batch_size": 8, "shift_posts": 64, "max_query_length": 192, "microbatch_tokens": 2048},
-    "ppo": {"batch_size": 8, "max_query_length": 192, "microbatch_tokens": 2048, "sample_every": 0},
-    "eval": {"num_posts": 32, "diversity_samples": 0, "max_query_length": 192, "microbatch_tokens": 4096},
+    "sft": {"eval_posts": 128, "batch_size": 8, "microbatch_tokens": 2048, "save_every": 25},
+    "rm": {"batch_size": 8, "shift_posts": 256, "microbatch_tokens": 2048, "save_every": 25},
+    "ppo": {"batch_size": 8, "microbatch_tokens": 2048, "sample_every": 0, "save_every": 4},
+    "eval": {"num_posts": 128, "diversity_samples": 0, "microbatch_tokens": 4096},
 }
+LR_POSTS = {"cuda": 128, "cpu": 32}  # held out, for the comparison of learning rates
 
 
 class Clock:
@@ -133,6 +129,7 @@ class Experiment:
         self.model = str(find_model("base", args.model, "model", "smollm2")[0].resolve())
         self.device = pick_device(args.device)
         self.sizes = ON_A_GPU if self.device.type == "cuda" else ON_A_CPU
+        longest = args.longest or (None if self.device.type == "cuda" else LONGEST_ON_A_CPU)
         self.probe_steps = PROBE_STEPS if self.device.type == "cuda" else 2
         self.measured: dict[str, dict] = {}  # stage -> seconds a step, and around all of them
         self.path = out / "results.json"
@@ -140,6 +137,11 @@ class Experiment:
         dtype = str(pick_dtype(args.dtype, self.device)).removeprefix("torch.")
         about = {"device": device_name(self.device), "dtype": dtype, "torch": torch.__version__, "git": git()}
         about |= {"minutes": args.minutes, "seed": args.seed, "sizes": self.sizes, "data": Path(self.data).name}
+        if longest is not None:
+            short = out / "data"
+            counts = write_short_posts(Path(self.data), short, load_tokenizer(self.model), longest)
+            self.data, about = str(short.resolve()), about | {"longest": longest, "posts": counts}
+            print(f"posts   of at most {longest} tokens, kept of all: {counts}", flush=True)
         self.state.setdefault("about", about | {"started": time.strftime("%Y-%m-%d %H:%M:%S")})
 
     def flags(self, stage: str) -> dict:
@@ -162,6 +164,7 @@ class Experiment:
             self.state[part] = {"failed": str(error)}
             print(f"failed  {part}: {error}", flush=True)
         self.state["seconds"][part] = round(time.monotonic() - began, 1)
+        self.state.setdefault("commits", {})[part] = (git() or {}).get("commit")
         self.state["about"]["total_s"] = round(time.monotonic() - self.clock.began, 1)
         write_whole(self.path, json.dumps(self.state, indent=1) + "\n")
 
@@ -170,10 +173,10 @@ class Experiment:
     def lr(self, seconds: float) -> dict:
         lrs, losses = self.args.sft_lrs, {}
         flags = self.flags("sft") | {"model": self.model, "run_name": self.name("lr"), "save_every": 0}
-        flags |= {"eval_posts": min(128, flags["eval_posts"]), "overwrite": True}
+        flags |= {"eval_posts": LR_POSTS[self.device.type], "overwrite": True}
         if len(lrs) < 2:
             return {"chosen": lrs[0], "steps": 0, "runs": {}}
-        steps = min(LR_STEPS, self.steps_for(seconds / len(lrs), "sft", flags)[0])
+        steps = self.args.steps.get("lr") or min(LR_STEPS, self.steps_for(seconds / len(lrs), "sft", flags)[0])
         for lr in lrs:
             last = run("sft", self.device, **flags, lr=lr, max_updates=steps).rows[-1]
             losses[f"{lr:g}"] = {name: last[f"validation/sft/{name}"] for name in ("loss", "rouge/rougeL", "eos_rate")}
@@ -193,20 +196,24 @@ class Experiment:
         flags |= {"total_episodes": MOST_EPISODES}
         for i, lr in enumerate(lrs):
             name = "ppo" if i == 0 else f"ppo_{lr:g}"
-            share = (ends - time.monotonic()) / (len(lrs) - i)
+            share, refused = (ends - time.monotonic()) / (len(lrs) - i), None
             try:
                 found["runs"][name] = self.train(name, share, flags | {"lr": lr})
             except UserError as error:  # which of its figures and why is part of the result; then on without it
                 if not str(error).startswith("pre-flight") or not flags.get("preflight", True):
                     raise
-                found["refused"].append(str(error))
+                refused = str(error)
+            if refused:  # here the error, and the models that its traceback holds, are gone
+                gc.collect()
+                found["refused"].append(refused)
                 flags["preflight"] = False
-                found["runs"][name] = self.train(name, share, flags | {"lr": lr})
+                found["runs"][name] = self.train(name, share, flags | {"lr": lr}, afresh=True)
         return found
 
     def eval(self, _: float) -> dict:
         policies = [f"base={self.model}", f"sft={self.final('sft')}"]
-        policies += [f"{name}={self.final(name)}" for name in self.state["ppo"].get("runs", ())]
+        names = list(self.state["ppo"].get("runs", ()))  # "ppo" last: eval.py compares the last with all others
+        policies += [f"{name}={self.final(name)}" for name in reversed(names)]
         flags = self.flags("eval") | {"policy": policies, "reward_model": self.final("rm"), "judge": "rm"}
         done = run("eval", self.device, **flags, run_name=self.name("eval"), overwrite=True)
         shutil.copy(done.folder / "samples.jsonl", self.out / "samples.jsonl")
@@ -234,19 +241,8 @@ class Experiment:
         return found
 
     def out_again(self, _: float) -> dict:
-        """Greedy text of our decoder and of transformers' `generate`, in fp32, from the folder that PPO wrote."""
-        from transformers import AutoModelForCausalLM
-
-        folder, same = self.final("ppo"), []
-        tokenizer, policy = load_tokenizer(folder), load_policy(folder, self.device, torch.float32)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.device)
-        queries, _ = encode_posts(load_posts(self.data, "valid")[:GREEDY_POSTS], tokenizer, 256)
-        responses, _ = generate(policy, list(queries), 40, temperature=0.0)
-        for query, ours in zip(queries, responses.tolist(), strict=True):
-            asked = torch.tensor([query], device=self.device)
-            written = theirs.generate(asked, max_new_tokens=40, do_sample=False)[0, len(query) :].tolist()
-            same.append(written == ours[: len(written)])  # theirs stops at EOS
-        return {"posts": len(same), "same_greedy_text": sum(same)}
+        queries, _ = encode_posts(load_posts(self.data, "valid")[:GREEDY_POSTS], load_tokenizer(self.final("ppo")), 256)
+        return out_again(self.final("ppo"), list(queries), GREEDY_TOKENS, self.device)
 
     # --- what they share
 
@@ -268,16 +264,27 @@ class Experiment:
         print(f"plan    {stage}: {step:.2f} s a step and {around:.1f} s around them: {steps} steps in {seconds:.0f} s")
         return steps, self.measured[stage]
 
-    def train(self, name: str, seconds: float, flags: dict) -> dict:
-        """A stage trained to its end, or on from where it was stopped; its metrics go to --out."""
+    def train(self, name: str, seconds: float, flags: dict, afresh: bool = False) -> dict:
+        """A stage trained to its end, or on from where it was stopped unless `afresh`; its metrics go to --out."""
         stage, folder = name.partition("_")[0], Path("runs") / self.name(name)
-        if (folder / "config.json").is_file():
+        if (folder / "config.json").is_file() and not afresh:
             measured, done = {}, run(stage, self.device, run_name=folder.name, device=self.args.device, resume=True)
         else:
-            steps, measured = self.steps_for(seconds, stage, flags)
-            done = run(stage, self.device, **flags, max_updates=steps, run_name=folder.name)
+            steps, measured = self.args.steps.get(name, self.args.steps.get(stage)), {}
+            if steps is None:
+                steps, measured = self.steps_for(seconds, stage, flags)
+            done = run(stage, self.device, **flags, max_updates=steps, run_name=folder.name, overwrite=afresh)
         shutil.copy(folder / "metrics.jsonl", self.out / f"{name}_metrics.jsonl")
         return measured | {"s": round(done.seconds, 1), "peak_gib": done.peak_gib, "rows": done.rows}
+
+
+def _steps(word: str) -> tuple[str, int]:
+    """PART=N, as argparse reads it: a ValueError becomes its message."""
+    part, _, number = word.partition("=")
+    known = part in ("lr", "sft", "rm", "ppo") or part.startswith("ppo_")
+    if not known or not number.isdecimal() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"{word} is not lr, sft, rm or ppo, then = and a number of steps: rm=112")
+    return part, int(number)
 
 
 def main() -> None:
@@ -291,10 +298,14 @@ def main() -> None:
     parser.add_argument("--rm_lr", type=float, default=train_rm.PRESETS["smollm2"]["lr"])
     parser.add_argument("--ppo_lrs", type=float, nargs="+", default=[train_ppo.PRESETS["smollm2"]["lr"]])
     parser.add_argument("--parts", nargs="+", choices=list(SHARES), default=list(SHARES), help="only these")
+    parser.add_argument("--longest", type=int, help="leave out posts of more tokens [a CPU: 224, a GPU: none]")
+    steps = "steps of lr, sft, rm, ppo, or a run as ppo_1e-05, in place of what is measured"
+    parser.add_argument("--steps", nargs="+", type=_steps, default=[], metavar="PART=N", help=steps)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     args = parser.parse_args()
+    args.steps = dict(args.steps)
     with one_sentence("type the same command again"):
         check(args.minutes > 0, "minutes", args.minutes, "greater than 0")
         out = args.out or Path("runs") / f"{args.name}_results"
@@ -307,4 +318,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

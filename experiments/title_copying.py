@@ -22,6 +22,7 @@ from nanorlhf.data.tldr import Comparison, Post, load_comparisons, load_posts
 from nanorlhf.errors import UserError, one_sentence
 from nanorlhf.evaluation.metrics import bootstrap_interval
 from nanorlhf.run.inputs import find_data
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.jsonl import read_jsonl
 
 
@@ -79,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -49,6 +49,7 @@ import train_sft
 from faults.fetches import Download, Questions
 from faults.process import Process, read_only, send, watch
 from nanorlhf.run.config import cli
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.jsonl import read_jsonl
 from nanorlhf.storage.resume import checkpoints
 
@@ -297,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

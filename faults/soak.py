@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from nanorlhf.run.run import read_metrics
+from nanorlhf.run.streams import as_command
 
 ROOT = Path(__file__).parents[1]
 FLAGS = "--preset tiny --device cpu --batch_size 32 --total_episodes 100000000 --lr_schedule constant --lr 1e-5"
@@ -88,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

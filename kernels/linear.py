@@ -86,6 +86,8 @@ def mm_wide(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a (M, K) @ b (K, N), same dtype -> (M, N) fp32 from the accumulator (fp64 for fp64), into `out` if given."""
     if a.is_cuda and wide(a.dtype) != a.dtype:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    if a.device.type == "cpu" and a.dtype == torch.bfloat16 and out is None and _HAS_ONEDNN and runtime.MODE != "torch":
+        return _onednn(a.float(), b.T.float())  # as in `linear`: 1.9 times as fast as MKL at SmolLM2's head
     return torch.mm(a.to(wide(a.dtype)), b.to(wide(a.dtype)), out=out)
 
 

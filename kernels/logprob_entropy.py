@@ -35,22 +35,28 @@ def logprob_entropy_reference(
 def row_stats(row, scale, V: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr):
     """(M, S, U) of one row: the maximum m, sum e_v and sum e_v d_v, where d_v = (z_v - m) scale and e_v = 2^d_v.
 
-    Each of BLOCK lanes keeps its own running triple over its columns, and only the end reduces across lanes: no
-    barrier in the loop. A new logit needs one exponential, of minus the distance to the old maximum: if it is larger,
-    that rescales what was summed; if not, it is the new term.
+    A lane takes the logits of one 128-bit load at a time, all in one thread, and keeps its own running triple: no barrier
+    in the loop, and only the end reduces across lanes. When a load brings a larger maximum, what was summed is rescaled
+    to it, once for all its logits.
     """
-    m = tl.full([BLOCK], EMPTY, COMPUTE)
-    s = tl.zeros([BLOCK], COMPUTE)
-    u = tl.zeros([BLOCK], COMPUTE)
+    PER: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth  # logits of a load
+    LANES: tl.constexpr = BLOCK // PER
+    m = tl.full([LANES], EMPTY, COMPUTE)
+    s = tl.zeros([LANES], COMPUTE)
+    u = tl.zeros([LANES], COMPUTE)
+    lanes = tl.arange(0, LANES)[:, None] * PER + tl.arange(0, PER)[None, :]
     for start in range(0, V, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+        columns = start + lanes
         z = tl.load(row + columns, mask=columns < V, other=float("-inf")).to(COMPUTE)
         z = tl.where(z < MASKED, MASKED, z)  # not maximum(): it would swallow a nan
-        d = (z - m) * scale
-        e = tl.exp2(-tl.abs(d))
-        u = tl.where(d > 0, (u - s * d) * e, u + e * d)
-        s = tl.where(d > 0, s * e + 1.0, s + e)
-        m = tl.where(d > 0, z, m)
+        larger = tl.maximum(m, tl.max(z, axis=1))
+        d = (z - larger[:, None]) * scale
+        e = tl.exp2(d)
+        fall = (m - larger) * scale
+        rescale = tl.exp2(fall)
+        u = (u + s * fall) * rescale + tl.sum(e * d, axis=1)
+        s = s * rescale + tl.sum(e, axis=1)
+        m = larger
     top = tl.max(m, axis=0)
     d = (m - top) * scale
     e = tl.exp2(d)

@@ -9,7 +9,7 @@ import sys
 from nanorlhf.data import download
 from nanorlhf.errors import check, one_sentence
 from nanorlhf.run import status
-from nanorlhf.run.streams import lasting_streams
+from nanorlhf.run.streams import as_command
 
 COMMANDS = {"download": download.main, "status": status.main}
 
@@ -26,5 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with lasting_streams():
-        main()
+    as_command(main)

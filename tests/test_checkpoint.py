@@ -75,7 +75,10 @@ def test_a_reward_model_comes_back_with_its_shift(make_scalar, make_sequences, t
     save_scalar(model, tmp_path / "final", tokenizer)
     loaded = load_scalar(tmp_path / "final")
     assert_same_weights(loaded, model)
-    assert loaded.score.bias is None and loaded.score_shift == model.score_shift
+    assert loaded.score.bias is None and loaded.score_shift == model.score_shift and loaded.shift_posts is None
+    model.shift_posts = 1024
+    save_scalar(model, tmp_path / "known", tokenizer)
+    assert load_scalar(tmp_path / "known").shift_posts == 1024
     sequences = make_sequences([4, 11])
     assert torch.equal(loaded.scores(sequences), model.scores(sequences))
 

@@ -1,12 +1,12 @@
 """The passes of training on tensors that say they are on a GPU, without one: the lane that stands in for a card.
 
-    python -m pytest tests/test_fake_gpu.py                          in this environment
-    make test-oldest                                                 in one with the oldest torch of pyproject.toml
+    python -m pytest tests/test_fake_gpu.py       in this environment, and so in `make test`: seconds
+    make test-oldest test-newest                  with the oldest and the newest torch of pyproject.toml, built for CUDA
 
 Two stand-ins, neither with data. The meta device, and a check that no operation mixes a tensor of it with one of the
 host, as a card would refuse. And fake CUDA tensors, torch's own for its compiler, which check the same by themselves;
-they need a torch that was built for CUDA, though no card, and have no backward pass without one. In both a number that is read on the host raises. What
-neither can see: wrong numbers, races, and time.
+they need a torch that was built for CUDA, though no card, and have no backward pass without one. In both a number that
+is read on the host raises. What neither can see: wrong numbers, races, and time.
 """
 
 import numpy as np

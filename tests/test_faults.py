@@ -35,3 +35,12 @@ def test_sft_and_the_reward_model_survive_kills_too(kills):
     found = faults(f"--kills {kills} --operations 1 --others 0 --stages sft rm")
     assert found["failures"] == 0 and found["random_kills"] == 2 * kills and found["operations_kills"] == 2
     assert found["random_survived"] == found["random_trials"] > 0
+
+
+@pytest.mark.nightly  # one kill and one signal are in test_parallel.py
+def test_one_of_several_processes_may_be_killed_and_the_run_ends_in_the_same_bits():
+    command = [sys.executable, "-m", "faults.ranks", *"--kills 2 --signals 1 --processes 2".split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["failures"] == 0 and found["kills"] == 2 and found["kills_survived"] == found["kills_runs"] > 0

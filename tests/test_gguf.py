@@ -9,7 +9,15 @@ from safetensors.torch import load_file
 from test_tokenizer import QUERY, TEXTS
 from test_tokenizer_json import write_smollm_like
 
-from experiments.gguf_folder import folder_from_gguf, gguf_from_folder, half_a_head_apart, hub_name, side_by_side
+from experiments.gguf_folder import (
+    folder_from_gguf,
+    gguf_from_folder,
+    half_a_head_apart,
+    hub_name,
+    llama_cpp_answers,
+    side_by_side,
+)
+from experiments.out_again import out_again, same_in_transformers
 from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.errors import UserError
 from nanorlhf.rollout import generate
@@ -88,16 +96,20 @@ def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused(final, tmp_pa
 
 def test_llama_cpp_writes_the_same_greedy_text(final, tmp_path):
     """llama.cpp itself, as the package xllamacpp ships it, asked with the ids of a query."""
-    llama_cpp = pytest.importorskip("xllamacpp", reason="no llama.cpp: pip install xllamacpp (Linux, macOS; 34 MB)")
+    pytest.importorskip("xllamacpp", reason="no llama.cpp: pip install xllamacpp (Linux, macOS; 34 MB)")
     folder, tokenizer = final
     gguf_from_folder(folder, tmp_path / "model.gguf", "f32")
-    params = llama_cpp.CommonParams()
-    params.model.path = str(tmp_path / "model.gguf")
-    params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.warmup = 512, 1, 1, False
-    server = llama_cpp.Server(params)
     query = [tokenizer.bos_id, *tokenizer.encode(QUERY)]
     (ours,), _ = generate(load_policy(folder), [query], 12, temperature=0.0)
-    asked = {"prompt": query, "n_predict": 12, "temperature": 0.0, "cache_prompt": False}
-    (choice,) = server.handle_completions(asked)["choices"]
-    written, expected = (text.replace("\ufffd", "") for text in (choice["text"], tokenizer.decode(ours.tolist())))
+    (answer,) = llama_cpp_answers(tmp_path / "model.gguf", [query], 12)
+    written, expected = (text.replace("\ufffd", "") for text in (answer, tokenizer.decode(ours.tolist())))
     assert written == expected and len(written) > 5  # half characters are shown in two ways
+
+
+def test_our_decoder_transformers_and_llama_cpp_are_compared_on_one_folder(final, tmp_path):
+    folder, tokenizer = final
+    queries = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in (QUERY, QUERY[:20])]
+    found = out_again(str(folder), queries, 12, torch.device("cpu"))
+    assert found.pop("same_in_llama_cpp", 2) == 2
+    assert found == {"posts": 2, "same_greedy_text": 2, "gguf_same_tensors": True}
+    assert same_in_transformers(str(folder), queries, [[7] * 12] * 2, torch.device("cpu")) == 0  # it can say no

@@ -154,7 +154,8 @@ def test_losses_and_gradients(operands, name):
         exact_hidden.append(dz @ w)
         exact_weight += dz.T @ h
     assert abs(loss.item() - total) <= 1e-5 * max(1.0, abs(total))
-    # Relative to the norm: dz is rounded to bf16 (2^-9 each, random), then the gradients themselves.
+    # Relative to the norm: dz is rounded to bf16 (2^-9 each, random), then the gradients themselves. With SmolLM2's
+    # real head and states (experiments/rounding.py) that is 2.3e-3 of the hidden states' and 1.9e-3 of the head's.
     for mine, truth in ((grad_hidden, torch.cat(exact_hidden)), (grad_weight, exact_weight)):
         assert ((mine.double() - truth).norm() / truth.norm()).item() < 4e-3
 

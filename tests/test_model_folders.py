@@ -11,6 +11,7 @@ from stages import assert_same_weights, run
 
 from nanorlhf.data.tokenizer import llama3_specials, load_tokenizer
 from nanorlhf.errors import UserError
+from nanorlhf.run.config import parse
 from nanorlhf.run.run import read_metrics
 from nanorlhf.storage import checkpoint
 from nanorlhf.storage.checkpoint import check_folder, load_policy, load_scalar, save_policy
@@ -187,6 +188,15 @@ def test_an_eos_among_several_is_accepted_and_the_one_that_is_used_is_saved(mode
         check_folder(folder, tokenizer)
 
 
+def test_an_eos_that_only_generation_config_names_is_said_too(saved, tokenizer):
+    """As Meta-Llama-3-8B-Instruct was published: one EOS in config.json, two in generation_config.json."""
+    tokenizer.vocab_size, folder = 97, saved[1]
+    assert check_folder(folder, tokenizer) == []
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7, None]}), encoding="utf-8")
+    (note,) = check_folder(folder, tokenizer)
+    assert f"{folder} also ends at 7, as instruct models do; summaries end at 2 alone" in note
+
+
 def test_an_instruct_model_is_named_as_one_and_so_is_its_base(make_policy, tokenizer, tmp_path):
     from test_tokenizer import write_llama3_folders
 
@@ -195,6 +205,7 @@ def test_an_instruct_model_is_named_as_one_and_so_is_its_base(make_policy, token
     turn = llama3_specials(real.vocab_size - 256)["<|eot_id|>"]
     folder = tmp_path / "models--meta-llama--Llama-3.2-1B-Instruct" / "snapshots" / "0"
     save_policy(make_policy(vocab_size=real.vocab_size), folder, tokenizer)
+    (folder / "generation_config.json").unlink()  # which names the EOS of another tokenizer
     edit_config(folder, eos_token_id=[real.eos_id, turn])
     (note,) = check_folder(folder, real)
     assert f"also ends at {turn}" in note and note.endswith("one begins with meta-llama/Llama-3.2-1B")
@@ -216,6 +227,48 @@ def test_weights_that_are_not_finite_are_refused_by_model_and_tensor(bad, models
     for load in (load_scalar, check_weights):
         with pytest.raises(UserError, match=rf"{folder}: tensor score.weight holds {bad}, expected finite numbers"):
             load(folder)
+
+
+@pytest.mark.parametrize("field", ["rope_theta", "rms_norm_eps"])
+def test_an_infinite_number_in_config_json_is_refused(field, saved):
+    edit_config(saved[1], **{field: float("inf")})
+    with pytest.raises(UserError, match=f"{field} is inf, expected a number like"):
+        load_policy(saved[1])
+
+
+@pytest.mark.parametrize("shift", [float("nan"), float("-inf"), "0.5", None, [1.0], True])
+def test_a_score_shift_that_is_no_number_is_refused_before_anything_is_read(shift, models, tmp_path):
+    folder, tokenizer = tmp_path / "rm", load_tokenizer(TINY)
+    shutil.copytree(flag(models, "train_ppo", "reward_model"), folder)
+    edit_config(folder, score_shift=shift)
+    for look in (lambda: check_folder(folder, tokenizer, scalar=True), lambda: load_scalar(folder)):
+        with pytest.raises(UserError, match=r"score_shift in config.json is .*, expected a finite number"):
+            look()
+
+
+def too_large(models, folder: Path) -> Path:
+    """A reward model whose weights are finite, and whose scores are not."""
+    shutil.copytree(flag(models, "train_ppo", "reward_model"), folder)
+    edit_tensors(folder, lambda t: t["score.weight"].fill_(3e38))
+    return folder
+
+
+def test_scores_that_overflow_end_an_evaluation_before_anything_is_written(models, world, tmp_path, monkeypatch):
+    import eval
+
+    monkeypatch.setattr(eval, "write", None)  # what would take hours
+    sft = flag(models, "train_ppo", "sft_model")
+    flags = f"--preset tiny --device cpu --data {world} --policy sft={sft} --num_posts 8 --reward_model "
+    flags += str(too_large(models, tmp_path / "rm"))
+    with pytest.raises(UserError, match="reward model: its score of a summary of post tiny-.* is not finite"):
+        eval.main(parse(eval.Config, eval.PRESETS, eval.__doc__, flags.split()))
+
+
+def test_scores_that_overflow_in_every_sample_are_not_to_be_skipped(models, world, tmp_path):
+    rm = too_large(models, tmp_path / "rm")
+    with pytest.raises(UserError, match=r"update 1: scores \(.*so a model that was passed in is too large") as caught:
+        run("train_ppo", world, f"{models['train_ppo']} --reward_model {rm}")
+    assert "--on_nan" not in str(caught.value)
 
 
 def test_float64_weights_are_read(saved):

@@ -1,7 +1,9 @@
 """bench.plan against real tensors: what it counts is what is there."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +150,14 @@ def test_the_head_works_in_chunks_of_logits(make_policy):
     few, many = (plan.predict("sft", REAL, tokens, batch_size=128).phases["learn"] for tokens in (4096, 8192))
     kept = plan.saved_per_token(REAL)
     assert many - few == pytest.approx(4096 * kept, rel=0.1)  # all that grows is what the trunk keeps
+
+
+@pytest.mark.parametrize("file", ["train_sft", "train_rm", "train_ppo", "eval", "bench/update", "bench/rollout"])
+def test_the_allocator_is_told_how_to_grow_before_torch_is_imported(file):
+    """PPO's 69 of 72 GiB leave no room for holes. torch reads the variable once, when it is imported."""
+    source = (Path(__file__).parents[1] / f"{file}.py").read_text(encoding="utf-8")
+    told = source.index('os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")')
+    assert told < re.search(r"^(import|from) (torch|nanorlhf|kernels)", source, re.MULTILINE).start()
 
 
 def test_an_80_gb_card_takes_ppo_as_the_preset_has_it_below_75_gib():

@@ -279,12 +279,29 @@ def test_a_shift_measured_in_fp32_on_few_posts_is_no_fault_in_bf16():
     mask, zeros = torch.ones(8, R, dtype=torch.bool), torch.zeros(8, R)
     episode = Experience([], zeros.long(), mask, mask, zeros, zeros, zeros, zeros)
 
-    def off(scores, dtype) -> float:
-        found = preflight.first_update(episode, zeros, torch.randn(8), scores, dtype)
+    def off(scores, dtype, shift_posts=64) -> float:
+        found = preflight.first_update(episode, zeros, torch.randn(8), scores, dtype, shift_posts)
         return {check.name: check.value for check in found}["reference score"]
 
-    assert off(scores, torch.bfloat16) < 2 < off(scores + 0.5, torch.bfloat16) / 4
-    assert 2 < off(scores, torch.float32) < preflight.STANDARD_ERRORS
+    assert off(scores, torch.bfloat16) < 1 < off(scores + 0.5, torch.bfloat16) / 4
+    assert 2 < off(scores, torch.float32) < preflight.STANDARD_ERRORS < off(scores, torch.float32, 10**5)
+    assert off(scores, torch.float32, None) == off(scores, torch.float32, 256)  # a folder that does not say it
+
+
+def test_a_healthy_shift_of_few_posts_is_refused_as_seldom_as_four_standard_errors_say():
+    """Scores of one distribution: 64 of them make the shift, 256 are the references. 0 in 2,000 where 0.13 are due;
+    with the error of the 256 alone it would be 1 run in 13."""
+    generator = torch.Generator().manual_seed(0)
+    mask, zeros = torch.ones(8, R, dtype=torch.bool), torch.zeros(8, R)
+    episode = Experience([], zeros.long(), mask, mask, zeros, zeros, zeros, zeros)
+    refused = alone = 0
+    for _ in range(2000):
+        shift = torch.randn(64, generator=generator).mean()
+        references = torch.randn(256, generator=generator) - shift
+        checks = preflight.first_update(episode, zeros, torch.randn(8), references, torch.float32, 64)
+        refused += not checks[-1].passes
+        alone += (references.mean().abs() / references.std() * 16).item() > preflight.STANDARD_ERRORS
+    assert refused == 0 and alone > 100
 
 
 def test_a_policy_that_never_stops_is_stopped(setup):
@@ -325,6 +342,30 @@ def test_what_costs_nothing_is_asked_before_anything_is_computed(setup, monkeypa
         setup.check(measured)
 
 
+def test_before_the_first_update_the_cheap_checks_come_first_and_the_rest_says_how_far_it_is(setup, make_sequences):
+    """By `before_update`, as the script calls it."""
+    episode, ref_logprobs, scores = setup.measure()
+    shown, said = [], SimpleNamespace(ref_logprobs=ref_logprobs)
+
+    def progress(groups, what):
+        shown.append((what, len(setup.table)))
+        return groups
+
+    cfg = SimpleNamespace(**vars(CFG), batch_size=len(scores))
+    run = SimpleNamespace(cfg=cfg, say=setup.table.append, progress=progress, device="cpu", dtype=torch.float32)
+    models = setup.policy, setup.reference, setup.critic, setup.reward_model
+    posts = make_sequences([9] * 70), make_sequences([5] * 70, seed=1)
+    setup.reward_model.score_shift += setup.reward_model.scores([q + r for q, r in zip(*posts, strict=True)]).mean()
+    setup.critic.score.bias.data.copy_(-torch.as_tensor(setup.reward_model.score_shift))
+    measured = setup.measure()
+    said.member_scores = measured[2][:, None]
+    found = preflight.before_update(
+        run, 0, models, setup.frozen, measured[0], said, measured[0].logprobs, *posts, setup.tokenizer
+    )
+    assert list(found)[:2] == ["preflight/pad_eos", "preflight/eos_rate"] and len(found) == 11
+    assert shown == [("summaries scored", 3)]  # after the two lines of the cheap checks, and one that says what comes
+
+
 @pytest.mark.parametrize("batch, expected", [(4, 64), (64, 64), (128, 128), (512, 256)])
 def test_as_many_references_are_scored_as_a_batch_has(batch, expected):
     assert preflight.how_many_references(batch) == expected
@@ -344,6 +385,20 @@ def test_rounding_as_it_was_measured_stops_no_run():
             checks = preflight.first_update(episode, zeros, scores, scores - scores.mean(), torch.bfloat16)
             found = preflight.report(checks, print, "before update 1")
             assert found["preflight/v_after_eos_score"] < checks[1].high / 2
+
+
+def test_scores_near_a_million_may_differ_by_their_own_steps_in_fp32_and_by_no_more():
+    """All alike but for one part in 10^6: an fp32 number of this size moves in steps of 1/16, and sums of them in more.
+    The spread of the scores, 1, would allow 0.001."""
+    generator, zeros = torch.Generator().manual_seed(0), torch.zeros(128, R)
+    mask = torch.arange(R).repeat(128, 1) < 3
+    scores = 1e6 + torch.randn(128, generator=generator)
+    for noise, passes in ((0.5, True), (50.0, False)):
+        off = noise * torch.randn(128, generator=generator)
+        values = zeros.index_add(1, torch.tensor([3]), (scores + off)[:, None])
+        episode = Experience([], zeros.long(), mask, mask, zeros, values, zeros, zeros)
+        check = preflight.first_update(episode, zeros, scores, scores - scores.mean(), torch.float32)[1]
+        assert (check.value <= check.high) == passes
 
 
 def test_a_value_read_at_the_wrong_token_is_far_outside_the_bound_in_bf16(make_policy, make_sequences, monkeypatch):

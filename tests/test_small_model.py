@@ -32,12 +32,14 @@ def experiment(tmp_path, monkeypatch):
 
     def make(**changes):
         args = dict(minutes=10, name="small", data=str(tmp_path), model=str(tmp_path), seed=1, device="cpu",
-                    dtype="auto", sft_lrs=[1e-4], rm_lr=3e-5, ppo_lrs=[1e-5])  # fmt: skip
+                    dtype="auto", sft_lrs=[1e-4], rm_lr=3e-5, ppo_lrs=[1e-5], steps={}, longest=None)  # fmt: skip
         made = small_model.Experiment(argparse.Namespace(**args | changes), tmp_path)
         made.calls = calls
         return made
 
     monkeypatch.setattr(small_model, "run", fake)
+    monkeypatch.setattr(small_model, "write_short_posts", lambda data, folder, tokenizer, longest: {})
+    monkeypatch.setattr(small_model, "load_tokenizer", lambda folder: None)
     return make
 
 
@@ -103,6 +105,9 @@ def test_a_pre_flight_that_refuses_is_kept_and_ppo_goes_on_without_it(experiment
 
     def refusing(stage, on, **flags):
         if flags.get("preflight", True):
+            folder = made.out / "runs" / flags["run_name"]
+            folder.mkdir(parents=True, exist_ok=True)  # as the script leaves it: it was begun
+            (folder / "config.json").write_text("{}", encoding="utf-8")
             raise UserError("pre-flight: reference score is 5.3 before update 1, expected at most 4: ...")
         return fake(stage, on, **flags)
 
@@ -110,6 +115,7 @@ def test_a_pre_flight_that_refuses_is_kept_and_ppo_goes_on_without_it(experiment
     found = made.ppo(60)
     assert found["refused"] == ["pre-flight: reference score is 5.3 before update 1, expected at most 4: ..."]
     assert list(found["runs"]) == ["ppo"] and made.calls[-1][1]["preflight"] is False
+    assert made.calls[-1][1]["overwrite"] and "resume" not in made.calls[-1][1]  # not on with what was refused
     monkeypatch.setattr(small_model, "run", lambda *a, **k: (_ for _ in ()).throw(UserError("data: gone")))
     with pytest.raises(UserError, match="data: gone"):
         experiment(name="other").ppo(60)
@@ -136,6 +142,37 @@ def test_how_much_of_a_title_is_copied_is_counted_by_text_with_intervals():
     assert numbers["ours"]["at least 80%"][0] == pytest.approx(1 / 3) == numbers["ours"]["at least 100%"][0]
     low, high = numbers["ours"]["mean"][1:]
     assert 0 <= low < 0.5 < high <= 1 and len(lines) == 4
+
+
+def test_each_part_has_its_seconds_its_speed_and_its_peak():
+    rows = [{"perf/tokens_per_s": speed} for speed in (10.0, 30.0, 20.0)] + [{"validation/sft/loss": 3.0}]
+    run = {"rows": rows, "s": 50.04, "peak_gib": 6.5}
+    lines = small_model_report.stages({"sft": run, "ppo": {"runs": {"ppo": run, "ppo_3e-05": run}}, "eval": {}},
+                                      {"sft": 61, "ppo": 120, "eval": 12.3})  # fmt: skip
+    of_run = " | 3 | 50 | 20 | 6.5 |"
+    assert lines[5:9] == [f"| sft{of_run}", f"| ppo{of_run}", f"| ppo_3e-05{of_run}", "| eval |  | 12 |  |  |"]
+    assert small_model_report.stages({}, {}) == []
+
+
+def test_the_steps_of_a_part_may_be_given_in_place_of_measured_ones(experiment):
+    made = experiment(steps={"sft": 7, "ppo": 5, "ppo_1e-05": 3, "lr": 2}, sft_lrs=[1e-4, 1e-3], ppo_lrs=[3e-5, 1e-5])
+    for part in ("lr", "sft", "ppo"):
+        made.do(part)
+    names = [(flags["run_name"], flags["max_updates"]) for _, flags in made.calls]
+    assert names == [("small_lr", 2), ("small_lr", 2), ("small_sft", 7), ("small_ppo", 5), ("small_ppo_1e-05", 3)]
+    assert small_model._steps("rm=112") == ("rm", 112)
+    for word in ("rm=0", "foo=3", "rm", "rm=x"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{word} is not lr, sft, rm or ppo"):
+            small_model._steps(word)
+
+
+def test_the_first_rate_of_ppo_is_the_last_policy_which_is_compared_with_all_others(experiment, monkeypatch):
+    made = experiment()
+    made.state["ppo"] = {"runs": {"ppo": {}, "ppo_1e-05": {}}}
+    monkeypatch.setattr(small_model, "run", lambda stage, on, **flags: made.calls.append(flags) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        made.eval(0)
+    assert [word.partition("=")[0] for word in made.calls[-1]["policy"]] == ["base", "sft", "ppo_1e-05", "ppo"]
 
 
 def test_samples_are_shown_with_every_policy_on_one_line_each():

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_tldr import naive_query
 
 from experiments.smollm2 import PACKAGE, gguf_of, write_smollm2
-from nanorlhf.data.tldr import encode_query
+from nanorlhf.data.encoding import encode_posts
+from nanorlhf.data.tldr import encode_query, format_query, load_posts, response_text
 from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.errors import UserError
 from nanorlhf.packing import pack
@@ -30,6 +32,10 @@ QUERY = [1, 15464, 21040, 3010, 22665, 42, 412, 31, 40578, 198, 198, 68, 2901, 4
 TOP = {339: 12.1057, 198: 11.67766, 216: 11.48713, 909: 11.23462, 3361: 11.08894}  # of the logits after the query
 MEAN_LOGPROB = -3.6979  # of the query's tokens
 GREEDY = [339, 5248, 441, 2090, 732, 288, 536, 351, 1272, 30, 909, 506, 253, 2644, 338, 14640, 288, 21976, 1495, 30]
+DATA = Path(os.environ.get("NANORLHF_DATA", ROOT / ".." / "shared" / "data"))
+with_posts = pytest.mark.skipif(
+    not (DATA / "tldr" / "valid.jsonl").is_file(), reason="no real Reddit posts: set NANORLHF_DATA to their folder"
+)
 NO_TOKEN = [4, 6, 19, 20, 22, 29, 192, 193, 241, 242, *range(245, 256)]  # of the 256 bytes
 
 
@@ -65,6 +71,37 @@ def test_the_tokenizer_has_smollm2s_facts(folder):
     single = {token for token in tokenizer._tokens if len(token) == 1}
     assert [byte for byte in range(256) if bytes([byte]) not in single] == NO_TOKEN
     assert tokenizer.encode("\x04") == [] and tokenizer.encode(" 2013") == [216, 34, 32, 33, 35]
+
+
+@with_wheel
+@with_posts
+def test_ids_of_real_posts_are_those_of_transformers(folder):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = load_tokenizer(folder)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    posts = load_posts(DATA, "valid") + load_posts(DATA, "train")[::8]
+    texts = [format_query(p.subreddit, p.title, p.post) for p in posts] + [response_text(p.summary) for p in posts]
+    expected = theirs(texts, add_special_tokens=False, split_special_tokens=True).input_ids
+    assert tokenizer.encode_batch(texts) == expected
+    assert [tokenizer.encode(text) for text in texts[::50]] == expected[::50]
+    queries, responses = encode_posts(posts, tokenizer, 512)
+    halves = expected[: len(posts)], expected[len(posts) :]
+    for query, response, whole, end in zip(queries, responses, *halves, strict=True):
+        assert response == [*end, tokenizer.eos_id] and len(query) <= 512
+        assert len(whole) > 511 or query == [tokenizer.bos_id, *whole]
+    assert queries.truncated == sum(len(whole) > 511 for whole in expected[: len(posts)]) > 0
+
+
+@with_wheel
+@with_posts
+def test_a_post_that_is_too_long_is_cut_as_the_slow_rule_cuts_it(folder):
+    tokenizer = load_tokenizer(folder)
+    too_long = [p for p in load_posts(DATA, "valid") if len(p.post) > 1500][:20]
+    for p in too_long:
+        assert encode_query(tokenizer, p.subreddit, p.title, p.post, 320) == naive_query(
+            tokenizer, p.subreddit, p.title, p.post, 320
+        )
 
 
 @with_wheel

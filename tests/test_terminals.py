@@ -1,8 +1,9 @@
-"""What a run prints may go nowhere, and its terminal may go away: it goes on, or saves and ends, and nothing is lost.
+"""What a command prints may go nowhere, and its terminal may go away: it goes on, or saves and ends; nothing is lost.
 
 TERMINALS=all python -m pytest tests/test_terminals.py       the full run: every script in every situation
 """
 
+import ast
 import json
 import os
 import pty
@@ -96,6 +97,44 @@ def test_a_run_whose_output_goes_nowhere_loses_nothing(situation, script, comman
     said = done.stdout + done.stderr
     assert done.returncode == 0 and b"Traceback" not in said and b"Exception ignored" not in said, said.decode()[-2000:]
     assert_nothing_is_lost(tmp_path, undisturbed(script))
+
+
+COMMANDS = {  # what is started, and the exit status where its output is seen
+    "nanorlhf status runs/none": 2,
+    "nanorlhf.tiny.demo": 2,  # there is no run to judge
+    "faults --help": 0,
+    "experiments.seeds --help": 0,
+    "bench.all --help": 0,
+    "bench.plan --help": 0,
+}
+
+
+EVERY_COMMAND = [(words, behind) for words in COMMANDS for behind in ("| true", ">&-", ">/dev/full 2>&1", "2>&-")]
+SOME_COMMANDS = [("nanorlhf status runs/none", "2>&-"), ("faults --help", "| true"), ("bench.all --help", ">&-")]
+
+
+@pytest.mark.parametrize("words, behind", EVERY_COMMAND if os.environ.get("TERMINALS") == "all" else SOME_COMMANDS)
+def test_a_command_whose_output_goes_nowhere_ends_as_if_it_were_seen(words, behind, tmp_path):
+    line = f"set -o pipefail; {shlex.quote(sys.executable)} -m {words} {behind}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment(), capture_output=True, timeout=300)
+    said = (done.stdout + done.stderr).decode()
+    assert done.returncode == COMMANDS[words] and "Traceback" not in said and "Exception ignored" not in said, said
+
+
+def started_by(path: Path) -> list[str]:
+    """The calls below `if __name__ == "__main__"` of a file."""
+    blocks = [node for node in ast.parse(path.read_text(encoding="utf-8")).body
+              if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"]  # fmt: skip
+    return [ast.unparse(line.value.func) for block in blocks for line in block.body if isinstance(line, ast.Expr)]
+
+
+def test_every_command_is_started_where_output_that_goes_away_ends_nothing():
+    """cli for what has a Config, as_command for the rest: streams.py mends all of them, or none."""
+    files = [*ROOT.glob("*.py"), *(p for name in ("nanorlhf", "bench", "experiments", "faults")
+                                   for p in (ROOT / name).rglob("*.py"))]  # fmt: skip
+    calls = {path.relative_to(ROOT).as_posix(): started_by(path) for path in files}
+    assert {name: found for name, found in calls.items() if found and found not in (["cli"], ["as_command"])} == {}
+    assert calls["train_ppo.py"] == ["cli"] and calls["bench/plan.py"] == ["as_command"]
 
 
 def start_on_a_terminal(words: list[str], place: Path, columns: int = 80):

@@ -414,6 +414,55 @@ def test_a_tokenizer_json_that_is_not_llama_3_is_refused(folders, tmp_path, old,
         load_tokenizer(tmp_path)
 
 
+def test_ids_inside_a_vocabulary_that_no_token_has_are_refused_by_number(folders, tmp_path):
+    """A policy would sample them as it samples every row, and nobody could read what it meant."""
+    data = json.loads((folders["llama3"] / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = {token: i for token, i in data["model"]["vocab"].items() if i not in (300, 305)}
+    named = [token for token in data["added_tokens"] if token["content"] != "<|reserved_special_token_5|>"]
+    for changed, lost in (({"added_tokens": named}, 1), ({"model": data["model"] | {"vocab": vocab, "merges": []}}, 2)):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(data | changed), encoding="utf-8")
+        ids = ", ".join(map(str, (300, 305))) if lost == 2 else "\\d+"
+        with pytest.raises(UserError, match=rf"{lost} of its \d+ ids have no token \({ids}\), expected one for each"):
+            load_tokenizer(tmp_path)
+
+
+def test_an_added_token_is_one_id_wherever_its_text_stands(folders, tokenizers, tmp_path):
+    folder, plain = shutil.copytree(folders["plain"], tmp_path / "added"), tokenizers["plain"]
+    added = plain.vocab_size
+    (folder / "added_tokens.json").write_text(json.dumps({"TL;DR:": added}), encoding="utf-8")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("cat TL;DR: it") == [*plain.encode("cat "), added, *plain.encode(" it")]
+    assert tokenizer.decode(tokenizer.encode("TL;DR:TL;DR: it")) == "TL;DR:TL;DR: it"
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "TL;DR:"}), encoding="utf-8")
+    assert load_tokenizer(folder).encode(QUERY) == plain.encode(QUERY)  # a special one in a text is text
+
+
+def test_a_sentencepiece_model_and_a_tokenizer_json_that_give_a_token_other_ids_are_refused(folders, tmp_path):
+    shutil.copy(folders["llama2"] / "tokenizer.model", tmp_path)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+    bpe, unigram = {piece: i for i, piece in enumerate(pieces)}, [[piece, 0.0] for piece in pieces]
+    swapped = bpe | {pieces[400]: 401, pieces[401]: 400}
+    for vocab in (bpe, unigram, {}, None, [None, []], "no"):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}), encoding="utf-8")
+        assert load_tokenizer(tmp_path).encode("cat") == processor.encode("cat")
+    for vocab in (swapped, unigram[::-1]):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}), encoding="utf-8")
+        with pytest.raises(UserError, match=r"has the id \d+ in tokenizer.model and \d+ in tokenizer.json, expected"):
+            load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_json_comes_before_a_tiktoken_file_which_has_no_names_for_special_tokens(folders, tmp_path):
+    shutil.copy(next(folders["tiktoken"].rglob("tokenizer.model")), tmp_path / "tokenizer.model")
+    text = (folders["llama3"] / "tokenizer.json").read_text(encoding="utf-8")
+    text = text.replace("<|finetune_right_pad_id|>", "<|mine|>")
+    text = text.replace("<|reserved_special_token_9|>", "<|finetune_right_pad_id|>")
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    alone = load_tokenizer(folders["tiktoken"])
+    both = load_tokenizer(tmp_path)
+    assert both.encode(QUERY) == alone.encode(QUERY) and both.pad_id != alone.pad_id
+
+
 def test_special_tokens_may_also_stand_in_the_vocabulary_of_a_tokenizer_json(folders, tokenizers, tmp_path):
     data = json.loads((folders["llama3"] / "tokenizer.json").read_text(encoding="utf-8"))
     data["added_tokens"][-1]["content"] = "<|with a space|>"

@@ -73,6 +73,12 @@ def test_ids_equal_those_of_transformers_on_any_text(tokenizer, reference, text)
     assert tokenizer.encode_batch([text, "a", text]) == [ids, tokenizer.encode("a"), ids]
 
 
+def test_ids_inside_the_vocabulary_that_no_token_has_are_refused_by_number(folder, tmp_path):
+    with pytest.raises(UserError, match=r"1 of its \d+ ids have no token \(3\), expected one for each"):
+        load_tokenizer(changed(folder, tmp_path / "hole", lambda data: data["added_tokens"].pop(3) and
+                               data["model"]["vocab"].pop("<repo_name>")))  # fmt: skip
+
+
 def test_digits_are_tokens_of_their_own(tokenizer):
     assert [tokenizer.decode([i]) for i in tokenizer.encode("1234")] == ["1", "2", "3", "4"]
 

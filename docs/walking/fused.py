@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels import linear_ppo_loss
 from kernels.runtime import triton
+from nanorlhf.run.streams import as_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

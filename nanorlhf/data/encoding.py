@@ -22,6 +22,7 @@ import tiktoken
 import tokenizers
 from safetensors.numpy import load, save
 
+from nanorlhf import parallel
 from nanorlhf.data.tldr import MAX_RESPONSE, Comparison, Post, cut_query, end_response, format_query, response_text
 from nanorlhf.data.tokenizer import Tokenizer
 from nanorlhf.errors import UserError
@@ -31,7 +32,7 @@ CACHED_FROM = 4_000  # rows; fewer are encoded in a second or two
 PARALLEL_FROM = 4_000  # rows; starting the workers takes as long as fewer
 PIECE = 500  # rows a worker encodes at a time
 LIBRARIES = " ".join(f"{library.__name__} {library.__version__}" for library in (sentencepiece, tiktoken, tokenizers))
-NAMES = "encoding tldr tokenizer tokenizer_json added_tokens".split()
+NAMES = "encoding tldr tokenizer tokenizer_json word_cache added_tokens".split()
 CODE = [Path(__file__).with_name(f"{name}.py") for name in NAMES]
 
 Row = tuple[Post, tuple[str, ...]]  # a post, and the responses to it
@@ -109,7 +110,17 @@ def length_report(queries: TokenLists, responses: Sequence[TokenLists], response
 def _encode(
     rows: list[Row], texts: int, tokenizer: Tokenizer, max_length: int, progress: Progress | None, what: str
 ) -> list[TokenLists]:
-    """[queries, one TokenLists for each of the `texts` responses of a row], from the cache or anew."""
+    """[queries, one TokenLists for each of the `texts` responses of a row], from the cache or anew. Under torchrun
+    process 0 encodes what is cached, the others find it; raises UserError where they have other texts."""
+    if parallel.on():
+        parallel.check_same("data", _fingerprint(rows, tokenizer, max_length))
+    with parallel.in_turn():
+        return _encode_rows(rows, texts, tokenizer, max_length, progress, what)
+
+
+def _encode_rows(
+    rows: list[Row], texts: int, tokenizer: Tokenizer, max_length: int, progress: Progress | None, what: str
+) -> list[TokenLists]:
     path = CACHE / f"{_fingerprint(rows, tokenizer, max_length)}.tokens" if len(rows) >= CACHED_FROM else None
     if path is not None and (found := _load(path)) is not None:
         return found

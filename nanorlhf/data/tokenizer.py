@@ -52,7 +52,7 @@ class Tokenizer:
         self,
         *,
         encode: Callable[[str], list[int]],
-        tokens: list[bytes],
+        tokens: list[bytes | None],
         bos_id: int,
         eos_id: int,
         pad_id: int,
@@ -65,6 +65,12 @@ class Tokenizer:
             raise UserError(
                 f"tokenizer: pad_id and eos_id are both {eos_id}, expected two different ids: masks that drop PAD "
                 "would drop EOS and the model would never learn to stop; use a reserved or <unk> token as PAD"
+            )
+        if holes := [i for i, token in enumerate(tokens) if token is None]:
+            raise UserError(
+                f"tokenizer: {len(holes)} of its {len(tokens)} ids have no token ({', '.join(map(str, holes[:8]))}), "
+                "expected one for each: a policy samples from all of them; use the tokenizer files that came with the "
+                "model, or give them names in added_tokens"
             )
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
         self.vocab_size = len(tokens)
@@ -120,7 +126,8 @@ def with_prefix(text: str) -> str:
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face model folder, from `tokenizer.model` (sentencepiece or tiktoken: the content
-    decides, not the name), `tokenizer.json` (byte-level BPE) or `original/tokenizer.model`, in this order.
+    decides, not the name), `tokenizer.json` (byte-level BPE) or `original/tokenizer.model`, in this order; but what is
+    tiktoken's after a tokenizer.json.
 
     Raises UserError when none is there or when the one that is there is damaged or not a Llama's.
     """
@@ -140,6 +147,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
                 return Tokenizer(**tokenizer_json.read(path, data, files))
             return _tiktoken(path, *_ranks_of(path, data), files)
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", content):  # "IQ== 0": one token and its rank a line
+            if name == "tokenizer.model" and "tokenizer.json" in files:
+                continue  # which says more: the special tokens by name
             ranks = _read_ranks(path, content)
             specials = llama3_specials(len(ranks))
             there = {text for text, token in added.items() if token.special and token.id in specials.values()}
@@ -213,6 +222,12 @@ def _sentencepiece(path: Path, content: bytes, files: dict[str, bytes], added: d
     size = len(tokens)
 
     vocabulary = {processor.id_to_piece(i): i for i in range(size)}
+    for piece, i in _vocabulary(files).items():
+        if vocabulary.get(piece, i) != i:
+            raise UserError(
+                f"{path.parent}: the token {piece!r} has the id {vocabulary[piece]} in {path.name} and {i!r} in "
+                "tokenizer.json, expected the same: keep the files that came with the model"
+            )
     there = {text for text, t in added.items() if vocabulary.get(text, max(t.id, size)) == t.id}  # as there, or behind
     added_tokens.check_known(path.parent, there, added, path.name)
     controls = {text for text, token in added.items() if token.id < size and not tokens[token.id]}
@@ -230,6 +245,16 @@ def _sentencepiece(path: Path, content: bytes, files: dict[str, bytes], added: d
         files=files,
         prefix_inside=bool(find),
     )
+
+
+def _vocabulary(files: dict[str, bytes]) -> dict[str, int]:
+    """{token: id} as a tokenizer.json beside a sentencepiece model says it: an object (BPE), or a list (unigram)."""
+    model = json.loads(files.get("tokenizer.json", b"{}")).get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list):
+        pairs = ((i, pair) for i, pair in enumerate(vocab) if isinstance(pair, list) and pair)
+        return {pair[0]: i for i, pair in pairs if isinstance(pair[0], str)}
+    return vocab if isinstance(vocab, dict) else {}
 
 
 # --------------------------------------------------------------------------------------------------- tiktoken (Llama 3)
@@ -251,7 +276,7 @@ def llama3_specials(first_id: int) -> dict[str, int]:
 
 
 def _tiktoken(path: Path, ranks: dict[bytes, int], specials: dict[str, int], files: dict[str, bytes]) -> Tokenizer:
-    taken, limit = set(), 2 * (len(ranks) + len(specials))  # a few ids may be free, not half of them
+    taken, limit = set(), 2 * (len(ranks) + len(specials))  # free ids are named later, if they are few
     for token, i in [*ranks.items(), *specials.items()]:
         if type(i) is not int or not 0 <= i < limit or i in taken:  # tiktoken panics on an id that two tokens share
             raise UserError(
@@ -276,7 +301,7 @@ def _tiktoken(path: Path, ranks: dict[bytes, int], specials: dict[str, int], fil
     def encode(text: str) -> list[int]:
         return [i for part in chunks(text) for i in encoding.encode_ordinary(part)]
 
-    tokens = [UNKNOWN] * (1 + max(*ranks.values(), *specials.values()))
+    tokens = [None] * (1 + max(*ranks.values(), *specials.values()))  # None: an id without a token
     for token, i in ranks.items():
         tokens[i] = token
     for i in specials.values():

@@ -16,6 +16,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before it: encoding.py's processes are the parallel part
 import tokenizers
 
+from nanorlhf.data import word_cache
 from nanorlhf.errors import UserError
 
 CACHED_WORDS = 200_000  # of which the library keeps the ids: half of all time on real posts with its own 10,000
@@ -65,6 +66,10 @@ def read(path: Path, data: dict, files: dict[str, bytes]) -> dict:
         return [encoding.ids for encoding in library.encode_batch_fast(texts, add_special_tokens=False)]
 
     added = data["added_tokens"]
+    steps = _steps(data["pre_tokenizer"], "pretokenizers"), _steps(data.get("normalizer"), "normalizers")
+    if pattern := word_cache.pattern_of(*steps, added):
+        encode = word_cache.WordCache(encode, pattern).encode
+        encode_batch = None  # one after the other
     named = _named_specials(path, files, {token["content"]: token["id"] for token in added if token["special"]})
     return dict(
         encode=encode,
@@ -128,10 +133,10 @@ def byte_of_character() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
 
 
-def _token_bytes(path: Path, vocab: dict[str, int], added: list[dict]) -> list[bytes]:
-    """The bytes of each id: b"" for special ones, U+FFFD for ids without a token."""
+def _token_bytes(path: Path, vocab: dict[str, int], added: list[dict]) -> list[bytes | None]:
+    """The bytes of each id: b"" for special ones, None for ids without a token."""
     ids = vocab | {token["content"]: token["id"] for token in added}
-    limit, taken = 2 * len(ids), set()  # a few ids may be free, not half of them
+    limit, taken = 2 * len(ids), set()  # free ids are named later, if they are few
     for token, i in ids.items():
         if type(i) is not int or not 0 <= i < limit or i in taken:
             raise UserError(
@@ -140,7 +145,7 @@ def _token_bytes(path: Path, vocab: dict[str, int], added: list[dict]) -> list[b
             )
         taken.add(i)
     byte_of, own = byte_of_character(), {token["content"] for token in added}
-    tokens = ["\ufffd".encode()] * (1 + max(taken))
+    tokens = [None] * (1 + max(taken))
     try:
         for token, i in vocab.items():
             if token not in own:
@@ -149,7 +154,7 @@ def _token_bytes(path: Path, vocab: dict[str, int], added: list[dict]) -> list[b
         raise UserError(f"{path}: a token contains {error}, expected {FORMAT}: fetch the file again") from None
     for token in added:
         tokens[token["id"]] = b"" if token["special"] else token["content"].encode()
-    superwords = [token for token in tokens if _reaches_across_words(token)]
+    superwords = [token for token in tokens if token and _reaches_across_words(token)]
     if superwords:
         raise UserError(
             f"{path}: the token {superwords[0].decode()!r} holds a space between two words, expected none: queries are "

@@ -156,7 +156,7 @@ def reward_model_judge(
 
     Raises UserError for a score that is nan or infinite.
     """
-    from nanorlhf.packing import split_by_tokens
+    from nanorlhf.packing import in_microbatches
 
     walk = progress or (lambda items, what: items)
     known: dict[tuple[Post, str], float] = {}
@@ -169,16 +169,18 @@ def reward_model_judge(
         if say and (cut := sum(was_cut for _, was_cut in fitted)):
             say(f"note    {cut:,} of {len(new):,} summaries are scored by their first {MAX_RESPONSE} tokens")
         sequences = [query + response for query, (response, _) in zip(queries, fitted, strict=True)]
-        groups = split_by_tokens([len(sequence) for sequence in sequences], microbatch_tokens)
-        for group in walk(groups, what="scoring"):
-            values = model.scores([sequences[i] for i in group]).tolist()  # B
-            bad = [new[i][0].id for i, value in zip(group, values, strict=True) if not math.isfinite(value)]
+        if sequences:
+            (values,) = in_microbatches(
+                lambda packed, _: [model.last_scores(packed)], sequences, microbatch_tokens,
+                model.score.weight.device, lambda turns: walk(turns, what="scoring"),
+            )  # fmt: skip
+            bad = [new[i][0].id for i, value in enumerate(values.tolist()) if not math.isfinite(value)]
             if bad:
                 raise UserError(
                     f"reward model: its score of a summary of post {bad[0]} is not finite, expected a number: its "
                     "weights are finite, so they are too large for this dtype or damaged; take another checkpoint"
                 )
-            known.update(zip((new[i] for i in group), values, strict=True))
+            known.update(zip(new, values.tolist(), strict=True))
         return [known[key] for key in asked]
 
     return ScoreJudge("rm", scores)

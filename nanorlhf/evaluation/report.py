@@ -19,7 +19,7 @@ from nanorlhf.evaluation.figures import figures, png, ppo_figure, run_folder
 from nanorlhf.evaluation.html_page import html_page
 from nanorlhf.evaluation.tables import EXPLAINED, Table, display, sample_table, tables, worst_tables
 from nanorlhf.run.run import read_metrics
-from nanorlhf.run.streams import lasting_streams
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.jsonl import read_jsonl, write_whole
 
 SAMPLES_IN_MARKDOWN = 10  # samples.jsonl has all
@@ -112,5 +112,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with lasting_streams():
-        main()
+    as_command(main)

@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 
 import kernels
-from kernels import linear_cross_entropy
+from nanorlhf import parallel
 from nanorlhf.data.encoding import encode_posts
 from nanorlhf.data.tldr import Post
 from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.errors import UserError
 from nanorlhf.losses import next_token_labels
 from nanorlhf.models import Policy
-from nanorlhf.packing import pack, split_by_tokens
+from nanorlhf.packing import microbatches, pack
 from nanorlhf.rollout import Summary, summarise
 from nanorlhf.storage.checkpoint import check_folder, load_policy
 from nanorlhf.storage.jsonl import append, read_jsonl
@@ -76,7 +76,7 @@ def write(folder: Path, posts: list[Post], plan: Plan, device, dtype, microbatch
     }
     made_by |= {"dtype": str(dtype).removeprefix("torch."), "device": device.type} | asdict(plan)
     path = STORE / f"{_hash(made_by)[:20]}.jsonl"
-    if path.is_file():
+    if parallel.from_first(path.is_file):
         return _from_store(path)
 
     tokenizer = load_tokenizer(folder)
@@ -96,7 +96,9 @@ def write(folder: Path, posts: list[Post], plan: Plan, device, dtype, microbatch
             [s.text for s in sampled[i : i + plan.samples]] for i in range(0, len(sampled), plan.samples)
         ]
         written.entropy = -sum(s.logprob for s in sampled) / sum(s.tokens for s in sampled)
-    _to_store(path, made_by, posts, written)
+    if parallel.first():
+        _to_store(path, made_by, posts, written)
+    parallel.barrier()  # the store holds it for all
     return written
 
 
@@ -107,7 +109,8 @@ def reference_loss(
     """Mean over all reference tokens, EOS included, of -log p(token | post, tokens before), in nats."""
     sequences = [query + reference for query, reference in zip(queries, references, strict=True)]
     total = torch.zeros((), device=policy.head_weight.device)
-    for group in progress(split_by_tokens([len(s) for s in sequences], microbatch_tokens), what="loss on references"):
+    turns = microbatches([len(s) for s in sequences], microbatch_tokens)
+    for group, here in progress(turns, what="loss on references"):
         packed = pack([sequences[i] for i in group], policy.head_weight.device)
         labels, counts = next_token_labels(packed)  # (N,), (N,)
         starts = torch.tensor([len(queries[i]) - 1 for i in group], device=counts.device)  # predicts the first token
@@ -115,8 +118,8 @@ def reference_loss(
         start = torch.repeat_interleave(starts, lengths)
         start = torch.nn.functional.pad(start, (0, packed.filling))
         weights = (counts & (packed.positions >= start)).float()  # (N,)
-        total += linear_cross_entropy(policy.hidden(packed), policy.head_weight, labels, weights)
-    return total.item() / sum(len(reference) for reference in references)
+        total += here * policy.cross_entropy(packed, labels, weights)
+    return parallel.total(total).item() / sum(len(reference) for reference in references)
 
 
 def read_samples(path: Path, name: str, posts: list[Post]) -> Written:

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from nanorlhf import parallel
 from nanorlhf.data.tldr import Post
 from nanorlhf.data.tokenizer import Tokenizer
 from nanorlhf.errors import check
@@ -52,7 +53,7 @@ def log_update(
     kl, most = metrics["objective/kl"], cfg.stop_kl
     fix = "go on with --resume, from the checkpoint before, and a higher one, or begin again with more --kl_coef"
     check(most is None or kl <= most, "objective/kl", f"{kl:.4g}", f"at most --stop_kl {most}", fix)
-    if look:
+    if look and parallel.first():
         names = "logprobs kl values rewards advantages action_mask value_mask".split()
         first = {name: getattr(e, name)[0] for name in names} | {"ref_logprobs": said.ref_logprobs[0]}  # (R,) each
         row = monitor.trace(tokenizer, posts[0], e.responses[0], **first)

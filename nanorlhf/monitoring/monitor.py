@@ -8,6 +8,7 @@ and clipfrac, 1 to the ratio, and -1 to the entropy of a response (traps T51 and
 import torch
 from torch import Tensor
 
+from nanorlhf import parallel
 from nanorlhf.data.tldr import Post
 from nanorlhf.data.tokenizer import Tokenizer
 from nanorlhf.evaluation import hacks
@@ -104,7 +105,7 @@ def speed(
     lengths = [len(sequence) for sequence in sequences]
     until_eos = [len(sequence) for sequence in finished]
     flops = ppo_update_flops(config, lengths, until_eos, response_length, epochs, warming, reward_models)
-    share = mfu(flops, seconds, device)
+    share = mfu(flops / parallel.size(), seconds, device)  # of the peak of all GPUs
     metrics = {"perf/tokens_per_s": sum(lengths) / seconds, "perf/peak_gib": peak_gib(device)}
     return metrics if share is None else metrics | {"perf/mfu": share}
 

@@ -18,26 +18,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nanorlhf import parallel, sharding
 from nanorlhf.data.tokenizer import Tokenizer
 from nanorlhf.ensemble import Ensemble, member_scores
 from nanorlhf.errors import UserError
 from nanorlhf.losses import bradley_terry_loss, next_token_labels, sequence_mean_weights
 from nanorlhf.models import Policy, ScalarModel
-from nanorlhf.packing import in_microbatches, pack
+from nanorlhf.packing import in_microbatches, pack, split_by_tokens
 from nanorlhf.pairs import pack_pairs
 from nanorlhf.ppo import Experience
 from nanorlhf.run.run import Run
 
-# By dtype. The bounds of bf16 are a few times what rounding does to SmolLM2-135M's real weights: every operation
-# rounded to bf16, in two orders of summation, on real posts and their summaries (experiments/rounding.py, 24 posts).
-#     log-prob      rms 0.071, largest 0.40: approxkl 2.5e-3
-#     score, value  rms 0.047 and 0.028, largest 0.13; read one token early a score is off by 2.3
-RATIO = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the mean ratio
-APPROXKL = {torch.float32: 1e-6, torch.bfloat16: 5e-3}  # nats; T 1 for 0.7 gives 0.012 (experiments.bugs --ratio)
-SCORE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # rms between two ways to compute a score or value, of about 1
-SHIFT = {torch.float32: 0.0, torch.bfloat16: 0.1}  # of a mean score
+# By dtype. "Measured" is what rounding does to SmolLM2-135M's real weights: every operation rounded to bf16, in two
+# orders of summation, on real posts and their summaries (experiments/rounding.py, 24 posts; the score's head is drawn).
+RATIO = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the mean ratio; measured 2e-3, of a run in bf16
+# Nats. Measured 2.5e-3: log-probs are rms 0.071 and at most 0.40 apart. T 1 for 0.7 gives 0.012 (experiments.bugs).
+APPROXKL = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
+# Rms between two ways to compute a score or value of about 1. Measured 0.047 and 0.028 (0.069 the most of six heads);
+# the largest of them, 0.13, grows with their number. Read one token early a score is off by 2.3.
+SCORE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+# What bf16 moves all scores alike, of a shift measured in fp32. Measured 0.042, the most of six heads, and 0.06 of a
+# reward model that was trained.
+SHIFT = {torch.float32: 0.0, torch.bfloat16: 0.1}
 OF_SCORE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest score: a number near 1e6 moves in steps of 0.1
-KERNEL = {torch.float32: 1e-4, torch.bfloat16: 1e-3}  # nats, of a log-prob from the same hidden state
+# Nats, of a log-prob from the same hidden state. Measured 2e-5 in chunks on a CPU; 6e-5 for tensor cores, simulated.
+KERNEL = {torch.float32: 1e-4, torch.bfloat16: 1e-3}
 MIN_EOS_RATE = 0.1  # an SFT model that has learned to stop is above 0.9
 LEAST_REFERENCES, MOST_REFERENCES = 64, 256  # posts whose summaries must have a mean score of 0
 STANDARD_ERRORS = 4  # 1 run in 16,000 is stopped by chance
@@ -114,15 +119,17 @@ def report(checks: Iterable[Check], say: Callable[[str], None], when: str) -> di
 
 def shared_tensors(models: Iterable[nn.Module]) -> int:
     """How many parameters lie in memory that another one also uses."""
-    pointers = [parameter.data_ptr() for model in models for parameter in model.parameters()]
+    parts = [sharding.local(parameter) for model in models for parameter in model.parameters()]
+    pointers = [part.data_ptr() for part in parts if part.numel()]  # a process may have no row of a small one
     return len(pointers) - len(set(pointers))
 
 
 @torch.no_grad()
-def fingerprint(models: Iterable[nn.Module]) -> list[float]:
+def fingerprint(models: Sequence[nn.Module]) -> list[float]:
     """Two sums a parameter, in float64: when they are the same, so are the models, but for a rare accident."""
-    sums = [x for model in models for p in model.parameters() for x in (p.double().sum(), p.double().square().sum())]
-    return torch.stack(sums).tolist()
+    parts = [sharding.local(parameter).double() for model in models for parameter in model.parameters()]
+    sums = torch.stack([x for part in parts for x in (part.sum(), part.square().sum())])
+    return (parallel.total(sums) if sharding.in_parts(models[0]) else sums).tolist()
 
 
 @torch.no_grad()
@@ -157,12 +164,14 @@ def before_update(
     if update == 0:
         n = how_many_references(cfg.batch_size)
         known = [query + reference for query, reference in zip(queries[:n], references[:n], strict=True)]
-        (known_scores,) = in_microbatches(
-            lambda packed, _: [member_scores(models[3], packed)], known, cfg.microbatch_tokens, run.device
-        )  # (n, K)
-        first, *others = known_scores.unbind(1)  # the critic started as the first of the reward models
-        checks += first_update(episode, said.ref_logprobs, said.member_scores[:, 0], first, run.dtype)
-        checks += [reference_score(column, run.dtype, f" {k}") for k, column in enumerate(others, start=2)]
+        groups = run.progress(split_by_tokens([len(x) for x in known], cfg.microbatch_tokens), what="summaries scored")
+        with torch.no_grad():
+            parts = [member_scores(models[3], pack([known[i] for i in group], run.device)) for group in groups]
+        first, *others = torch.cat(parts).unbind(1)  # (n,) each; the critic started as the first of the reward models
+        posts = [member.shift_posts for member in getattr(models[3], "members", [models[3]])]
+        checks += first_update(episode, said.ref_logprobs, said.member_scores[:, 0], first, run.dtype, posts[0])
+        for k, column in enumerate(others, start=2):
+            checks.append(reference_score(column, run.dtype, f" {k}", posts[k - 1]))
     return checked | report(checks, run.say, when)
 
 
@@ -232,11 +241,13 @@ def first_responses(responses: Tensor, tokenizer: Tokenizer) -> list[Check]:
 
 
 def first_update(
-    episode: Experience, ref_logprobs: Tensor, scores: Tensor, reference_scores: Tensor, dtype
-) -> list[Check]:
+    episode: Experience, ref_logprobs: Tensor, scores: Tensor, reference_scores: Tensor, dtype: torch.dtype,
+    shift_posts: int | None = None,
+) -> list[Check]:  # fmt: skip
     """What holds only while the policy is still the SFT model and the critic still the reward model.
 
-    args: ref_logprobs (B, R); scores (B,) before the missing-EOS rule; reference_scores (n,), of the authors' summaries
+    args: ref_logprobs (B, R); scores (B,) before the missing-EOS rule; reference_scores (n,), of authors' summaries;
+    shift_posts: of how many such scores the reward model's shift is the mean, if that is known
     """
     mask, values = episode.action_mask, episode.values
     kl = torch.where(mask, episode.logprobs - ref_logprobs, 0.0).sum(1).abs().max().item()
@@ -248,15 +259,18 @@ def first_update(
         at_most("KL", kl, 1e-3, "policy and reference differ in weights, in temperature or in code"),
         at_most("V(after EOS) - score", rms(difference[has_slot]) if has_slot.any() else 0.0, allowed,
                 "the critic did not start as the reward model, one of them reads the wrong token, or EOS is masked"),
-        reference_score(reference_scores, dtype),
+        reference_score(reference_scores, dtype, shift_posts=shift_posts),
     ]  # fmt: skip
 
 
-def reference_score(reference_scores: Tensor, dtype: torch.dtype, which: str = "") -> Check:
-    """The authors' summaries, (n,), have mean score 0; which: of several reward models, " 2"."""
-    # Standard errors from 0. The shift that should have made it 0 was itself a mean, perhaps of no more posts: twice
-    # the variance. And it was perhaps measured in fp32, where a trunk in bf16 moves all scores alike by up to 0.06.
-    error = reference_scores.std() * math.sqrt(2 / len(reference_scores))
+def reference_score(
+    reference_scores: Tensor, dtype: torch.dtype, which: str = "", shift_posts: int | None = None
+) -> Check:
+    """The authors' summaries, (n,), have mean score 0; which: of several reward models, " 2"; shift_posts: as above."""
+    # Standard errors from 0. The shift that should have made it 0 was itself a mean, and has an error of its own; where
+    # a folder does not say of how many, of no more than these. And it was perhaps measured in fp32: see SHIFT.
+    n = len(reference_scores)
+    error = reference_scores.std() * math.sqrt(1 / n + 1 / (shift_posts or n))
     off = ((reference_scores.mean().abs() - SHIFT[dtype]).clamp(min=0) / error.clamp(min=1e-12)).item()
     return at_most(
         f"reference score{which}", off, STANDARD_ERRORS,  # in standard errors
@@ -303,7 +317,7 @@ def reward_model(
     model: ScalarModel, pairs: list[tuple[list[int], list[int], list[int]]], tokenizer: Tokenizer
 ) -> list[Check]:
     """Before the first step of the reward model. args: pairs: (query, chosen, rejected)"""
-    dtype, device = model.model.embed_tokens.weight.dtype, model.score.weight.device
+    dtype, device = sharding.dtype_of(model), model.score.weight.device
     few = pairs[:ROWS]
     together = model.last_scores(pack_pairs(*zip(*few, strict=True), device))
     sequences = [q + chosen for q, chosen, _ in few] + [q + rejected for q, _, rejected in few]

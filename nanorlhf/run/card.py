@@ -7,8 +7,9 @@ import json
 import shlex
 from pathlib import Path
 
+from nanorlhf import parallel
 from nanorlhf.data.hub import hub_id_of
-from nanorlhf.run.run_folder import program
+from nanorlhf.run.run_folder import launcher, program
 from nanorlhf.storage.jsonl import read_jsonl, write_whole
 
 WHAT = {  # architecture -> what it is, transformers' class, the hub's name for the task
@@ -26,7 +27,9 @@ QUERY = "SUBREDDIT: r/...\\n\\nTITLE: ...\\n\\nPOST: ...\\n\\nTL;DR:"
 
 
 def write_card(run_folder: Path, final: str = "final") -> None:
-    """Write README.md into a finished run's `final` folder."""
+    """Write README.md into a finished run's `final` folder; of several processes 0 does it."""
+    if not parallel.first():
+        return
     record = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
     metrics = {}
     for row in read_jsonl(run_folder / "metrics.jsonl"):
@@ -41,7 +44,7 @@ def card(record: dict, metrics: dict, folder: Path) -> str:
     commit = (record.get("git") or {}).get("commit") or "unknown"
     start = [Path(word).name for word in program(record["argv"][0])]
     kept = {name: value for name, value in metrics.items() if name.startswith(SHOWN) and "accuracy/" not in name}
-    command = shlex.join(["python", *start, *record["argv"][1:]])
+    command = shlex.join([*launcher(record), *start, *record["argv"][1:]])
     front = ["---", "library_name: transformers", f"pipeline_tag: {task}", "tags: [rlhf, ppo, tldr, nanorlhf]"]
     if base := _base_of(settings.get("model") or settings.get("sft_model") or ""):
         front.append(f"base_model: {base}")

@@ -37,6 +37,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from nanorlhf import parallel
 from nanorlhf.errors import UserError, check, one_sentence
 from nanorlhf.run.streams import lasting_streams
 
@@ -114,8 +115,11 @@ FREE_ON_RESUME = ("resume", "overwrite", "device", *KEPT_UNLESS_GIVEN)
 def cli(main: Callable, Config: type, presets: dict[str, dict], doc: str, argv: list[str] | None = None) -> None:
     """Parses the flags and calls main(cfg). What a user can cause ends in one sentence on stderr and exit status 2;
     output that goes away ends nothing (streams.py)."""
-    with lasting_streams(), one_sentence("continue with --resume" if "resume" in _names(Config) else ""):
-        main(parse(Config, presets, doc, argv))
+    again = "continue with --resume" if "resume" in _names(Config) else ""
+    with lasting_streams(), parallel.one_voice(), one_sentence(again):
+        cfg = parse(Config, presets, doc, argv)
+        with parallel.group(getattr(cfg, "device", "cpu"), asdict(cfg)):  # one process, unless torchrun started several
+            main(cfg)
 
 
 def parse(Config: type, presets: dict[str, dict], doc: str, argv: list[str] | None = None) -> Any:

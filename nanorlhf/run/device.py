@@ -12,11 +12,14 @@ import numpy as np
 import torch
 
 from kernels.runtime import INTERPRETED
+from nanorlhf import parallel
 from nanorlhf.errors import check
 
 
 def pick_device(name: str) -> torch.device:
-    """auto | cpu | cuda | cuda:1 -> device; auto is cuda where there is one. Raises UserError for one not here."""
+    """auto | cpu | cuda | cuda:1 -> device; auto is cuda where there is one, under torchrun a process's own. Raises
+    UserError for one not here."""
+    name = parallel.own_device(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
@@ -114,10 +117,11 @@ def side_by_side(*tasks: Callable, device: torch.device) -> list:
     On a CPU they run at the same time, each on its share of the cores: a model of the tiny world is too small for all
     of them. Two models on 2 cores are 1.3 times faster than one after the other on both, and where other programs use
     the cores, and the threads of one operation wait for one another, many times. On a GPU, and in Triton's interpreter,
-    which runs one kernel at a time, one after the other.
+    which runs one kernel at a time, one after the other; so too where models are in parts, because processes that meet
+    in each layer must meet in the same order.
     """
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads < 2 or INTERPRETED:
+    if device.type != "cpu" or threads < 2 or INTERPRETED or parallel.on():
         return [task() for task in tasks]
     share = max(1, threads // len(tasks))
     try:

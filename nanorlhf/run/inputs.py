@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from nanorlhf import parallel
 from nanorlhf.data.download import DOWNLOADED
 from nanorlhf.data.hub import LLAMA, SMOLLM2, fetch, is_hub_id
 from nanorlhf.errors import UserError
@@ -32,7 +33,8 @@ def find_data(flag: str | None, preset: str) -> tuple[Path, str]:
         return Path(flag), "--data"
     if preset == "tiny":
         folder = Path("data/tiny")
-        return ensure_world(folder), "the embedded tiny world"
+        with parallel.in_turn():
+            return ensure_world(folder), "the embedded tiny world"
     if DOWNLOADED.is_dir():
         return DOWNLOADED, "as downloaded"
     raise UserError(
@@ -49,7 +51,8 @@ def find_model(
         if Path(flag).is_dir():
             return Path(flag), f"--{flag_name}"
         if is_hub_id(flag):
-            return fetch(flag), f"{flag} on the hub"
+            with parallel.in_turn():
+                return fetch(flag), f"{flag} on the hub"
         raise UserError(f"{flag_name}: {flag} is not a folder, expected a Hugging Face model folder or a hub id")
     if stage in UPSTREAM:
         run = Path(runs) / UPSTREAM[stage]
@@ -58,7 +61,9 @@ def find_model(
     if preset == "tiny":
         return EMBEDDED / stage, "embedded"
     if stage not in UPSTREAM:
-        return fetch(BASES[_model_of(preset)]), f"{BASES[_model_of(preset)]} on the hub"
+        base = BASES[_model_of(preset)]
+        with parallel.in_turn():
+            return fetch(base), f"{base} on the hub"
     raise UserError(
         f"{flag_name}: no {stage} model found, expected a Hugging Face folder: run `python train_{stage}.py` first, or "
         f"pass --{flag_name} DIR, or --preset tiny"

@@ -17,7 +17,8 @@ runs/<run_name>/
 
     python -m nanorlhf status runs/ppo      where a run is, whether it is alive, and how to go on with it
 
-A file here only grows, a whole line at a time; truncate_metrics, on resume, is the one exception.
+A file here only grows, a whole line at a time; truncate_metrics, on resume, is the one exception. Of several processes
+(parallel.py) 0 alone writes; the others have a Run that says and touches nothing.
 """
 
 import json
@@ -32,6 +33,7 @@ from typing import Any, Protocol
 
 import torch
 
+from nanorlhf import parallel
 from nanorlhf.errors import NotFinite, Stopped, UserError, check, signal_name
 from nanorlhf.optim import AdamW, not_finite
 from nanorlhf.run.console import Console
@@ -97,7 +99,7 @@ class Run:
         deterministic = getattr(cfg, "deterministic", False)
         if deterministic:
             make_deterministic(self.device, kernels, self.dtype)
-        self._trackers = Trackers(track=getattr(cfg, "track", False))
+        self._trackers = Trackers(track=getattr(cfg, "track", False)) if parallel.first() else None
 
         one_name = cfg.run_name == Path(cfg.run_name).name and cfg.run_name not in ("", "..")
         check(one_name, "run_name", repr(cfg.run_name), "the name of one folder", "leave out slashes")
@@ -109,11 +111,12 @@ class Run:
         check(on_nan in ("stop", "skip"), "on_nan", repr(on_nan), "stop or skip")
         self.folder = Path(root) / cfg.run_name
         self._stage, self._kernels = stage, kernels
-        self._before = self._may_begin()
+        self._before = parallel.from_first(self._may_begin)
         self.resuming = bool(getattr(cfg, "resume", False) and self._before)
         self._lock = None  # the folder is not touched before there is something to write
+        self._record: dict | None = None  # config.json, once the folder is this run's
         self._started = datetime.now().astimezone()
-        self._signals = Signals(self._way_on)
+        self._signals, parallel.way_on = Signals(self._way_on), self._way_on
         self._at, self._skipped = (0, []), 0  # (step, ids of its samples); steps skipped
         seed_everything(cfg.seed)
 
@@ -122,6 +125,8 @@ class Run:
         with_kernels = f", kernels {kernels}" if kernels else ""
         repeats = ", deterministic" if deterministic else ""
         self.say(f"device  {device_name(self.device)}, {dtype}{with_kernels}, seed {cfg.seed}{repeats}")
+        if parallel.on():
+            self.say(f"        {parallel.size()} processes: models in parts, posts shared out (docs/parallel.md)")
         self.say(f"folder  {self.folder}" + (" (resumed)" if self.resuming else ""))
         self.say("metrics explained in docs/metrics.md")
 
@@ -135,8 +140,24 @@ class Run:
         Called by log, samples and truncate_metrics; a script calls it where it writes files of its own before those.
         Raises UserError when another run has taken the folder meanwhile.
         """
-        if self._lock is not None:
+        if self._record is not None:
             return
+        if parallel.first():
+            self._claim()
+        about = dict(stage=self._stage, device=device_name(self.device), kernels=self._kernels)
+        about |= dict(dtype=str(self.dtype).removeprefix("torch."), total_steps=self.total_steps)
+        about |= dict(processes=parallel.size()) if parallel.on() else {}
+        self._record = record_of(self.cfg, self._before, self._started, **about)
+        if not parallel.first():
+            return
+        if self.resuming:
+            self._drop_lines(math.inf)  # one that a kill cut short
+        write_whole(self.folder / "config.json", json.dumps(self._record, indent=2) + "\n")
+        self._trackers.begin(self.folder, self._record)
+        if changed := changes(self._before, self._record):
+            self.say(f"changed since the last start: {', '.join(changed)}")
+
+    def _claim(self) -> None:
         self._may_begin()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.folder)
@@ -145,15 +166,6 @@ class Run:
             raise UserError(f"{self.folder} has been begun by another process meanwhile: start again")
         if self.cfg.overwrite:
             clear(self.folder)
-        if self.resuming:
-            self.truncate_metrics(math.inf)  # drops a line that a kill cut short
-        about = dict(stage=self._stage, device=device_name(self.device), kernels=self._kernels)
-        about |= dict(dtype=str(self.dtype).removeprefix("torch."), total_steps=self.total_steps)
-        self._record = record_of(self.cfg, self._before, self._started, **about)
-        write_whole(self.folder / "config.json", json.dumps(self._record, indent=2) + "\n")
-        self._trackers.begin(self.folder, self._record)
-        if changed := changes(self._before, self._record):
-            self.say(f"changed since the last start: {', '.join(changed)}")
 
     def say(self, line: str) -> None:
         """Prints a line."""
@@ -173,8 +185,9 @@ class Run:
         self._signals.check()
         self.begin()
         values = {name: _number(name, value) for name, value in metrics.items()}
-        append(self.folder / "metrics.jsonl", [{"step": step, "time": round(time.time(), 3)} | finite(values)])
-        self._trackers.log(step, values)
+        if parallel.first():
+            append(self.folder / "metrics.jsonl", [{"step": step, "time": round(time.time(), 3)} | finite(values)])
+            self._trackers.log(step, values)
         self.console.step(step, values)
         bad = [name for name, value in values.items() if name in MUST_BE_FINITE and not math.isfinite(value)]
         if bad and getattr(self.cfg, "on_nan", "skip") == "stop":
@@ -187,18 +200,22 @@ class Run:
             return
         self._signals.check()
         self.begin()
-        append(self.folder / "samples.jsonl", [{"step": step} | finite(row) for row in rows])
+        if parallel.first():
+            append(self.folder / "samples.jsonl", [{"step": step} | finite(row) for row in rows])
         self.console.table(f"samples at {self.unit} {step}", rows[:shown])
 
     def truncate_metrics(self, last_step: float) -> None:
         """On resume: drops the lines of metrics, samples and trace.jsonl after `last_step`, the checkpoint's step."""
         self.begin()
+        self.console.resume_at(last_step)
+        if parallel.first():
+            self._drop_lines(last_step)
+            self._trackers.first_step = last_step + 1
+
+    def _drop_lines(self, last_step: float) -> None:
         for path in self._logs():
             rows = [row for row in read_jsonl(path) if row["step"] <= last_step]
             write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-        if last_step != math.inf:
-            self.console.resume_at(last_step)
-            self._trackers.first_step = last_step + 1
 
     # --- what makes a run survive
 
@@ -207,7 +224,7 @@ class Run:
         saves to come will take. From here on a signal waits for the end of the step.
         """
         cfg, sizes = self.cfg, (optimizer.state_bytes, optimizer.model_bytes)
-        self.say(check_disk(self.folder, *sizes, cfg.keep, cfg.save_every))
+        self.say(parallel.from_first(lambda: check_disk(self.folder, *sizes, cfg.keep, cfg.save_every)))
         step = 0
         if self.resuming:
             checkpoint, tensors, state = load_newest(self.folder, self.say)
@@ -215,9 +232,11 @@ class Run:
                 optimizer.load_state(tensors)
                 step, optimizer.skipped = state["step"], state.get("skipped", 0)
             self.truncate_metrics(step)
-            for path in self._logs():  # what an evaluation logged has the last step's number too: by size
-                os.truncate(path, min(path.stat().st_size, state.get("logs", {}).get(path.name, math.inf)))
-            clear_leftovers(self.folder)
+            if parallel.first():
+                for path in self._logs():  # what an evaluation logged has the last step's number too: by size
+                    os.truncate(path, min(path.stat().st_size, state.get("logs", {}).get(path.name, math.inf)))
+                clear_leftovers(self.folder)
+            parallel.barrier()
             self.say(f"resumed from {checkpoint or 'the beginning: no checkpoint yet'}")
         self._skipped = optimizer.skipped
         self._signals.patient = step < self.total_steps
@@ -236,7 +255,7 @@ class Run:
             if rows.any():
                 self._at = step, [ids[i] for i in rows.nonzero()[:, 0].tolist()]
                 if self.cfg.on_nan == "stop":
-                    raise NotFinite(not_finite({name: tensor}))
+                    raise NotFinite(not_finite({name: tensor}), every=bool(rows.all()))
                 self.say(f"warning {self.unit} {step}: {not_finite({name: tensor})}; {self._samples()}")
                 self._at = step, ids
 
@@ -249,21 +268,22 @@ class Run:
             self._skipped = optimizer.skipped
             self.say(f"warning {self.unit} {step} was skipped, {self._skipped} steps so far: {optimizer.last_skip}")
         last, due = step >= self.total_steps, self.cfg.save_every and step % self.cfg.save_every == 0
-        if last or due or self._signals.asked:
+        asked = parallel.most(self._signals.asked or 0)  # a signal may have come to some of the processes only
+        if last or due or asked:
             optimizer.check_weights()
-        if self._signals.asked or (due and not last):
+        if asked or (due and not last):
             logs = {path.name: path.stat().st_size for path in self._logs()}
             state = {"skipped": optimizer.skipped, "logs": logs}
             size, seconds = save_checkpoint(self.folder, step, optimizer.state(), state, self.cfg.keep)
             self.say(f"saved   {self.folder / 'checkpoints' / f'step_{step}'}: {gigabytes(size)} in {seconds:.2f} s")
-        if number := self._signals.asked:
-            reason = f"stopped by {signal_name(number)}, saved after {self.unit} {step}"
-            raise Stopped(number, reason + self._way_on())
+        if asked:
+            reason = f"stopped by {signal_name(asked)}, saved after {self.unit} {step}"
+            raise Stopped(asked, reason + self._way_on())
         self._signals.patient = not last  # what follows the last step ends at once
 
     def _way_on(self) -> str:
         """The end of a last message: how to go on with this run."""
-        return f"; go on with:\n{resume_command(self._record)}" if self._lock else ": nothing had been written yet"
+        return f"; go on with:\n{resume_command(self._record)}" if self._record else ": nothing had been written yet"
 
     def _samples(self) -> str:
         ids = self._at[1]
@@ -274,12 +294,19 @@ class Run:
         """The error of a number that is not finite, with what only the run knows."""
         step, ids = self._at
         self.begin()
-        write_whole(self.folder / "not_finite.json", json.dumps({"step": step, "what": error.what, "ids": ids}) + "\n")
+        found = json.dumps({"step": step, "what": error.what, "ids": ids}) + "\n"
+        if parallel.first():
+            write_whole(self.folder / "not_finite.json", found)
         last = latest_checkpoint(self.folder)
+        way_on = (
+            f"`{resume_command(self._record)} --on_nan skip` goes on without such steps, or begin again with a lower "
+            "--lr or with --max_grad_norm"
+        )
+        if error.every and step == 1:  # before anything was learned: it came with a model
+            way_on = "that is every sample, so a model that was passed in is too large for this dtype: take another one"
         return UserError(
             f"{self.unit} {step}: {error}; {self._samples()}; nothing was saved over, the last good checkpoint is "
-            f"{last or 'none yet'}: `{resume_command(self._record)} --on_nan skip` goes on without such steps, or "
-            "begin again with a lower --lr or with --max_grad_norm"
+            f"{last or 'none yet'}: {way_on}"
         )
 
     def _logs(self) -> list[Path]:
@@ -290,7 +317,8 @@ class Run:
         """Flushes, gives the folder back and prints the total time. Called by `with`."""
         self._signals.restore()
         self.console.close()
-        self._trackers.close(failed)
+        if self._trackers is not None:
+            self._trackers.close(failed)
         if self._lock is not None:
             self._lock.close()
         if not failed:

@@ -120,10 +120,17 @@ def changes(before: dict, now: dict) -> list[str]:
 def resume_command(record: dict) -> str:
     """What to type to go on with a run, from its config.json."""
     name, device = record["config"]["run_name"], record["config"].get("device", "auto")
-    words = ["python", *program(record["argv"][0]), "--resume"]
+    words = [*launcher(record), *program(record["argv"][0]), "--resume"]
     words += ["--run_name", name] if name != record["stage"] else []
     words += ["--device", device] if device != "auto" else []  # the one flag that a resumed run does not keep
     return shlex.join(words)
+
+
+def launcher(record: dict) -> list[str]:
+    """What stands before the script on the command line of a run: python, or torchrun with as many processes."""
+    if "processes" not in record:
+        return ["python"]
+    return ["torchrun", "--standalone", "--nproc_per_node", str(record["processes"])]
 
 
 def program(path: str) -> list[str]:
@@ -145,6 +152,10 @@ def git() -> dict | None:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        import torch  # here: `status` does without
+
+        return torch.__version__  # with its build, "+cu130", which a wheel's metadata may leave out
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 
+from nanorlhf import parallel
 from nanorlhf.errors import Stopped, signal_name
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -52,5 +53,7 @@ class Signals:
         if at_once:
             raise Stopped(number, f"stopped by {signal_name(number)} at once{self._way_on()}")
         line = f"{signal_name(number)}: finishing this step and saving; once more stops at once\n"
+        if not parallel.first():
+            return
         with contextlib.suppress(OSError):  # the terminal may be what has gone away
             os.write(2, (os.isatty(2) * "\n" + line).encode())  # not print, which it may have come in the middle of

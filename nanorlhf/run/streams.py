@@ -8,8 +8,10 @@ import codecs
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TextIO
+
+from nanorlhf.errors import one_sentence
 
 
 class Lasting:
@@ -62,6 +64,13 @@ def lasting_streams() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdin, sys.stdout, sys.stderr = before
+
+
+def as_command(main: Callable[[], object]) -> None:
+    """What stands below `if __name__ == "__main__"` in a command that has no Config (config.cli is for those that have
+    one): output that goes away ends nothing, and what a user can cause is one sentence and exit status 2."""
+    with lasting_streams(), one_sentence():
+        main()
 
 
 def _as_typed(error: UnicodeError) -> tuple[bytes, int]:

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanorlhf import parallel, sharding
+
 DTYPE_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
     torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
@@ -64,8 +66,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
 
     The usual writer maps the file into memory, where a full disk is a bus error that kills the process, and wants every
     tensor on the CPU at once. Here a full disk is an OSError with the file's name, and a tensor is copied in pieces.
+    Of tensors in parts all processes must ask: they come together one after another, and process 0 writes.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that each begins aligned
+    if not parallel.first():
+        for name in names:
+            sharding.whole(tensors[name])
+        return ""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
         tensor = tensors[name]
@@ -100,7 +107,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
 def _pieces(first: list[bytes], tensors: Iterable[Tensor]) -> Iterable[memoryview]:
     yield from map(memoryview, first)
     for tensor in tensors:
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        flat = sharding.whole(tensor.detach()).contiguous().reshape(-1).view(torch.uint8)
         for part in flat.split(PIECE_BYTES):
             yield memoryview(part.cpu().numpy())
 

@@ -5,6 +5,7 @@ hub's is written. Anything that is no Llama is refused by the name of the field.
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -116,7 +117,7 @@ def eos_ids(value) -> list:
 
 
 def _positive(number) -> bool:
-    return type(number) in (int, float) and number > 0
+    return type(number) in (int, float) and 0 < number < math.inf
 
 
 def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
@@ -176,8 +177,9 @@ def _read_scaling(rope, name: str, path: Path) -> tuple[float | None, dict | Non
 
 
 def config_json(
-    config: LlamaConfig, kind: str, dtype: torch.dtype, tokenizer, score_shift: float | None = None
-) -> dict:
+    config: LlamaConfig, kind: str, dtype: torch.dtype, tokenizer, score_shift: float | None = None,
+    shift_posts: int | None = None,
+) -> dict:  # fmt: skip
     """What we write: the hub's spelling, readable by transformers 4 and 5, vLLM and llama.cpp. tokenizer: its EOS and
     PAD are the ones that the model was trained with."""
     raw = {
@@ -201,4 +203,5 @@ def config_json(
         }
     if kind == "reward_model":
         raw["score_shift"] = score_shift  # the normalised score is the head's output minus this (N+ detail 15)
+        raw |= {"score_shift_posts": shift_posts} if shift_posts else {}
     return raw

@@ -14,12 +14,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nanorlhf import parallel
 from nanorlhf.errors import UserError
 from nanorlhf.storage.atomic import atomic_folder, sha256, sync, write_tensors
 
@@ -28,7 +29,11 @@ SUMS = "SHA256SUMS"
 
 
 def save_state(folder: str | Path, tensors: dict[str, Tensor], state: dict) -> None:
-    """A checkpoint of a run: named tensors and a small JSON object; complete or absent."""
+    """A checkpoint of a run: named tensors and a small JSON object; complete or absent. Of tensors in parts every
+    process gives its own."""
+    if not parallel.first():
+        write_tensors(Path(folder), tensors)
+        return
     with atomic_folder(folder) as partial:
         digest = write_tensors(partial / "state.safetensors", tensors)
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -64,13 +69,38 @@ def load_state(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
     return _read(folder)
 
 
+class Stored(Mapping):
+    """The tensors of a checkpoint by name, each read from the file when it is asked for: as much of it as is used."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._names = self._open(lambda file: list(file.keys()))
+
+    def _open(self, read):
+        try:
+            with safe_open(self._folder / "state.safetensors", framework="pt") as file:
+                return read(file)
+        except SafetensorError as error:
+            raise UserError(f"{self._folder}: the checkpoint cannot be read ({error}): remove the folder") from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._open(lambda file: file.get_tensor(name))
+
+    def __iter__(self):
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict]:
-    try:
-        with safe_open(folder / "state.safetensors", framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise UserError(f"{folder}: the checkpoint cannot be read ({error}): remove the folder") from None
-    return tensors, json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return dict(Stored(folder)), _state(folder)
+
+
+def _state(folder: Path) -> dict:
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
 def checkpoints(run_folder: str | Path) -> list[Path]:
@@ -84,9 +114,16 @@ def latest_checkpoint(run_folder: str | Path) -> Path | None:
     return next(reversed(checkpoints(run_folder)), None)
 
 
-def load_newest(run_folder: Path, say: Callable[[str], None]) -> tuple[Path | None, dict[str, Tensor], dict]:
+def load_newest(
+    run_folder: Path, say: Callable[[str], None]
+) -> tuple[Path | None, Mapping[str, Tensor], dict]:
     """The newest checkpoint that is as it was written: its folder, tensors and JSON object; (None, {}, {}) when the run
     has none yet. A damaged one is named in a warning and passed over. Raises UserError when all are damaged."""
+    name, state = parallel.from_first(lambda: _newest(run_folder, say))  # verified once, not by every process
+    return (Path(name), Stored(Path(name)), state) if name else (None, {}, {})
+
+
+def _newest(run_folder: Path, say: Callable[[str], None]) -> tuple[str | None, dict]:
     found = checkpoints(run_folder)
     for folder in reversed(found):
         if wrong := damage(folder):
@@ -94,13 +131,13 @@ def load_newest(run_folder: Path, say: Callable[[str], None]) -> tuple[Path | No
                 f"warning {folder} is damaged ({wrong})" + (": the one before it is used" if folder != found[0] else "")
             )
             continue
-        return folder, *_read(folder)
+        return str(folder), _state(folder)
     if found:
         raise UserError(
             f"{run_folder}: none of {len(found)} checkpoints is whole, expected one to resume from: remove "
             f"{run_folder / 'checkpoints'} to begin the run again"
         )
-    return None, {}, {}
+    return None, {}
 
 
 def save_checkpoint(run_folder: Path, step: int, tensors: dict[str, Tensor], state: dict | None = None, keep: int = 1):
@@ -109,8 +146,11 @@ def save_checkpoint(run_folder: Path, step: int, tensors: dict[str, Tensor], sta
     Raises OSError (ENOSPC) before it writes when the disk has too little room: the checkpoint before it stays.
     """
     began = time.monotonic()
-    clear_leftovers(run_folder)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if not parallel.first():
+        save_state(run_folder, tensors, {})
+        return size, time.monotonic() - began
+    clear_leftovers(run_folder)
     free = shutil.disk_usage(run_folder).free
     if free < size:
         needed = f"No space left on device, {size:,} bytes needed and {free:,} free"

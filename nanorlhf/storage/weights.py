@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nanorlhf import sharding
 from nanorlhf.errors import UserError
 from nanorlhf.llama import LlamaConfig
 from nanorlhf.storage.model_config import read_json
@@ -84,10 +85,10 @@ class TensorFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entries[name]["shape"])
 
-    def read(self, name: str, target: Tensor, rows: int | None = None) -> None:
+    def read(self, name: str, target: Tensor, rows: int | None = None, first: int = 0) -> None:
         """Fill `target` (any float dtype and device, contiguous) with the tensor, cast. rows: how many the file must
-        have, where the target is the first ones of them. Raises UserError that names the tensor when it has another
-        shape or is no ordinary float."""
+        have, where the target is some of them, from the row `first` on. Raises UserError that names the tensor when it
+        has another shape or is no ordinary float."""
         entry = self._entries[name]
         shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
         expected = tuple(target.shape) if rows is None else (rows, *target.shape[1:])
@@ -98,7 +99,9 @@ class TensorFile:
         dtype = self._dtype(name)
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise UserError(f"{self.path}: tensor {name} has {end - begin:,} bytes for shape {shape}, {AGAIN}")
-        flat, position = target.view(-1), self._begin + begin
+        flat, position = target.view(-1), self._begin + begin + first * math.prod(shape[1:]) * dtype.itemsize
+        if not flat.numel():
+            return
         if target.device.type == "cpu" and target.dtype == dtype:
             self._fill(flat, position)
             return
@@ -192,10 +195,10 @@ class TensorFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._open(self.where[name]).shape(name)
 
-    def read(self, name: str, target: Tensor, rows: int | None = None) -> None:
-        """Fill `target` with a tensor, or with its first rows of `rows`. Raises UserError that names it when it is
-        missing or does not fit."""
-        self._file_of(name).read(name, target, rows)
+    def read(self, name: str, target: Tensor, rows: int | None = None, first: int = 0) -> None:
+        """Fill `target` with a tensor, or with those of its `rows` rows that begin at `first`. Raises UserError that
+        names it when it is missing or does not fit."""
+        self._file_of(name).read(name, target, rows, first)
 
     def equal(self, name: str, other: str) -> bool:
         """Whether two tensors hold the same numbers."""
@@ -236,13 +239,31 @@ def file_tensors(name: str, config: LlamaConfig) -> list[tuple[str, int | None]]
     return [(name, None)]
 
 
-def file_parts(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    """(our name, name in a file, the rows of the parameter that it is) for everything in a model."""
+def file_parts(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, str, Tensor]]:
+    """(our name, name in a file, the rows of the parameter that it is) for everything in a model. dtype: cast. Of a
+    model in parts every process must ask, and gets the whole of each parameter in turn."""
     for ours, parameter in model.named_parameters():
+        if dtype is not None or sharding.is_part(parameter):
+            kept = torch.float32 if ours.startswith("score.") else dtype or parameter.dtype
+            parameter = sharding.whole(parameter.detach().to(kept))
         begin = 0
         for name, rows in file_tensors(ours, model.config):
             yield ours, name, parameter if rows is None else parameter[begin : begin + rows]
             begin += rows or 0
+
+
+def own_parts(model: nn.Module) -> Iterator[tuple[str, Tensor, int | None, int]]:
+    """(name in a file, where this process keeps its rows of it, how many rows the file has, the first of its own); the
+    number of rows is None where it keeps them all."""
+    for ours, parameter in model.named_parameters():
+        here, (first, last), begin = sharding.local(parameter), sharding.rows(parameter), 0
+        for name, rows in file_tensors(ours, model.config):
+            end = begin + (len(parameter) if rows is None else rows)
+            low, high = max(first, begin), max(first, begin, min(last, end))
+            target = here[min(low, last) - first : min(high, last) - first]
+            whole = here is parameter or (low, high) == (begin, end)
+            yield name, target, None if whole else end - begin, low - begin
+            begin = end
 
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -261,9 +282,10 @@ def load_weights(model: nn.Module, folder: str | Path, rows: int | None = None) 
     with TensorFolder(Path(folder)) as tensors, torch.no_grad():
         unused = {name for name in tensors.where if not MAY_BE_LEFT_OUT.fullmatch(name)}
         bounds = {}
-        for _, name, part in file_parts(model):
-            tensors.read(name, part, rows if name in (EMBEDDING, HEAD) else None)
-            bounds[name] = torch.stack([torch.stack(x.aminmax()) for x in part.view(-1).split(LOOKED_AT)])
+        for name, part, in_file, first in own_parts(model):
+            tensors.read(name, part, rows if name in (EMBEDDING, HEAD) and rows else in_file, first)
+            if part.numel():
+                bounds[name] = torch.stack([torch.stack(x.aminmax()) for x in part.view(-1).split(LOOKED_AT)])
             unused.discard(name)
         tied = not hasattr(model, "lm_head") and not hasattr(model, "score")
         if tied and HEAD in unused and tensors.equal(HEAD, EMBEDDING):

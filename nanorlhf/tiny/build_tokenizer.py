@@ -16,6 +16,7 @@ from pathlib import Path
 import sentencepiece
 
 from nanorlhf.data.tldr import format_query
+from nanorlhf.run.streams import as_command
 from nanorlhf.tiny.corpus import document
 from nanorlhf.tiny.grammar import evenly
 from nanorlhf.tiny.posts import make_post
@@ -76,4 +77,4 @@ def train_tokenizer(folder: str | Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(train_tokenizer(Path(__file__).parent))
+    as_command(lambda: print(train_tokenizer(Path(__file__).parent)))

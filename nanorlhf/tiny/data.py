@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from nanorlhf.run.streams import as_command
 from nanorlhf.tiny.lexicon import WORLD_VERSION
 from nanorlhf.tiny.title_world import with_long_title
 from nanorlhf.tiny.world import make_comparison, make_post
@@ -110,4 +111,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -19,7 +19,7 @@ from statistics import median
 from nanorlhf.errors import UserError
 from nanorlhf.evaluation.tables import NAMES, Table, console, interval, number
 from nanorlhf.run.run import read_metrics
-from nanorlhf.run.streams import lasting_streams
+from nanorlhf.run.streams import as_command
 
 STAGES = ("sft", "rm", "ppo", "eval")
 RELATIONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
@@ -181,5 +181,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with lasting_streams():
-        main()
+    as_command(main)

@@ -16,7 +16,7 @@ from nanorlhf.evaluation.figures import hack_figure, png
 from nanorlhf.evaluation.hacks import Alarms
 from nanorlhf.evaluation.tables import Table, console, interval, number
 from nanorlhf.run.run import read_metrics
-from nanorlhf.run.streams import lasting_streams
+from nanorlhf.run.streams import as_command
 from nanorlhf.storage.jsonl import read_jsonl
 
 LAST = 5  # updates: a single batch is noisy
@@ -102,5 +102,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with lasting_streams():
-        main()
+    as_command(main)

@@ -21,6 +21,7 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
+from nanorlhf.run.streams import as_command
 from nanorlhf.tiny.grammar import Facts, write_incomplete, write_summary, write_verbose
 from nanorlhf.tiny.lexicon import SIGNATURES
 from nanorlhf.tiny.posts import facts_from_id, make_post, seeded
@@ -127,4 +128,4 @@ def write_bigrams(path: Path = BIGRAMS_FILE) -> None:
 
 
 if __name__ == "__main__":
-    write_bigrams()
+    as_command(write_bigrams)

@@ -14,9 +14,25 @@ from guards import guarded
 
 from kernels import runtime
 
+if runtime.INTERPRETED:
+    from triton.runtime import interpreter
+
 assert runtime.INTERPRETED and runtime.MODE == "triton", "set TRITON_INTERPRET=1 and NANORLHF_KERNELS=triton"
 
 EPSILON = 2.0**-23  # spacing of fp32 at 1
+
+
+@pytest.fixture(autouse=True)
+def a_loops_bound_is_a_number(monkeypatch):
+    """Triton 3.6 makes a loop's bound a number by int() of an array of one element, which numpy 2.4 refuses; later
+    versions do as is done here."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 def outputs_and_gradients(
@@ -45,7 +61,8 @@ def within_budget():
     """within_budget(op, reference, inputs, leaves): the kernel errs no more than twice what PyTorch does in fp32.
 
     The truth is the reference in float64. Beside the twice, a few roundings of the largest number that occurs are
-    granted, because PyTorch is sometimes exact by luck: the largest output, or `largest`, a logit on the way.
+    granted, because PyTorch is sometimes exact by luck: the largest number that comes out, or, for outputs, `largest`,
+    a logit on the way.
     """
 
     def check(op, reference, inputs: dict, leaves: tuple[str, ...] = (), largest: float = 1.0) -> dict:
@@ -63,7 +80,8 @@ def within_budget():
             assert torch.equal(ours[name][~finite].double(), truth[~finite]), name
             error = (ours[name].double() - truth)[finite].abs().max().item()
             allowed = (plain[name].double() - truth)[finite].abs().max().item()
-            scale = max(largest, truth[finite].abs().max().item())
+            on_the_way = largest if name.startswith("output") else 1.0
+            scale = max(on_the_way, truth[finite].abs().max().item())
             assert error <= 2 * allowed + 8 * EPSILON * scale, f"{name}: error {error:.2e}, PyTorch's {allowed:.2e}"
         return ours
 
