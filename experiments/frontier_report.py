@@ -68,10 +68,15 @@ def number(values: Sequence[float], digits: int = 2) -> str:
 
 
 def frontier_table(rows: Sequence[dict]) -> str:
-    lines = ["| method | strength | seeds | " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * (3 + len(COLUMNS))]
-    for (method, strength), some in groups(rows, "frontier").items():
+    """A row for each method and strength; the last column compares with PPO at BASE, seed by seed."""
+    found = groups(rows, "frontier")
+    head = ["method", "strength", "seeds", *COLUMNS.values(), f"gold score - PPO's at {BASE[1].split()[-1]}"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for (method, strength), some in found.items():
         digits = {"win_rate": 3, "lc_win_rate": 3, "length": 1}
         cells = [number([row[name] for row in some], digits.get(name, 2)) for name in COLUMNS]
+        differences = paired(some, found.get(BASE, []), "gold") if (method, strength) != BASE else []
+        cells.append(number(differences) + (" *" if apart(differences) else "") if differences else "")
         lines.append(f"| {method} | {strength} | {len(some)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
