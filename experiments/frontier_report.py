@@ -219,23 +219,22 @@ def frontier_figure(rows: Sequence[dict]) -> Figure:
     return figure
 
 
-def turning_figure(rows: Sequence[dict], strength: str = "long, kl 0") -> Figure:
-    """Truth and proxy update by update without a KL penalty: one reward model beside ensembles of three."""
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    found = groups(rows, "frontier")
-    colours = {"ppo": PROXY, "ppo, min of 3": KL, "ppo, mean of 3": GOLD, "ppo, mean_minus_std of 3": "#3f9b5f"}
-    panels = (("objective/gold", "truth: gold score"), ("objective/scores", "proxy: score that PPO maximises"))
+def turning_figure(rows: Sequence[dict]) -> Figure:
+    """Truth and proxy update by update, of what is trained by updates: mean over seeds of the smoothed curves. Full
+    lines: groups in which most runs turn; dotted: the others."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    found = {key: [row["curve"] for row in some if row.get("curve")] for key, some in groups(rows, "frontier").items()}
+    found = {key: curves for key, curves in found.items() if curves}
+    panels = (("objective/gold", "truth: gold score"), ("objective/scores", "proxy: reward model's score"))
     for axes, (name, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        dress(axes, f"{title}, {strength}", "update")
-        for method, colour in colours.items():
-            curves = [row["curve"][name] for row in found.get((method, strength), []) if row.get("curve")]
-            for values in curves:
-                axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=0.7, alpha=0.4)
-            if curves:
-                centre = np.mean([early_warning.smoothed(values) for values in curves], axis=0)
-                axes.plot(range(1, len(centre) + 1), centre, color=colour, linewidth=2.2, label=method)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7, labelcolor=GREY, frameon=False)
+        dress(axes, title, "update")
+        for i, ((method, strength), curves) in enumerate(found.items()):
+            centre = np.mean([early_warning.smoothed(curve[name]) for curve in curves], axis=0)
+            turned = sum(early_warning.turn(curve["objective/gold"]) is not None for curve in curves)
+            style = "-" if 2 * turned > len(curves) else ":"
+            label = f"{method}, {strength}"
+            axes.plot(range(1, len(centre) + 1), centre, color=f"C{i % 10}", linestyle=style, linewidth=1.8, label=label)
+        axes.legend(fontsize=7, labelcolor=GREY, frameon=False)
     return figure
 
 
