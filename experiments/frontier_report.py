@@ -233,7 +233,9 @@ def turning_figure(rows: Sequence[dict]) -> Figure:
             turned = sum(early_warning.turn(curve["objective/gold"]) is not None for curve in curves)
             style = "-" if 2 * turned > len(curves) else ":"
             label = f"{method}, {strength}"
-            axes.plot(range(1, len(centre) + 1), centre, color=f"C{i % 10}", linestyle=style, linewidth=1.8, label=label)
+            axes.plot(
+                range(1, len(centre) + 1), centre, color=f"C{i % 10}", linestyle=style, linewidth=1.8, label=label
+            )
         axes.legend(fontsize=7, labelcolor=GREY, frameon=False)
     return figure
 
