@@ -140,7 +140,7 @@ def processor() -> str:
     """The processor's name and the number of cores that this process may use."""
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} core{'s' * (cores != 1)}"
 
 
 def _cpuinfo() -> list[str]:

@@ -181,8 +181,8 @@ def made_by(rows: Sequence[dict]) -> str:
     machines = sorted({row["machine"] for row in rows})
     commits = sorted({row["commit"] for row in rows})
     minutes = sum(row["seconds"] + row["measure_seconds"] for row in rows) / 60
-    lines = f"{len({row['run'] for row in rows})} runs, {minutes:.0f} minutes of one thread"
-    return f"{lines}; {'; '.join(machines)}; commits {', '.join(commits)}."
+    runs = len({row["run"] for row in rows})
+    return f"{runs} runs, {minutes:.0f} minutes; {'; '.join(machines)}; commits {', '.join(commits)}."
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
