@@ -178,7 +178,7 @@ def not_run(rows: Sequence[dict]) -> str:
 
 def made_by(rows: Sequence[dict]) -> str:
     """Commit and machine of the results."""
-    machines = sorted({row["machine"] for row in rows})
+    machines = sorted({row["machine"].replace(" 1 cores", " 1 core") for row in rows})
     commits = sorted({row["commit"] for row in rows})
     minutes = sum(row["seconds"] + row["measure_seconds"] for row in rows) / 60
     runs = len({row["run"] for row in rows})
