@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import sys
 from dataclasses import dataclass
+from nanorlhf.run.streams import as_command
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -89,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

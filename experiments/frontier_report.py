@@ -23,6 +23,7 @@ from experiments.frontier import RESULTS, known
 from experiments.frontier_plan import plan
 from nanorlhf.evaluation.figures import GOLD, GREY, KL, PROXY, dress, png
 from nanorlhf.evaluation.metrics import seed_interval
+from nanorlhf.run.streams import as_command
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "frontier.md"
@@ -285,4 +286,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)
