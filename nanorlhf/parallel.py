@@ -295,16 +295,15 @@ def one_voice() -> Iterator[None]:
     stdout = sys.stdout
     if os.environ["RANK"] != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # process 0 owns the console
+    status = 0
     try:
         yield
-        return
     except SystemExit as stop:  # said by one_sentence, by this process or by another
-        status = stop.code if isinstance(stop.code, int) else 1
-        if not status:
-            return
-        _hear_no_more()
-        alone = _me is None and os.environ["RANK"] == "0"
-        time.sleep(0 if _said or alone else LINGER)  # the end of the first one ends all: not before it has spoken
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if status:
+            _hear_no_more()
+            alone = _me is None and os.environ["RANK"] == "0"
+            time.sleep(0 if _said or alone else LINGER)  # the end of the first one ends all: not before it has spoken
     except BaseException as error:
         status = 1
         _hear_no_more()
@@ -324,7 +323,9 @@ def one_voice() -> Iterator[None]:
         errors.may_speak = lambda: True
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(status)  # not by way of destructors that wait for processes which are gone
+    # Not by way of destructors: after an error they wait for processes that are gone, and after none they abort half of
+    # the runs of PPO, when all is saved, over a thread that torch 2.13 leaves behind ("terminate called").
+    os._exit(status)
 
 
 def _stop_at_once(number: int, frame) -> None:
