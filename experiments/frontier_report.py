@@ -194,13 +194,16 @@ def family(method: str) -> str:
 
 
 def frontier_figure(rows: Sequence[dict]) -> Figure:
-    """Truth and proxy against KL: a point is a method at a strength, mean over seeds, bars its 95% interval over seeds;
-    a line joins the strengths of a method. Ensembles and second rounds of PPO: open points."""
+    """Truth and proxy against KL, on a scale of its square root (Gao et al. 2022): a point is a method at a strength,
+    mean over seeds, bars its 95% interval over seeds; a line joins the strengths of a method. Second rounds of PPO: open
+    points. Long runs are left out: without a penalty they end 30 to 90 nats away (turning_figure has them)."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = (("gold_gain", "truth: gold score over SFT"), ("proxy_gain", "proxy: reward model's score over SFT"))
-    found = groups(rows, "frontier")
+    found = {key: some for key, some in groups(rows, "frontier").items() if not key[1].startswith("long")}
     for axes, (name, title) in zip(figure.subplots(1, 2), panels, strict=True):
         dress(axes, title, "KL from SFT, nats a summary")
+        axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
+        axes.set_xticks(ticks := [0, 0.5, 1, 2, 4, 8, 16, 32], [f"{tick:g}" for tick in ticks])
         for method in dict.fromkeys(method for method, _ in found if method != "sft"):
             ends = []
             for (_, strength), some in ((key, value) for key, value in found.items() if key[0] == method):
@@ -211,11 +214,13 @@ def frontier_figure(rows: Sequence[dict]) -> Figure:
             colour, plain = COLOURS.get(family(method), GREY), method == family(method)
             face = colour if plain else "none"
             axes.plot(x, y, color=colour, linewidth=1.2, linestyle="-" if plain else ":")
+            dx = np.array([np.minimum(dx, x), dx])  # a KL is not below 0
             axes.errorbar(x, y, dy, dx, color=colour, fmt="o" if plain else "s", mfc=face, capsize=2, linewidth=0.7,
                           markersize=5, label=method)  # fmt: skip
             for end in ends:
                 axes.annotate(end[-1].split()[-1], end[:2], (4, 4), textcoords="offset points", fontsize=7, color=GREY)
         axes.axhline(0, color=GREY, linewidth=0.7)
+        axes.set_xlim(left=0)
         axes.legend(fontsize=7, labelcolor=GREY, frameon=False)
     return figure
 
