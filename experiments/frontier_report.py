@@ -29,6 +29,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "frontier.md"
 BASE = "ppo", "kl 0.15"  # what the details are compared with
 COLOURS = {"ppo": PROXY, "best of n": GOLD, "dpo": KL, "rloo": "#3f9b5f", "grpo": "#8a63d2"}
+MARKERS = {"ppo, second round": "s", "ppo, more labels": "^"}
 COLUMNS = {
     "kl": "KL, nats", "gold_gain": "gold score over SFT", "proxy_gain": "proxy over SFT", "win_rate": "win rate",
     "lc_win_rate": "at equal length", "length": "words",
@@ -122,12 +123,14 @@ def details_table(rows: Sequence[dict]) -> str:
 def pairs_table(rows: Sequence[dict]) -> str:
     """What an ensemble or a second round changes against plain PPO of the same seeds and coefficient."""
     found = groups(rows, "frontier")
-    head = ["method", "strength", "seeds", "gold score", "win rate", "KL", "proxy over SFT"]
+    head = ["method", "strength", "seeds", "gold score", "win rate", "KL", "first reward model's score"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for (method, strength), some in found.items():
         base = found.get(("ppo", strength))
         if not method.startswith("ppo,") or not base:
             continue
+        # Proxies can be compared under one model only: after a second round that is the first round's.
+        some = [row | {"proxy_gain": row.get("first_proxy_gain", row["proxy_gain"])} for row in some]
         cells = []
         for name, digits in (("gold", 2), ("win_rate", 3), ("kl", 2), ("proxy_gain", 2)):
             differences = paired(some, base, name)
@@ -195,7 +198,7 @@ def family(method: str) -> str:
 
 def frontier_figure(rows: Sequence[dict]) -> Figure:
     """Truth and proxy against KL, on a scale of its square root (Gao et al. 2022): a point is a method at a strength,
-    mean over seeds, bars its 95% interval over seeds; a line joins the strengths of a method. Second rounds of PPO: open
+    mean over seeds, bars its 95% interval over seeds (a wide one runs out of the picture); a line joins the strengths of a method. Second rounds of PPO: open
     points. Long runs are left out: without a penalty they end 30 to 90 nats away (turning_figure has them)."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = (("gold_gain", "truth: gold score over SFT"), ("proxy_gain", "proxy: reward model's score over SFT"))
@@ -204,6 +207,7 @@ def frontier_figure(rows: Sequence[dict]) -> Figure:
         dress(axes, title, "KL from SFT, nats a summary")
         axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
         axes.set_xticks(ticks := [0, 0.5, 1, 2, 4, 8, 16, 32], [f"{tick:g}" for tick in ticks])
+        shown = []
         for method in dict.fromkeys(method for method, _ in found if method != "sft"):
             ends = []
             for (_, strength), some in ((key, value) for key, value in found.items() if key[0] == method):
@@ -215,20 +219,23 @@ def frontier_figure(rows: Sequence[dict]) -> Figure:
             face = colour if plain else "none"
             axes.plot(x, y, color=colour, linewidth=1.2, linestyle="-" if plain else ":")
             dx = np.array([np.minimum(dx, x), dx])  # a KL is not below 0
-            axes.errorbar(x, y, dy, dx, color=colour, fmt="o" if plain else "s", mfc=face, capsize=2, linewidth=0.7,
-                          markersize=5, label=method)  # fmt: skip
+            marker = "o" if plain else MARKERS.get(method, "s")
+            axes.errorbar(x, y, dy, dx, color=colour, fmt="none", elinewidth=0.8, alpha=0.35)
+            axes.plot(x, y, color=colour, linestyle="none", marker=marker, mfc=face, markersize=6, label=method)
+            shown += y
             for end in ends:
                 axes.annotate(end[-1].split()[-1], end[:2], (4, 4), textcoords="offset points", fontsize=7, color=GREY)
         axes.axhline(0, color=GREY, linewidth=0.7)
         axes.set_xlim(left=0)
+        axes.set_ylim(min(shown) - 0.4, max(shown) + 0.6)  # of the points: a wide bar runs out of the picture
         axes.legend(fontsize=7, labelcolor=GREY, frameon=False)
     return figure
 
 
 def turning_figure(rows: Sequence[dict]) -> Figure:
     """Truth and proxy update by update, of what is trained by updates: mean over seeds of the smoothed curves. Full
-    lines: groups in which most runs turn; dotted: the others."""
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    lines: groups in which most runs turn; dotted and dash-dotted: the others."""
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
     found = {key: [row["curve"] for row in some if row.get("curve")] for key, some in groups(rows, "frontier").items()}
     found = {key: curves for key, curves in found.items() if curves}
     panels = (("objective/gold", "truth: gold score"), ("objective/scores", "proxy: reward model's score"))
@@ -237,12 +244,13 @@ def turning_figure(rows: Sequence[dict]) -> Figure:
         for i, ((method, strength), curves) in enumerate(found.items()):
             centre = np.mean([early_warning.smoothed(curve[name]) for curve in curves], axis=0)
             turned = sum(early_warning.turn(curve["objective/gold"]) is not None for curve in curves)
-            style = "-" if 2 * turned > len(curves) else ":"
+            style = "-" if 2 * turned > len(curves) else ":" if i < 10 else "-."  # ten colours
             label = f"{method}, {strength}"
             axes.plot(
                 range(1, len(centre) + 1), centre, color=f"C{i % 10}", linestyle=style, linewidth=1.8, label=label
             )
-        axes.legend(fontsize=7, labelcolor=GREY, frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=7, labelcolor=GREY, frameon=False)
     return figure
 
 
