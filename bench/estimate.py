@@ -4,7 +4,7 @@
 
 The second is forward and backward passes of the SFT model over one microbatch of tiny posts, as train_sft.py makes them,
 so the rate has matmuls, attention and elementwise work in it, and whatever else keeps the cores busy just now. The
-floating-point operations follow from the presets of the scripts (nanorlhf/monitoring/flops.py). What has no such count,
+floating-point operations follow from the scripts' settings (nanorlhf/monitoring/flops.py). What has no such count,
 and what runs slower than learning (starts of Python, sampling a token at a time, texts, metrics), is in SLOWER. It is
 an estimate to plan a coffee by: a machine that gets busy or hot later takes longer, and each stage shows its own ETA.
 """
@@ -34,6 +34,7 @@ from nanorlhf.tiny.data import COMPARISONS, ensure_world
 # Seconds of the whole demo / seconds of its operations at the rate of learning. 249 s were 26.7 TFLOP at 137 GFLOP/s on 2
 # cores of an AMD EPYC (Zen 5), at 033417b.
 SLOWER = 1.28
+DEMO_PPO = dict(total_episodes=2304, num_ppo_epochs=1)  # of the Makefile's flags for PPO those that decide how much it is
 
 
 def learning_flops(policy: Policy, sequences: list[list[int]]) -> float:
@@ -43,8 +44,9 @@ def learning_flops(policy: Policy, sequences: list[list[int]]) -> float:
 
 
 def demo_flops(policy: Policy, queries: list[list[int]], summaries: list[list[int]]) -> float:
-    """All stages of the tiny presets, from a few of their posts."""
-    sft, rm, ppo = (s.Config(**s.PRESETS["tiny"]) for s in (train_sft, train_rm, train_ppo))
+    """All stages of `make demo`, from a few of their posts."""
+    sft, rm = (s.Config(**s.PRESETS["tiny"]) for s in (train_sft, train_rm))
+    ppo = train_ppo.Config(**train_ppo.PRESETS["tiny"] | DEMO_PPO)
     n = len(queries)
     both = [query + summary for query, summary in zip(queries, summaries, strict=True)]
     pairs = [query + 2 * summary for query, summary in zip(queries, summaries, strict=True)]  # one query, two summaries

@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic: what they count, whom they compare, and a visit that survives a failure."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import train_ppo
 import train_sft
 from bench import against, all, estimate, ppo_run, rows, scaling, small_run, tables, tiny_run, update
 from bench.shapes import shape_for
+from experiments import seeds
 from experiments.small_model import SHARES
 from nanorlhf.data.encoding import encode_posts
 from nanorlhf.data.tldr import load_posts
@@ -107,6 +109,14 @@ def test_an_sft_step_of_both_sides_moves_the_weights_alike(both_sides):
 
 
 # --- the demo's estimate
+
+
+def test_the_estimate_and_the_proof_by_seeds_have_the_demos_flags_for_ppo():
+    [line] = re.findall(r"(?s)^DEMO_PPO = (.*?)\n\n", Path("Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    words = line.replace("\\", " ").split()
+    flags = dict(zip(words[::2], words[1::2], strict=True))
+    assert {f"--{name}": str(value) for name, value in estimate.DEMO_PPO.items()}.items() <= flags.items()
+    assert flags.items() <= dict(zip(seeds.DEMO_PPO[::2], seeds.DEMO_PPO[1::2], strict=True)).items()
 
 
 def test_the_estimate_of_the_demo_is_its_operations_at_the_rate_of_this_machine(capsys, monkeypatch, tmp_path):
