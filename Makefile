@@ -8,8 +8,8 @@ PY = .venv/bin/python
 
 .PHONY: demo demo-hack test test-all test-oldest test-newest walk setup clean
 
-# PPO as preset tiny has it missed the demo's bar on one processor of three. A weaker penalty and a critic that learns first are
-# steadier, from a quarter of the operations: docs/robustness.md. bench/estimate.py and experiments/seeds.py know of it.
+# PPO as preset tiny has it missed the demo's bar on one processor of three. A weaker penalty and a critic that learns first have
+# done better, from a quarter of the operations: docs/robustness.md. bench/estimate.py and experiments/seeds.py have these flags too.
 DEMO_PPO = --kl_coef 0.05 --lr 4e-4 --lr_warmup 1 --critic_lr 1.5e-3 --critic_warmup 1 --num_ppo_epochs 1 --num_minibatches 4 \
 	--total_episodes 2304
 

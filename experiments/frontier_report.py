@@ -198,8 +198,9 @@ def family(method: str) -> str:
 
 def frontier_figure(rows: Sequence[dict]) -> Figure:
     """Truth and proxy against KL, on a scale of its square root (Gao et al. 2022): a point is a method at a strength,
-    mean over seeds, bars its 95% interval over seeds (a wide one runs out of the picture); a line joins the strengths of a method. Second rounds of PPO: open
-    points. Long runs are left out: without a penalty they end 30 to 90 nats away (turning_figure has them)."""
+    mean over seeds, bars its 95% interval over seeds (a wide one runs out of the picture); a line joins the strengths
+    of a method. Second rounds of PPO: open points. Long runs are left out: without a penalty they end 17 to 92 nats
+    away (turning_figure has them)."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = (("gold_gain", "truth: gold score over SFT"), ("proxy_gain", "proxy: reward model's score over SFT"))
     found = {key: some for key, some in groups(rows, "frontier").items() if not key[1].startswith("long")}

@@ -256,6 +256,8 @@ def test_tables_and_figures_are_made_from_whatever_is_there():
     assert "| ppo | long, kl 0 | 3 of 3, 3 of 3, 3 of 3 | 3.63 ± 0.00 |" in filled["turns"]
     rows.append(row("ppo, second round", "kl 0.05", 1, 4.0, first_agreement=0.6, first_proxy_gain=0.1))
     assert "| ppo, second round | kl 0.05 | 1 | 0.700 | 0.600 | 1.00 |" in frontier_report.tables(rows)["second"]
+    rows.append(row("ppo", "kl 0.05", 1, 3.5, proxy_gain=0.4))  # whose reward model gives the second round's texts 0.1
+    assert "| ppo, second round | kl 0.05 | 1 | 0.50 | 0.050 | 0.00 | -0.30 |" in frontier_report.tables(rows)["pairs"]
     for figure in (frontier_report.frontier_figure(rows), frontier_report.turning_figure(rows)):
         assert frontier_report.png(figure).startswith(b"\x89PNG")
     page = "".join(f"<!-- {name} -->stale<!-- /{name} -->" for name in filled)
