@@ -26,6 +26,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a GPU's memory in pieces that can grow
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -165,6 +166,12 @@ def measure(
     return metrics | {"eval/rm/validation/accuracy_longer_wins": longer}, rows
 
 
+def hardly_above_length(accuracy: float, longer_wins: float, pairs: int) -> bool:
+    """Whether held-out choices do not show that the model knows more than which of two summaries is the longer one, or
+    the shorter one: less than three standard errors lie between the accuracies."""
+    return accuracy < max(longer_wins, 1 - longer_wins) + 3 * math.sqrt(0.25 / pairs)
+
+
 def main(cfg: Config) -> None:
     check(cfg.lr_schedule in SCHEDULES, "lr_schedule", cfg.lr_schedule, f"one of {', '.join(SCHEDULES)}")
     parallel.check_enough("batch_size", cfg.batch_size)
@@ -245,6 +252,8 @@ def main(cfg: Config) -> None:
         accuracy = "eval/rm/validation/accuracy"
         run.console.show = [accuracy, f"{accuracy}_longer_wins", "eval/rm/reference_std"]
         run.log(total_steps, metrics)
+        if hardly_above_length(metrics[accuracy], metrics[f"{accuracy}_longer_wins"], len(valid)):
+            run.say("note    hardly above what length alone tells: perhaps that is all it knows. Try another --seed")
         run.samples(total_steps, rows)
         write_card(run.folder)
         run.say("next    python train_ppo.py")

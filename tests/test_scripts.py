@@ -12,6 +12,7 @@ from stages import ROOT, SCRIPTS, SMALL, Killed, assert_same_weights, files, run
 
 import eval as eval_script
 import train_ppo
+import train_rm
 from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.errors import UserError
 from nanorlhf.evaluation import hacks
@@ -47,6 +48,26 @@ def test_a_stage_continues_from_the_run_of_the_stage_before(world, capsys):
     run("train_ppo", world)
     out = capsys.readouterr().out
     assert "the sft run" in out and "the rm run" in out
+
+
+@pytest.mark.parametrize(
+    "accuracy, longer_wins, pairs, hardly",
+    [
+        (0.630, 0.600, 1024, True),  # three standard errors are 0.047
+        (0.650, 0.600, 1024, False),
+        (0.650, 0.400, 1024, False),  # the shorter one wins: as much is told by length
+        (0.640, 0.400, 1024, True),
+        (0.630, 0.600, 8000, False),
+        (0.750, 0.600, 64, True),
+    ],
+)
+def test_a_reward_model_hardly_above_length_is_told_from_one_that_knows_more(accuracy, longer_wins, pairs, hardly):
+    assert train_rm.hardly_above_length(accuracy, longer_wins, pairs) == hardly
+
+
+def test_a_reward_model_that_has_learned_nothing_yet_says_so(world, capsys):
+    run("train_rm", world, "--lr 1e-9")
+    assert "note    hardly above what length alone tells" in capsys.readouterr().out
 
 
 def test_final_folders_load_in_transformers_with_equal_outputs(world):
