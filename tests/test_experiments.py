@@ -34,7 +34,7 @@ def cells(text: str, words: str) -> list[str]:
 
 def test_the_table_has_mean_deviation_worst_and_distance_of_every_bar():
     text = seeds.table(rows(ppo_vs_sft=0.8, max_kl=4.0))
-    assert all(words in text for *_, words in BARS)
+    assert all(words.replace("|", r"\|") in text for *_, words in BARS)  # a bar of its own is not the end of a cell
     # 0.7 and 0.8: mean 0.75, deviation 0.0707, (0.75 - 0.65) / 0.0707 = 1.41
     bound = next(bound for name, _, bound, _ in BARS if name == "ppo_vs_sft")
     far = f"{(0.75 - bound) / 0.0707107:.1f}"
