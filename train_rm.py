@@ -167,8 +167,8 @@ def measure(
 
 
 def hardly_above_length(accuracy: float, longer_wins: float, pairs: int) -> bool:
-    """Whether held-out choices do not show that the model knows more than which of two summaries is the longer one, or
-    the shorter one: less than three standard errors lie between the accuracies."""
+    """Whether the accuracy on so many held-out pairs is less than three of its standard errors above what always taking
+    the longer summary gets, or always the shorter one."""
     return accuracy < max(longer_wins, 1 - longer_wins) + 3 * math.sqrt(0.25 / pairs)
 
 

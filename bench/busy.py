@@ -1,6 +1,6 @@
 """What do busy cores cost? The same work on all cores, alone and beside processes that want those cores for themselves.
 
-    python -m bench.busy                  one busy process beside, with and without the scripts' setting: 2 minutes
+    python -m bench.busy                  one busy process beside, with and without the scripts' setting: 4 minutes
     python -m bench.busy --beside 0 1 2   how many of them
 
 A layer is shared out to as many threads as there are cores, and who is done waits for the others: awake for a while,
@@ -23,6 +23,7 @@ import train_sft
 from nanorlhf.data.encoding import encode_posts
 from nanorlhf.data.tldr import load_posts
 from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.errors import check
 from nanorlhf.rollout import generate
 from nanorlhf.run.inputs import EMBEDDED
 from nanorlhf.run.streams import as_command
@@ -34,17 +35,18 @@ BUSY = [sys.executable, "-c", "while True: pass"]
 
 
 def work(passes: int = 8) -> dict[str, float]:
-    """Seconds of a pass, the first of which does not count: learning, and sampling."""
+    """Median seconds of a pass after the first: learning from a batch, and sampling for it."""
     policy, tokenizer = load_policy(EMBEDDED / "sft"), load_tokenizer(EMBEDDED / "sft")
-    queries, summaries = encode_posts(load_posts(ensure_world("data/tiny"), "train")[:64], tokenizer, 104)
-    both = [query + summary for query, summary in zip(queries, summaries, strict=True)]
     cfg = train_sft.Config(**train_sft.PRESETS["tiny"])
+    posts = load_posts(ensure_world("data/tiny"), "train")[: cfg.batch_size]
+    queries, summaries = encode_posts(posts, tokenizer, cfg.max_query_length)
+    both = [query + summary for query, summary in zip(queries, summaries, strict=True)]
     took = defaultdict(list)
     for _ in range(passes + 1):
         began = time.perf_counter()
         train_sft.learn(policy, both, cfg)
         between = time.perf_counter()
-        generate(policy, queries, response_length=32, temperature=0.7, seed=1)
+        generate(policy, queries, cfg.response_length, temperature=0.7)
         took["learn"].append(between - began)
         took["rollout"].append(time.perf_counter() - between)
     return {name: median(seconds[1:]) for name, seconds in took.items()}
@@ -67,12 +69,14 @@ def measure(spins: str, beside: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.busy", description=__doc__.split("\n")[0])
     parser.add_argument("--beside", type=int, nargs="+", default=[0, 1], help="busy processes")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="processes for each setting; the median counts")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         print(json.dumps(work()))
         return
+    check(args.rounds >= 1, "rounds", args.rounds, "at least 1")
+    check(min(args.beside) >= 0, "beside", args.beside, "no number below 0")
     seconds = defaultdict(list)
     for _ in range(args.rounds):
         for beside in args.beside:

@@ -97,7 +97,7 @@ def table(rows: list[dict]) -> str:
         upwards = relation.startswith(">")
         worst, distance = (min(values), mean - bound) if upwards else (max(values), bound - mean)
         far = f"{distance / sd:.1f}" if sd else "-"
-        words = words.replace("|", r"\|")  # a bar of Markdown's own
+        words = words.replace("|", r"\|")  # else the cell would end there
         lines.append(f"| {words} | {relation} {bound:g} | {mean:.3g} | {sd:.2g} | {worst:.3g} | {far} |")
     return "\n".join(lines)
 

@@ -12,13 +12,14 @@ import torch
 
 import train_ppo
 import train_sft
-from bench import against, all, estimate, ppo_run, rows, scaling, small_run, tables, tiny_run, update
+from bench import against, all, busy, estimate, ppo_run, rows, scaling, small_run, tables, tiny_run, update
 from bench.shapes import shape_for
 from experiments import seeds
 from experiments.small_model import SHARES
 from nanorlhf.data.encoding import encode_posts
 from nanorlhf.data.tldr import load_posts
 from nanorlhf.data.tokenizer import load_tokenizer
+from nanorlhf.errors import UserError
 from nanorlhf.run.inputs import EMBEDDED
 from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.tiny.data import ensure_world, write_world
@@ -106,6 +107,35 @@ def test_an_sft_step_of_both_sides_moves_the_weights_alike(both_sides):
     moved, other = ours.student.model.norm.weight - before, theirs.student.model.norm.weight - before
     assert moved.abs().max() > 0
     torch.testing.assert_close(moved, other, atol=0.02 * ours.sft_cfg.lr, rtol=0)
+
+
+# --- busy cores
+
+
+def test_busy_processes_run_beside_the_work_and_no_longer(monkeypatch):
+    started, seen = [], []
+
+    class Other(subprocess.Popen):
+        def __init__(self, command):
+            super().__init__(command)
+            started.append(self)
+
+    def work(command, env, text):
+        seen.append((env["GOMP_SPINCOUNT"], [other.poll() for other in started]))
+        return 'noise\n{"learn": 2.0}\n'
+
+    monkeypatch.setattr(busy.subprocess, "Popen", Other)
+    monkeypatch.setattr(busy.subprocess, "check_output", work)
+    assert busy.measure("300000", 2) == {"learn": 2.0}
+    assert seen == [("300000", [None, None])]
+    assert None not in [other.poll() for other in started]
+
+
+@pytest.mark.parametrize("flags, said", [("--rounds 0", "rounds 0 is not at least 1"), ("--beside 0 -1", "beside")])
+def test_busy_refuses_what_it_cannot_measure(flags, said, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["busy", *flags.split()])
+    with pytest.raises(UserError, match=said):
+        busy.main()
 
 
 # --- the demo's estimate
