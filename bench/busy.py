@@ -57,7 +57,7 @@ def measure(spins: str, beside: int) -> dict[str, float]:
     others = [subprocess.Popen(BUSY) for _ in range(beside)]
     try:
         said = subprocess.check_output(
-            [sys.executable, "-m", "bench.busy", "--work"], env=os.environ | {"GOMP_SPINCOUNT": spins}, text=True
+            [sys.executable, "-m", "bench.busy", "--work"], env=os.environ | {"GOMP_SPINCOUNT": spins}, encoding="utf-8"
         )
     finally:
         for other in others:

@@ -120,7 +120,7 @@ def test_busy_processes_run_beside_the_work_and_no_longer(monkeypatch):
             super().__init__(command)
             started.append(self)
 
-    def work(command, env, text):
+    def work(command, env, encoding):
         seen.append((env["GOMP_SPINCOUNT"], [other.poll() for other in started]))
         return 'noise\n{"learn": 2.0}\n'
 
