@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -378,6 +379,10 @@ def test_a_process_that_is_killed_ends_all_of_them_with_one_sentence_and_the_run
     while not checkpoints(folder / "runs" / "killed"):
         assert not launched.poll(), launched.said
     launched.send(signal.SIGKILL, 1)
+    limit = time.monotonic() + 60
+    while launched.statuses[0] is None and time.monotonic() < limit:  # it finds out before a SIGTERM comes
+        launched.poll()
+        time.sleep(0.01)
     assert launched.wait()[1] == 137 and launched.statuses[0] != 0
     (said,) = sentences(launched)
     assert said.startswith("error: another process of this run is gone") and "Traceback" not in "".join(launched.said)
