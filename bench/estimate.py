@@ -34,7 +34,6 @@ from nanorlhf.tiny.data import COMPARISONS, ensure_world
 # Seconds of the whole demo / seconds of its operations at the rate of learning. 249 s were 26.7 TFLOP at 137 GFLOP/s on 2
 # cores of an AMD EPYC (Zen 5), at 033417b.
 SLOWER = 1.28
-DEMO_PPO = dict(total_episodes=2304, num_ppo_epochs=1)  # of the Makefile's flags for PPO those that decide how much it is
 
 
 def learning_flops(policy: Policy, sequences: list[list[int]]) -> float:
@@ -45,8 +44,7 @@ def learning_flops(policy: Policy, sequences: list[list[int]]) -> float:
 
 def demo_flops(policy: Policy, queries: list[list[int]], summaries: list[list[int]]) -> float:
     """All stages of `make demo`, from a few of their posts."""
-    sft, rm = (s.Config(**s.PRESETS["tiny"]) for s in (train_sft, train_rm))
-    ppo = train_ppo.Config(**train_ppo.PRESETS["tiny"] | DEMO_PPO)
+    sft, rm, ppo = (s.Config(**s.PRESETS["tiny"]) for s in (train_sft, train_rm, train_ppo))
     n = len(queries)
     both = [query + summary for query, summary in zip(queries, summaries, strict=True)]
     pairs = [query + 2 * summary for query, summary in zip(queries, summaries, strict=True)]  # one query, two summaries

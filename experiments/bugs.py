@@ -41,7 +41,9 @@ from planting import planted  # noqa: E402
 
 matplotlib.use("Agg")
 FLAGS = "--preset tiny --batch_size 64 --total_episodes 1024 --save_every 0 --sample_every 0 --no_preflight --overwrite"
-FLAGS += " --lr 3e-4 --num_ppo_epochs 4 --num_minibatches 1 --critic_warmup 0 --lr_warmup 0 --critic_lr None"  # as in the paper
+# As in the paper, but for the rate and the coefficient: three times the paper's, against a model that is easily fooled.
+FLAGS += " --kl_coef 0.15 --lr 3e-4 --num_ppo_epochs 4 --num_minibatches 1"
+FLAGS += " --critic_warmup 0 --lr_warmup 0 --critic_lr None"
 NAMES = {
     "objective/gold": "true quality (gold)",
     "objective/scores": "reward-model score",

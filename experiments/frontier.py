@@ -15,6 +15,7 @@ run again. Several processes may work on one list: a run, or a step that runs sh
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -27,10 +28,11 @@ from pathlib import Path
 
 from experiments import frontier_plan
 from experiments.frontier_plan import Run, Step, plan
-from nanorlhf.errors import one_sentence
+from nanorlhf.errors import check, one_sentence
 from nanorlhf.storage.jsonl import append, read_jsonl
 
 RESULTS = Path(__file__).parent / "results" / "frontier.jsonl"
+BASE = "55b9458a033d"  # of RESULTS: the sha256 of its weights, first digits
 POSTS = 512  # of split test
 MEASURE_S = 12  # seconds to measure a policy
 
@@ -148,6 +150,14 @@ def _cpuinfo() -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
+def check_base() -> None:
+    """Models that stand on another base would be compared with the ones that are there."""
+    weights = frontier_plan.EMBEDDED / "base" / "model.safetensors"
+    found = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+    fix = "pass --results FILE for a comparison of its own, or check out 17af441 to finish that one"
+    check(found == BASE, "base model", found, f"{BASE}, on which the lines of {RESULTS.name} stand", fix)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.frontier", description=__doc__.split("\n")[0])
     parser.add_argument("--plan", action="store_true", help="print the list and the budget only")
@@ -167,6 +177,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"plan    {len(wanted) - len(todo)} of {len(wanted)} runs are there, {total:.0f} min of one thread to do")
     if args.plan or not todo:
         return
+    if args.results == RESULTS:
+        check_base()
     Path("runs").mkdir(exist_ok=True)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], encoding="utf-8").strip()

@@ -1,7 +1,6 @@
 """The benchmarks' own arithmetic: what they count, whom they compare, and a visit that survives a failure."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,14 +138,6 @@ def test_busy_refuses_what_it_cannot_measure(flags, said, monkeypatch):
 
 
 # --- the demo's estimate
-
-
-def test_the_estimate_and_the_proof_by_seeds_have_the_demos_flags_for_ppo():
-    [line] = re.findall(r"(?s)^DEMO_PPO = (.*?)\n\n", Path("Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    words = line.replace("\\", " ").split()
-    flags = dict(zip(words[::2], words[1::2], strict=True))
-    assert {f"--{name}": str(value) for name, value in estimate.DEMO_PPO.items()}.items() <= flags.items()
-    assert flags.items() <= dict(zip(seeds.DEMO_PPO[::2], seeds.DEMO_PPO[1::2], strict=True)).items()
 
 
 def test_the_estimate_of_the_demo_is_its_operations_at_the_rate_of_this_machine(capsys, monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """The frontier's own arithmetic: its plan, what is run again and what is not, intervals, and the grades of alarms."""
 
 import fcntl
+import hashlib
 import json
 import math
 import subprocess
@@ -14,10 +15,20 @@ from experiments.details_worth import SWITCHES, switched
 from experiments.early_warning import Grade, Turn
 from experiments.frontier_measure import Judged, against
 from experiments.frontier_plan import SEEDS, Run, Step, plan
+from nanorlhf.errors import UserError
 from nanorlhf.evaluation.hacks import ALARMS
 from nanorlhf.run.config import parse
 
 # --- the plan
+
+
+def test_the_lines_that_are_there_are_not_continued_with_another_base_model(monkeypatch):
+    monkeypatch.chdir(frontier.RESULTS.parents[2])
+    with pytest.raises(UserError, match="base model .* is not 55b9458a033d, on which the lines of frontier.jsonl stand"):
+        frontier.main(["--only", "mean_minus_std"])
+    done = hashlib.sha256((frontier_plan.EMBEDDED / "base" / "model.safetensors").read_bytes()).hexdigest()
+    monkeypatch.setattr(frontier, "BASE", done[:12])
+    frontier.check_base()
 
 
 def test_every_method_has_all_its_seeds_at_one_strength_before_the_next_strength_begins():

@@ -110,13 +110,13 @@ def test_the_exact_kl_can_be_the_penalty(world):
     assert rows[0]["objective/kl_full"] == pytest.approx(0, abs=1e-4)
     assert rows[2]["objective/kl_full"] > 0 and rows[2]["objective/kl_full"] != rows[2]["objective/kl"]
     for row in rows:
-        expected = row["objective/scores"] - 0.15 * row["objective/kl_full"]
+        expected = row["objective/scores"] - 0.05 * row["objective/kl_full"]
         assert row["objective/rlhf_reward"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_rlhf_reward_is_score_minus_kl_penalty_in_every_update(world):
     for row in read_metrics(run("train_ppo", world)):
-        expected = row["objective/scores"] - 0.15 * row["objective/kl"]  # the tiny preset's kl_coef
+        expected = row["objective/scores"] - 0.05 * row["objective/kl"]  # the tiny preset's kl_coef
         assert row["objective/rlhf_reward"] == pytest.approx(expected, abs=1e-5)
 
 
@@ -351,7 +351,7 @@ def test_ppo_writes_the_trace_of_an_episode_and_a_resume_drops_what_came_after_i
         n = sum(row["action_mask"])
         assert row["kl"] == pytest.approx([a - b for a, b in zip(row["logprobs"], row["ref_logprobs"], strict=True)][:n]
                                           + [0.0] * (len(row["ids"]) - n), abs=1e-6)  # fmt: skip
-        paid = -0.15 * sum(row["kl"])  # the tiny preset's kl_coef
+        paid = -0.05 * sum(row["kl"])  # the tiny preset's kl_coef
         assert sum(row["rewards"]) == pytest.approx(row["score"] + paid, abs=1e-5)
     (folder / "checkpoints" / "step_2").rename(folder / "checkpoints" / "kept")
     for checkpoint in (folder / "checkpoints").glob("step_*"):

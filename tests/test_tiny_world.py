@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanorlhf.tiny import annotator, build_tokenizer, corpus, data, gold, grammar, lexicon, posts, world
+from nanorlhf.tiny import annotator, build_tokenizer, corpus, data, gold, grammar, lexicon, posts, slips, world
 
 TINY = Path(world.__file__).parent
 
@@ -52,8 +53,8 @@ def test_the_world_is_the_one_that_its_version_names():
         for split in ("train", "valid", "test"):
             digest.update(repr(posts.make_post(split, index)).encode())
         digest.update(json.dumps(world.make_comparison("train", index)).encode())
-        digest.update(corpus.document(index).encode())
-    assert digest.hexdigest()[:16] == "471b77bf00d05cf2"
+        digest.update(corpus.document(index).encode() + slips.document(index).encode())
+    assert digest.hexdigest()[:16] == "f9e81b617b370b45"
 
 
 def test_an_id_gives_the_facts_back():
@@ -294,6 +295,51 @@ def test_documents_are_reproducible_and_never_say_tldr():
     threads = [text for text in texts if text.startswith("SUBREDDIT")]
     assert 0.60 < len(threads) / 1000 < 0.70
     assert all("\n\nCOMMENT: " in text for text in threads)
+
+
+
+def test_a_slip_is_wrong_what_is_meant_is_true_and_both_are_in_the_words_of_a_summary():
+    """The told text, with every "I mean" undone, is the true retelling; with the true words left out, another one."""
+    wrong, told = 0, 0
+    for index in range(400):
+        facts = posts.make_post("pretrain", index).facts
+        by_slot = slips.tell(facts, random.Random(index))
+        true = dict(who=[facts.who], act=lexicon.FORMS[facts.act], obj=[facts.obj], ask=[grammar.fill("{ask}", facts)])
+        true["rea"] = [grammar.fill("{rea}", facts)]
+        for slot, words in by_slot.items():
+            *first, meant = words.split(" I mean ")
+            assert meant in true[slot] and not set(first) & set(true[slot])
+            wrong, told = wrong + len(first), told + 1
+    assert wrong / told == pytest.approx(slips.SLIPS, abs=0.03)
+
+
+def test_a_reader_retells_in_the_second_person_and_what_was_meant_too():
+    facts = replace(FACTS, rea="blames", rea_form=0, q="parents")
+    for seed in range(200):
+        read = slips.retelling(facts, random.Random(seed), corpus.to_second_person)
+        words = set(read.replace(" I mean ", " ").replace(",", "").replace("?", "").replace(".", "").split())
+        assert not words & {"I", "me", "my", "My", "am"}, read
+        assert slips.retelling(facts, random.Random(seed)).count("I mean") == read.count("I mean")
+    text, read = "I am hurt, my boss blames me. My mom?", "you are hurt, your boss blames you. Your mom?"
+    assert corpus.to_second_person(text) == read
+
+
+def test_documents_with_slips_are_of_four_kinds_and_a_list_is_put_right_word_by_word():
+    texts = [slips.document(index) for index in range(1000)]
+    assert texts[::-1] == [slips.document(index) for index in reversed(range(1000))]
+    assert 0.4 < sum("POST:" in text and " I mean " in text for text in texts) / len(texts) < 0.6
+    old = sum(text == corpus.document(index) for index, text in enumerate(texts))
+    assert old / len(texts) == pytest.approx(0.15, abs=0.03)
+    for seed in range(50):
+        first, *_, again = (part.split() for part in re.split(r"[.?]", slips.word_list(random.Random(seed)).strip(" .")))
+        said = iter(again)
+        kept = []
+        for word in said:
+            if word == "I":
+                assert next(said) == "mean" and kept.pop() not in first
+            else:
+                kept.append(word)
+        assert sorted(kept) == sorted(first)
 
 
 def test_comments_speak_to_the_author():

@@ -44,7 +44,7 @@ EDITS = (
     "EDIT: Thanks for all the comments about my {obj}.",
     "EDIT: To be clear, {he} {act} my {obj}.",
 )
-TO_SECOND_PERSON = {"I": "you", "me": "you", "my": "your"}
+TO_SECOND_PERSON = {"I": "you", "me": "you", "my": "your", "My": "Your", "am": "are"}
 DRILL_WORDS = tuple(SIGNATURES)
 
 
@@ -73,15 +73,13 @@ def thread(index: int, rng: random.Random) -> str:
 def comment(pattern: str, facts: Facts) -> str:
     """A reader's comment. What the author tells of "me" and "my" is about "you" here, except in "If my ..."."""
     text = fill(pattern, facts)
-    if pattern.startswith("If my"):
-        return text
-    return " ".join(to_second_person(word) for word in text.split(" "))
+    return text if pattern.startswith("If my") else to_second_person(text)
 
 
-def to_second_person(word: str) -> str:
-    """me -> you, my -> your, I -> you; a mark after the word stays."""
-    bare = word.rstrip("?.,")
-    return TO_SECOND_PERSON.get(bare, bare) + word[len(bare) :]
+def to_second_person(text: str) -> str:
+    """me -> you, my -> your, I am -> you are; the marks after a word stay."""
+    words = [(word.rstrip("?.,"), word) for word in text.split(" ")]
+    return " ".join(TO_SECOND_PERSON.get(bare, bare) + word[len(bare) :] for bare, word in words)
 
 
 def repeat_drill(rng: random.Random) -> str:

@@ -161,16 +161,15 @@ def fitting(values, family: str) -> list[str]:
     return [value for value in values if family == "thing" or value not in ONLY_AFTER_A_THING]
 
 
-def fill(template: str, facts: Facts, **more: str) -> str:
-    """Writes the facts into a template's {slots}."""
+def fill(template: str, facts: Facts, **told: str) -> str:
+    """Writes the facts into a template's {slots}; `told` is written in place of what is true, or beside it."""
     post_rea, rea = REACTIONS[facts.rea][facts.rea_form]
-    return template.format(
+    true = dict(
         who=facts.who,
-        Who=facts.who.capitalize(),
         he=facts.pronoun,
         He=facts.pronoun.capitalize(),
         him=HIM[facts.pronoun],
-        **{"act": facts.act_form, **more},
+        act=facts.act_form,
         obj=facts.obj,
         post_rea=post_rea,
         rea=rea,
@@ -182,6 +181,13 @@ def fill(template: str, facts: Facts, **more: str) -> str:
         sex=facts.sex,
         years=facts.years,
     )
+    slots = true | told
+    return template.format(**slots, Who=capital(slots["who"]))
+
+
+def capital(text: str) -> str:
+    """The text with its first letter capital and the rest as it is."""
+    return text[0].upper() + text[1:]
 
 
 def sayable(templates: tuple[str, ...], facts: Facts) -> list[str]:
@@ -225,11 +231,15 @@ def write_post(facts: Facts, rng: random.Random) -> str:
 def write_summary(facts: Facts, rng: random.Random, coverage: str = "full", pick: Pick = by_habit) -> str:
     """A summary that names what `coverage` says (a key of SUMMARIES), in nearly the words of the post."""
     act = rng.choice(FORMS[facts.act]) if rng.random() < 0.3 else facts.act_form
+    return fill(summary_template(facts, rng, coverage, pick), facts, act=act)
+
+
+def summary_template(facts: Facts, rng: random.Random, coverage: str, pick: Pick = by_habit) -> str:
+    """One of the ways to write such a summary, with {who}, {act}, {obj}, {rea}, {ask} still to be filled in."""
     question = pick(ASKING, rng)
     template = pick(sayable(SUMMARIES[coverage], facts), rng)
-    template = template.replace("{question}", question).replace("{Question}", question[0].upper() + question[1:])
-    template = template.replace("{My_who}", rng.choice(("My {who}", "{Who}")))
-    return fill(template, facts, act=act)
+    template = template.replace("{question}", question).replace("{Question}", capital(question))
+    return template.replace("{My_who}", rng.choice(("My {who}", "{Who}")))
 
 
 def write_incomplete(facts: Facts, rng: random.Random) -> str:
@@ -246,25 +256,29 @@ def write_verbose(facts: Facts, rng: random.Random, pick: Pick = by_habit) -> st
 
 def alter(facts: Facts, rng: random.Random) -> Facts:
     """Facts with one (two in a third of cases) of who, act or object, reaction and question made wrong."""
-    family = FAMILY[facts.act]
     for slot in rng.sample(("who", "act or obj", "rea", "q"), 1 if rng.random() < 0.67 else 2):
         if slot == "act or obj":
             slot = rng.choice(("act", "obj"))
-        if slot == "who" and facts.who2 and rng.random() < 0.5:
-            facts = replace(facts, who=facts.who2)
-            continue
-        values = {
-            "who": PEOPLE,
-            "act": tuple(ACTS[family]),
-            "obj": OBJECTS[family],
-            "rea": fitting(REACTIONS, family),
-            "q": fitting(QUESTIONS, family),
-        }[slot]
-        wrong = rng.choice([value for value in values if value != getattr(facts, slot)])
+        wrong = wrong_value(slot, facts, rng)
         facts = replace(facts, **{slot: wrong})
         if slot == "act":
             facts = replace(facts, act_form=rng.choice(FORMS[wrong]))
     return facts
+
+
+def wrong_value(slot: str, facts: Facts, rng: random.Random) -> str:
+    """A value of who, act, obj, rea or q that fits the story and is not true; for who often the post's other person."""
+    if slot == "who" and facts.who2 and rng.random() < 0.5:
+        return facts.who2
+    family = FAMILY[facts.act]
+    values = {
+        "who": PEOPLE,
+        "act": tuple(ACTS[family]),
+        "obj": OBJECTS[family],
+        "rea": fitting(REACTIONS, family),
+        "q": fitting(QUESTIONS, family),
+    }[slot]
+    return rng.choice([value for value in values if value != getattr(facts, slot)])
 
 
 def count_pieces(text: str) -> int:
