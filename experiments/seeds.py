@@ -103,7 +103,7 @@ def table(rows: list[dict]) -> str:
 def every_result(rows: list[dict]) -> str:
     """One line a result, in Markdown."""
     columns = {
-        "SFT ROUGE-L / base": "sft_rouge_over_base", "RM accuracy": "rm_accuracy", "gold SFT": "gold_sft",
+        "SFT ROUGE-L": "sft_rouge", "RM accuracy": "rm_accuracy", "gold SFT": "gold_sft",
         "gold PPO": "gold_ppo", "PPO vs SFT": "ppo_vs_sft", "its low end": "ppo_vs_sft_low",
         "PPO vs reference": "ppo_vs_reference", "EOS rate": "eos_rate", "largest KL": "max_kl", "words": "words",
     }  # fmt: skip

@@ -60,7 +60,7 @@ def verdict(root: Path, *flags: str) -> int:
 def test_a_demo_that_passes_every_bar_exits_0_and_says_what_it_reached(runs, capsys):
     assert verdict(runs()) == 0
     printed = capsys.readouterr().out
-    expected = ["all 10 bars passed", "4.20 -> 0.50", "0.200 -> 0.600", "0.720 (0.660 to 0.770)", "0.600 -> 0.840"]
+    expected = ["all 11 bars passed", "4.20 -> 0.50", "0.200 -> 0.600", "0.720 (0.660 to 0.770)", "0.600 -> 0.840"]
     expected += [
         "0.10 -> 0.50",
         "3.50 -> 4.20",
@@ -90,7 +90,8 @@ def changed(path: str, value) -> dict:
 @pytest.mark.parametrize(
     "path, value, bar",
     [
-        ("policies.base.rougeL", 0.301, "SFT ROUGE-L / base ROUGE-L"),
+        ("policies.sft.rougeL", 0.419, "SFT ROUGE-L"),
+        ("policies.base.gold", -1.49, "gold score, SFT - base"),
         ("reward_model.accuracy", 0.679, "reward model's accuracy"),
         ("policies.ppo.gold", 3.89, "gold score, PPO - SFT"),
         ("win_rates.0.rate", 0.599, "gold win rate, PPO vs SFT"),
@@ -125,7 +126,7 @@ def test_each_bar_of_the_ppo_run_can_be_missed(runs, capsys, index, name, value,
 def test_every_bar_is_measured():
     nothing = {"ppo": [{}], "results": {}}
     assert {name for name, *_ in demo.BARS} == set(demo.measure(nothing))
-    assert len(demo.BARS) == 10
+    assert len(demo.BARS) == 11
 
 
 def test_wins_by_another_judge_pass_no_bar(runs, capsys):

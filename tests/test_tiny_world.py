@@ -327,6 +327,7 @@ def test_a_reader_retells_in_the_second_person_and_what_was_meant_too():
 def test_documents_with_slips_are_of_four_kinds_and_a_list_is_put_right_word_by_word():
     texts = [slips.document(index) for index in range(1000)]
     assert texts[::-1] == [slips.document(index) for index in reversed(range(1000))]
+    assert not any("TL;DR" in text for text in texts)
     assert 0.4 < sum("POST:" in text and " I mean " in text for text in texts) / len(texts) < 0.6
     old = sum(text == corpus.document(index) for index, text in enumerate(texts))
     assert old / len(texts) == pytest.approx(0.15, abs=0.03)

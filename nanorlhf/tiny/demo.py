@@ -9,7 +9,6 @@ when a bar is missed. A result that is absent or not a number misses its bar.
 
 import argparse
 import json
-import math
 import operator
 import sys
 from datetime import datetime
@@ -24,7 +23,8 @@ from nanorlhf.run.streams import as_command
 STAGES = ("sft", "rm", "ppo", "eval")
 RELATIONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 BARS = (  # (what `measure` calls it, relation, bound, in words)
-    ("sft_rouge_over_base", ">=", 2.0, "SFT ROUGE-L / base ROUGE-L"),
+    ("sft_rouge", ">=", 0.42, "SFT ROUGE-L"),
+    ("sft_gold_gain", ">=", 5.0, "gold score, SFT - base"),
     ("rm_accuracy", ">=", 0.68, "reward model's accuracy on held-out comparisons"),
     ("preflight_ratio_error", "<=", 1e-4, "|ratio - 1| before the first PPO update"),
     ("preflight_kl_error", "<=", 1e-3, "|KL| before the first PPO update"),
@@ -71,12 +71,10 @@ def measure(runs: dict) -> dict[str, float | None]:
     def combine(function, *values: float | None) -> float | None:
         return None if None in values else function(*values)
 
-    def ratio(a: float, b: float) -> float:
-        return a / b if b else math.inf
-
     kls = [row["objective/kl"] for row in ppo if "objective/kl" in row]  # None: it was not finite
     return {
-        "sft_rouge_over_base": combine(ratio, policy("sft", "rougeL"), policy("base", "rougeL")),
+        "sft_rouge": policy("sft", "rougeL"),
+        "sft_gold_gain": combine(operator.sub, policy("sft", "gold"), policy("base", "gold")),
         "rm_accuracy": results.get("reward_model", {}).get("accuracy"),
         "preflight_ratio_error": combine(lambda value: abs(value - 1), ppo[0].get("preflight/ratio")),
         "preflight_kl_error": combine(abs, ppo[0].get("preflight/kl")),
