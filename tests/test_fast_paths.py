@@ -16,7 +16,8 @@ from nanorlhf.run.run import read_metrics
 FLAGS = {
     "train_sft": "--max_updates 50 --lr 1e-3 --num_epochs 7",
     "train_rm": "--max_updates 50 --lr 1e-3 --num_epochs 7",
-    "train_ppo": "--total_episodes 400 --lr 1e-4 --sample_every 0 --num_ppo_epochs 2 --response_length 12",
+    "train_ppo": "--total_episodes 400 --lr 1e-4 --sample_every 0 --num_ppo_epochs 2 --response_length 12"
+    " --num_minibatches 1 --critic_warmup 0 --critic_lr None --lr_warmup 0 --kl_coef 0.15",
 }
 LOSSES = {
     "train_sft": ["train/sft/loss", "grad_norm"],

@@ -164,7 +164,7 @@ def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_one(name, world, m
     assert values(straight) == values(resumed)
     if name == "train_ppo":  # what must hold in any update is checked again at the first one after a resume
         checked = [[key for key in row if key.startswith("preflight/")] for row in read_metrics(resumed)]
-        assert [len(keys) for keys in checked] == [13, 8, 8, 0] and "preflight/ratio" in checked[2]
+        assert [len(keys) for keys in checked] == [11, 8, 8, 0] and "preflight/ratio" in checked[2]
 
 
 def test_every_flag_is_read():

@@ -12,7 +12,7 @@ COMMON = "--preset tiny --device cpu --overwrite --save_every 0"
 RUNS = {
     train_sft: "--max_updates 2 --batch_size 1 --eval_posts 1 --response_length 4",
     train_ppo: "--max_updates 2 --batch_size 2 --response_length 4 --num_ppo_epochs 2 --sample_every 0 --kl_estimator full"
-    " --no_preflight",
+    " --num_minibatches 1 --critic_warmup 0 --no_preflight",
 }
 
 
