@@ -327,7 +327,7 @@ def test_the_collectives_of_an_update_are_those_counted_on_paper(folder, world, 
     import train_ppo
 
     flags = "--run_name counted --no_preflight --max_updates 1 --save_every 0 --sample_every 0 --microbatch_tokens 256"
-    flags += " --critic_warmup 0 --num_minibatches 1 --num_ppo_epochs 4"
+    flags += " --critic_warmup 0"
     work = script("train_ppo", world, models, flags)
     before, after = train_ppo.score, train_ppo.refill
 
