@@ -297,7 +297,6 @@ def test_documents_are_reproducible_and_never_say_tldr():
     assert all("\n\nCOMMENT: " in text for text in threads)
 
 
-
 def test_a_slip_is_wrong_what_is_meant_is_true_and_both_are_in_the_words_of_a_summary():
     """The told text, with every "I mean" undone, is the true retelling; with the true words left out, another one."""
     wrong, told = 0, 0
