@@ -105,7 +105,7 @@ PRESETS = {
     "smollm2": dict(lr=3e-5, max_grad_norm=1.0, max_query_length=544, microbatch_tokens=8192, save_every=100),
     # The tiny model is a thousand times smaller, its learning rate 300 times larger; the rest are the sizes of
     # its world. A larger rate loses what the base knows of right and wrong: docs/robustness.md.
-    "tiny": dict(lr=9e-4, max_updates=140, max_grad_norm=1.0, max_query_length=104, microbatch_tokens=4096,
+    "tiny": dict(lr=9e-4, max_updates=140, max_grad_norm=1.0, max_query_length=104, microbatch_tokens=8192,
                  shift_posts=1024, eval_pairs=1024, save_every=70),
 }  # fmt: skip
 

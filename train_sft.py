@@ -97,7 +97,7 @@ PRESETS = {
     # The tiny model is a thousand times smaller, so its learning rate is several hundred times larger. batch_size keeps
     # the number of steps small; the rest is the sizes of its world.
     "tiny": dict(lr=2e-3, batch_size=64, max_updates=40, max_grad_norm=1.0, max_query_length=104, response_length=32,
-                 microbatch_tokens=4096, eval_posts=256, save_every=20),
+                 microbatch_tokens=8192, eval_posts=256, save_every=20),
 }  # fmt: skip
 
 

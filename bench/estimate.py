@@ -1,6 +1,6 @@
 """How long will `make demo` take here? One second of the demo's own work is timed, the rest is counted.
 
-    python -m bench.estimate        this machine learns at 70 GFLOP/s on 2 threads, and the demo is 9.8 TFLOP: about 3 minutes
+    python -m bench.estimate        this machine learns at 120 GFLOP/s on 2 threads, and the demo is 9.6 TFLOP: about 2 minutes
 
 The second is forward and backward passes of the SFT model over one microbatch of tiny posts, as train_sft.py makes them,
 so the rate has matmuls, attention and elementwise work in it, and whatever else keeps the cores busy just now. The
@@ -31,9 +31,9 @@ from nanorlhf.run.streams import as_command
 from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.tiny.data import COMPARISONS, ensure_world
 
-# Seconds of the whole demo / seconds of its operations at the rate of learning. 249 s were 26.7 TFLOP at 137 GFLOP/s on 2
-# cores of an AMD EPYC (Zen 5), at 033417b.
-SLOWER = 1.28
+# Seconds of the whole demo / seconds of its operations at the rate of learning. 113 s were 9.6 TFLOP at 120 GFLOP/s on 2
+# cores of an Intel Xeon (AVX-512, 480 MB of L3).
+SLOWER = 1.41
 
 
 def learning_flops(policy: Policy, sequences: list[list[int]]) -> float:

@@ -21,7 +21,9 @@ for the body of the model, N packed tokens:
     swiglu                merged gate, up -> silu(gate) * up
     decode_attention      one new token a sequence over a cache of keys and values                  rollout
 
-    linear, linear_fp32   x W^T: cuBLAS on a GPU, oneDNN on a CPU in fp32
+    linear, linear_fp32   x W^T: cuBLAS on a GPU, oneDNN or MKL on a CPU in fp32
+
+cpu.py has the elementwise ones of the body once more, for a CPU in fp32: PyTorch, with the gradients written by hand.
 
 `NANORLHF_KERNELS=torch` takes the references everywhere; runtime.py says how the path is chosen.
 """

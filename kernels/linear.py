@@ -2,13 +2,15 @@
 
 On a GPU this is cuBLAS. On a CPU in fp32 torch sends it to MKL, but it also ships oneDNN, and which of the two is faster
 depends on the processor and on which of the three products of a layer is asked for: y = x W^T, dx = dy W, dW = dy^T x.
-GFLOP/s of one core of an AMD EPYC (Zen 5) at (4096, 128) x (704, 128), MKL and oneDNN (`python -m bench.linear`):
+GFLOP/s of one core at (4096, 128) x (704, 128), MKL and oneDNN (`python -m bench.linear`):
 
-    vectors     y           dx          dW
-    AVX-512     98   227    94   212    99   198        MKL does not use AVX-512 on AMD processors
-    AVX2        98   118    93   111   100   107        dW: over all shapes of the tiny model oneDNN takes 4% longer
+    vectors               y           dx          dW
+    AVX-512, Zen 5     98   227    94   212    99   198    MKL uses AVX-512 on Intel's processors only
+    AVX-512, Xeon     215   211   221   219   199   156    at the few rows of a decoding step y is 1.1 to 1.6 times as fast
+    AVX2, Zen 5        98   118    93   111   100   107    dW: over all shapes of the tiny model oneDNN takes 4% longer
+    AVX2, Xeon        121   116   107   123   101    94
 
-So oneDNN is taken for each product where it was the faster one, by the vectors that the processor has. It is no
+So each product is taken from where it was the faster one, by the vectors that the processor has and MKL uses. It is no
 measurement of each start: that would sometimes fall the other way, and a run that is resumed would end in other bits.
 The libraries' results differ by fp32 rounding only.
 
@@ -18,6 +20,7 @@ Rounding the logits to bf16 first, as a plain matmul does, puts an error of 0.03
 """
 
 import platform
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +34,16 @@ _HAS_ONEDNN = (
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
-# Vectors of the processor (torch's word for them) -> products that go to oneDNN.
-_ONEDNN_PRODUCTS = {"AVX512": ("y", "dx", "dw")}
+_CPUINFO = Path("/proc/cpuinfo")  # of Linux; on Windows platform.processor() ends in the maker's name
+_INTEL = "GenuineIntel" in (_CPUINFO.read_text(encoding="utf-8") if _CPUINFO.exists() else platform.processor())
+# Vectors of the processor (torch's word for them), and whether Intel made it -> products that go to oneDNN.
+_ONEDNN_PRODUCTS = {("AVX512", False): ("y", "dx", "dw"), ("AVX512", True): ()}
 _VECTORS = torch.backends.cpu.get_cpu_capability()
 
 
-def onednn_products(vectors: str = _VECTORS) -> tuple[str, ...]:
+def onednn_products(vectors: str = _VECTORS, intel: bool = _INTEL) -> tuple[str, ...]:
     """Which of y, dx and dw oneDNN computes here: a function of the processor alone."""
-    return _ONEDNN_PRODUCTS.get(vectors, ("y", "dx")) if _HAS_ONEDNN else ()
+    return _ONEDNN_PRODUCTS.get((vectors, intel), ("y", "dx")) if _HAS_ONEDNN else ()
 
 
 def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -77,7 +82,7 @@ class _OneDNNLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (M, K), weight (N, K), same dtype and device -> (M, N); differentiable in both."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and _HAS_ONEDNN and runtime.MODE != "torch":
+    if x.device.type == "cpu" and x.dtype == torch.float32 and onednn_products() and runtime.MODE != "torch":
         return _OneDNNLinear.apply(x, weight) if torch.is_grad_enabled() else _onednn(x, weight)
     return linear_reference(x, weight)
 
@@ -86,7 +91,8 @@ def mm_wide(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a (M, K) @ b (K, N), same dtype -> (M, N) fp32 from the accumulator (fp64 for fp64), into `out` if given."""
     if a.is_cuda and wide(a.dtype) != a.dtype:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    if a.device.type == "cpu" and a.dtype == torch.bfloat16 and out is None and _HAS_ONEDNN and runtime.MODE != "torch":
+    onednn = onednn_products() and runtime.MODE != "torch"
+    if a.device.type == "cpu" and a.dtype == torch.bfloat16 and out is None and onednn:
         return _onednn(a.float(), b.T.float())  # as in `linear`: 1.9 times as fast as MKL at SmolLM2's head
     return torch.mm(a.to(wide(a.dtype)), b.to(wide(a.dtype)), out=out)
 
@@ -123,8 +129,9 @@ def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
 
 def chosen() -> str:
     """What the first lines of a run print: which path this process takes."""
-    products = onednn_products() if runtime.MODE != "torch" and not torch.cuda.is_available() else ()
-    if not products:
+    if runtime.MODE == "torch" or runtime.INTERPRETED or torch.cuda.is_available():
         return runtime.chosen()
-    but = "" if "dw" in products else ", torch for the gradients of weights"
-    return f"{runtime.chosen()}, oneDNN for fp32 matrices on the CPU{but}"
+    onednn, products = "", onednn_products()
+    if products:
+        onednn = ", oneDNN for fp32 matrices" + ("" if "dw" in products else ", torch for the gradients of weights")
+    return f"PyTorch, gradients by hand on the CPU{onednn}"

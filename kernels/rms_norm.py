@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import cpu
 from kernels.checks import check_matrix, check_rows
 from kernels.runtime import INTERPRETED, compute_type, jit, launch, tl, triton, use_triton, wide
 
@@ -222,7 +223,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     args: x (N, D); weight (D,), same dtype; eps > 0, added to the mean square -> (N, D) in the dtype of x
     """
     _check(x, weight, eps)
-    return _forward(x, weight, eps)[0] if use_triton(x) else rms_norm_reference(x, weight, eps)
+    if use_triton(x):
+        return _forward(x, weight, eps)[0]
+    return (cpu.rms_norm if cpu.by_hand(x) else rms_norm_reference)(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -233,7 +236,6 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """
     _check(x, weight, eps)
     check_matrix("residual", residual, tuple(x.shape), like=x)
-    if not use_triton(x):
-        return add_rms_norm_reference(x, residual, weight, eps)
-    normed, summed, _ = _add_forward(x, residual, weight, eps)
-    return normed, summed
+    if use_triton(x):
+        return _add_forward(x, residual, weight, eps)[:2]
+    return (cpu.add_rms_norm if cpu.by_hand(x) else add_rms_norm_reference)(x, residual, weight, eps)

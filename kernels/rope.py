@@ -13,6 +13,7 @@ products and a sum.
 import torch
 from torch import Tensor
 
+from kernels import cpu
 from kernels.checks import check_heads, check_matrix
 from kernels.runtime import INTERPRETED, jit, launch, tl, triton, use_triton, wide
 
@@ -201,4 +202,5 @@ def rope(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, 
         check_matrix(name, table, (N, Dh // 2))
         if table.dtype != wide(qkv.dtype) or table.device != qkv.device:
             raise ValueError(f"{name}: got {table.dtype} on {table.device}, expected torch.float32 on {qkv.device}")
-    return (_forward if use_triton(qkv) else rope_reference)(qkv, cos, sin, kv_heads)
+    otherwise = cpu.rope if cpu.by_hand(qkv) else rope_reference
+    return (_forward if use_triton(qkv) else otherwise)(qkv, cos, sin, kv_heads)

@@ -1,6 +1,7 @@
 """How a kernel is chosen and launched.
 
-    NANORLHF_KERNELS=auto     Triton on a CUDA device where it is installed, else the PyTorch reference (default)
+    NANORLHF_KERNELS=auto     Triton on a CUDA device where it is installed, else PyTorch: the references, on a
+                              CPU in fp32 with the gradients of kernels/cpu.py (default)
     NANORLHF_KERNELS=torch    the reference everywhere
     NANORLHF_KERNELS=triton   Triton, or an error
 

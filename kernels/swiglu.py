@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import cpu
 from kernels.checks import check_matrix
 from kernels.runtime import INTERPRETED, LOG2E, compute_type, jit, launch, tl, triton, use_triton
 
@@ -126,4 +127,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
     check_matrix("gate_up", gate_up, ("N", "2F"))
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up: got {gate_up.shape[1]} columns, expected an even number: gate and up")
-    return _forward(gate_up) if use_triton(gate_up) else swiglu_reference(gate_up)
+    if use_triton(gate_up):
+        return _forward(gate_up)
+    return (cpu.swiglu if cpu.by_hand(gate_up) else swiglu_reference)(gate_up)

@@ -3,7 +3,8 @@
 On a GPU in bf16 this is torch's variable-length flash attention, which reads `cu_seqlens` and
 never forms a padded tensor. Elsewhere sequences of similar length are padded on the right to
 the longest of them, inside this file only: behind a causal mask a real token never sees the
-padding after it, so no mask tensor is needed, and the padded rows are dropped again.
+padding after it, so no mask tensor is needed, and the padded rows are dropped again. Only pairs of summaries that share
+their query have one.
 
 With one post's numbers: docs/walk.md, station 2.
 """
@@ -26,31 +27,12 @@ BUCKET = 32  # tokens: sequences whose lengths round up to the same multiple sha
 
 def causal(packed: Packed) -> Attend:
     """Returns the `attend` of a packed batch: each token sees itself and what came before it in its own sequence."""
-    if isinstance(packed, PackedPairs):
-        return _apart(packed)
+    varlen = _varlen_pairs if isinstance(packed, PackedPairs) else _varlen
     rectangles = cache(lambda: _Rectangles(packed))  # made by the first layer that needs them
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         flash = (q.is_cuda or q.is_meta) and q.dtype != torch.float32  # meta: bench.plan's stand-in for a GPU
-        return _varlen(q, k, v, packed) if flash else _padded(q, k, v, rectangles())
-
-    return attend
-
-
-def _apart(pairs: PackedPairs) -> Attend:
-    """Each pair as its two sequences; a query's results are equal in both, and those of the first go on."""
-    attend_apart = causal(pairs.apart)
-    n, N = len(pairs.spread), len(pairs.tokens)
-    half = sum(pairs.apart.lengths[: len(pairs.lengths)])  # tokens of all query + chosen
-    sides = pairs.spread.split((half, n - half))  # no row occurs twice in either, as _Move asks
-    count = torch.arange(n, device=pairs.spread.device)
-
-    def both(x: Tensor) -> Tensor:  # (N, heads, Dh) -> (n, heads, Dh)
-        return torch.cat([_Move.apply(x, rows, count[: len(rows)], len(rows)) for rows in sides])
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = attend_apart(layer, both(q), both(k), both(v))
-        return _Move.apply(out, pairs.home, count[: len(pairs.home)], N)  # 0 in the rows of the filling
+        return varlen(q, k, v, packed) if flash else _padded(q, k, v, rectangles())
 
     return attend
 
@@ -65,49 +47,26 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
     return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **grouped)  # nothing to the right
 
 
+def _varlen_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: PackedPairs) -> Tensor:
+    """Each pair as its two sequences; a query's results are equal in both, and those of the first go on."""
+    n, N = len(pairs.spread), len(pairs.tokens)
+    half = sum(pairs.apart.lengths[: len(pairs.lengths)])  # tokens of all query + chosen
+    sides = pairs.spread.split((half, n - half))  # no row occurs twice in either, as _Move asks
+    count = torch.arange(n, device=pairs.spread.device)
+
+    def both(x: Tensor) -> Tensor:  # (N, heads, Dh) -> (n, heads, Dh)
+        return torch.cat([_Move.apply(x, rows, count[: len(rows)], len(rows)) for rows in sides])
+
+    out = _varlen(both(q), both(k), both(v), pairs.apart)
+    return _Move.apply(out, pairs.home, count[: len(pairs.home)], N)  # 0 in the rows of the filling
+
+
 @cache
 def _has_flag() -> bool:
     """Whether varlen_attn has `enable_gqa`: from torch 2.12 on."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in signature(varlen_attn).parameters
-
-
-class _Rectangles:
-    """Where each packed token stands in a few (b, T) rectangles of sequences of similar length, one after another."""
-
-    def __init__(self, packed: Packed):
-        buckets: dict[int, list[int]] = {}
-        for index, length in enumerate(packed.lengths):
-            buckets.setdefault(-(-length // BUCKET), []).append(index)
-        starts = [0]
-        for length in packed.lengths:
-            starts.append(starts[-1] + length)
-        rows, slots = [], []
-        self.shapes: list[tuple[int, int]] = []  # (b, T) of each rectangle
-        self.size = 0  # slots in all rectangles
-        for members in buckets.values():
-            T = max(packed.lengths[index] for index in members)
-            for index in members:
-                rows.append(torch.arange(starts[index], starts[index + 1]))
-                slots.append(torch.arange(self.size, self.size + packed.lengths[index]))
-                self.size += T
-            self.shapes.append((len(members), T))
-        device = packed.tokens.device
-        self.rows = torch.cat(rows).to(device)  # (n,) packed row of each token: all but the filling
-        self.slots = torch.cat(slots).to(device)  # (n,) its slot in the rectangles
-        self.N = packed.tokens.shape[0]
-
-
-def _padded(q: Tensor, k: Tensor, v: Tensor, rectangles: _Rectangles) -> Tensor:
-    r = rectangles
-    padded = [_Move.apply(x, r.rows, r.slots, r.size).split([b * T for b, T in r.shapes]) for x in (q, k, v)]
-    outs = []
-    for (b, T), *qkv in zip(r.shapes, *padded, strict=True):
-        q, k, v = (x.view(b, T, *x.shape[1:]).transpose(1, 2) for x in qkv)  # (b, H or Hkv, T, Dh)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        outs.append(out.transpose(1, 2).reshape(b * T, *out.shape[1::2]))  # (b*T, H, Dh)
-    return _Move.apply(torch.cat(outs), r.slots, r.rows, r.N)  # (N, H, Dh), 0 in the rows of the filling
 
 
 class _Move(torch.autograd.Function):
@@ -124,3 +83,91 @@ class _Move(torch.autograd.Function):
         source, target = ctx.saved_tensors
         moved = grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, source, grad.index_select(0, target))
         return moved, None, None, None
+
+
+class _Rectangles:
+    """Where each packed token stands in a few (b, T) rectangles of sequences of similar length, one after another.
+
+    Each of a rectangle's slots shows a token's row, and those behind the end of a sequence any row: nobody reads what
+    they get. A pair is one sequence here, with a mask: its second summary does not see the first.
+    """
+
+    def __init__(self, packed: Packed):
+        device, self.N = packed.tokens.device, packed.tokens.shape[0]
+        buckets: dict[int, list[int]] = {}
+        for index, length in enumerate(packed.lengths):
+            buckets.setdefault(-(-length // BUCKET), []).append(index)
+        self.shapes: list[tuple[int, int]] = []  # (b, T) of each rectangle
+        self.masks: list[Tensor | None] = []  # (b, 1, T, T) bool: what a token sees, if it is not all before it
+        self.size = 0  # slots in all rectangles
+        first = [0] * len(packed.lengths)  # slot of each sequence's first token
+        for members in buckets.values():
+            T = max(packed.lengths[index] for index in members)
+            for index in members:
+                first[index] = self.size
+                self.size += T
+            self.shapes.append((len(members), T))
+            self.masks.append(_seen(packed, members, T) if isinstance(packed, PackedPairs) else None)
+        slots = [torch.arange(at, at + length) for at, length in zip(first, packed.lengths, strict=True)]
+        self.slots = torch.cat(slots).to(device)  # (n,) the slot of each packed token: all but the filling
+        self.rows = torch.zeros(self.size, dtype=torch.int64, device=device)  # (size,) the row that a slot shows
+        self.rows[self.slots] = torch.arange(len(self.slots), device=device)
+
+
+def _seen(pairs: PackedPairs, members: list[int], T: int) -> Tensor:
+    """(b, 1, T, T) bool: token i sees token j of query, chosen, rejected unless i is in rejected and j in chosen."""
+    apart, device = pairs.apart.lengths, pairs.tokens.device
+    end = torch.tensor([apart[i] for i in members], device=device).view(-1, 1, 1)  # of query + chosen
+    second = torch.tensor([pairs.lengths[i] for i in members], device=device).view(-1, 1, 1) - end  # length of rejected
+    query = torch.tensor([apart[len(pairs.lengths) + i] for i in members], device=device).view(-1, 1, 1) - second
+    i, j = torch.arange(T, device=device)[:, None], torch.arange(T, device=device)
+    return ((j <= i) & ~((i >= end) & (j >= query) & (j < end)))[:, None]
+
+
+def _from_slots(slots: Tensor, of_rows: Tensor, N: int) -> Tensor:
+    """(size, ...) -> (N, ...), the slot of each row of sequences being given: 0 in the rows of the filling."""
+    rows, n = slots.new_empty(N, *slots.shape[1:]), len(of_rows)
+    torch.index_select(slots, 0, of_rows, out=rows[:n])
+    rows[n:] = 0
+    return rows
+
+
+class _ToSlots(torch.autograd.Function):
+    """(N, ...) -> (size, ...). What a slot behind the end of a sequence is given reaches no result, and no gradient."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, r: _Rectangles) -> Tensor:
+        ctx.save_for_backward(r.slots)
+        ctx.N = r.N
+        return rows.index_select(0, r.rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _from_slots(grad, *ctx.saved_tensors, ctx.N), None
+
+
+class _FromSlots(torch.autograd.Function):
+    """(size, ...) -> (N, ...). The gradient of slots that nobody reads is 0: as queries they move no key."""
+
+    @staticmethod
+    def forward(ctx, slots: Tensor, r: _Rectangles) -> Tensor:
+        ctx.save_for_backward(r.slots)
+        ctx.size = r.size
+        return _from_slots(slots, r.slots, r.N)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (of_rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, of_rows, grad[: len(of_rows)]), None
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, rectangles: _Rectangles) -> Tensor:
+    sizes = [b * T for b, T in rectangles.shapes]
+    padded = [_ToSlots.apply(x, rectangles).split(sizes) for x in (q, k, v)]
+    outs = []
+    for (b, T), mask, *qkv in zip(rectangles.shapes, rectangles.masks, *padded, strict=True):
+        q, k, v = (x.view(b, T, *x.shape[1:]).transpose(1, 2) for x in qkv)  # (b, H or Hkv, T, Dh)
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        outs.append(out.transpose(1, 2).reshape(b * T, *out.shape[1::2]))  # (b*T, H, Dh)
+    return _FromSlots.apply(torch.cat(outs) if len(outs) > 1 else outs[0], rectangles)  # (N, H, Dh)

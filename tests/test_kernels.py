@@ -57,10 +57,13 @@ MATRICES = {
 }
 
 
-@pytest.mark.parametrize("vectors", ["AVX512", "AVX2"])
+PROCESSORS = {"AVX-512, AMD": ("AVX512", False), "AVX-512, Intel": ("AVX512", True), "AVX2": ("AVX2", False)}
+
+
+@pytest.mark.parametrize("processor", PROCESSORS.values(), ids=PROCESSORS)
 @pytest.mark.parametrize("build", MATRICES.values(), ids=MATRICES)
-def test_linear_equals_float64_in_value_and_gradients(build, vectors, monkeypatch):
-    monkeypatch.setattr(linear_file, "onednn_products", partial(linear_file.onednn_products, vectors))
+def test_linear_equals_float64_in_value_and_gradients(build, processor, monkeypatch):
+    monkeypatch.setattr(linear_file, "onednn_products", partial(linear_file.onednn_products, *processor))
     torch.manual_seed(0)
     x, weight = build()
     ours, theirs = gradients(linear, x, weight), gradients(F.linear, x.double(), weight.double())
@@ -70,11 +73,14 @@ def test_linear_equals_float64_in_value_and_gradients(build, vectors, monkeypatc
 
 
 @pytest.mark.skipif(not linear_file._HAS_ONEDNN, reason="this build of torch has no oneDNN for this processor")
-@pytest.mark.parametrize(("vectors", "calls"), [("AVX512", 3), ("AVX2", 2), ("DEFAULT", 2)])
-def test_each_product_goes_where_the_table_says(vectors, calls, monkeypatch):
+@pytest.mark.parametrize(
+    ("vectors", "intel", "calls"),
+    [("AVX512", False, 3), ("AVX512", True, 0), ("AVX2", False, 2), ("AVX2", True, 2), ("DEFAULT", False, 2)],
+)
+def test_each_product_goes_where_the_table_says(vectors, intel, calls, monkeypatch):
     asked, real = [], linear_file._onednn
     monkeypatch.setattr(linear_file, "_onednn", lambda x, weight: asked.append(1) or real(x, weight))
-    monkeypatch.setattr(linear_file, "onednn_products", partial(linear_file.onednn_products, vectors))
+    monkeypatch.setattr(linear_file, "onednn_products", partial(linear_file.onednn_products, vectors, intel))
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     linear(x, weight).sum().backward()
     assert len(asked) == calls
@@ -234,15 +240,18 @@ def test_the_path_that_a_run_prints_is_the_path_it_takes(monkeypatch):
     file = importlib.import_module("kernels.linear")
     monkeypatch.setattr(file, "_HAS_ONEDNN", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(file, "onednn_products", partial(file.onednn_products, "AVX512"))
-    assert chosen() == "PyTorch reference, oneDNN for fp32 matrices on the CPU"
-    monkeypatch.setattr(file, "onednn_products", partial(file.onednn_products.func, "AVX2"))
-    assert chosen().endswith("oneDNN for fp32 matrices on the CPU, torch for the gradients of weights")
+    by_hand, real = "PyTorch, gradients by hand on the CPU", file.onednn_products
+    monkeypatch.setattr(file, "onednn_products", partial(real, "AVX512", False))
+    assert chosen() == f"{by_hand}, oneDNN for fp32 matrices"
+    monkeypatch.setattr(file, "onednn_products", partial(real, "AVX512", True))
+    assert chosen() == by_hand
+    monkeypatch.setattr(file, "onednn_products", partial(real, "AVX2", False))
+    assert chosen() == f"{by_hand}, oneDNN for fp32 matrices, torch for the gradients of weights"
     monkeypatch.setattr(runtime, "MODE", "torch")
     assert chosen() == "PyTorch reference"
     monkeypatch.setattr(runtime, "MODE", "auto")
     monkeypatch.setattr(file, "_HAS_ONEDNN", False)
-    assert chosen() == "PyTorch reference"
+    assert chosen() == by_hand
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(runtime, "triton", SimpleNamespace(__version__="9.9"))
     assert chosen() == "Triton 9.9"

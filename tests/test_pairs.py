@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nanorlhf import attention
 from nanorlhf.losses import bradley_terry_loss
 from nanorlhf.packing import pack
 from nanorlhf.pairs import pack_pairs
@@ -56,6 +57,25 @@ def test_the_summaries_of_a_pair_do_not_see_each_other(make_scalar):
     assert (other[:3] - scores[:3]).abs().min() > 1e-5
     other = model.last_scores(pack_pairs(QUERIES, CHOSEN, [[30, 31, 32]] * 3))
     torch.testing.assert_close(other[:3], scores[:3], rtol=1e-5, atol=1e-6)
+
+
+def test_the_way_of_a_gpu_is_that_of_the_mask(monkeypatch):
+    """Two sequences a pair, given to variable-length attention, against one with a mask: values and gradients."""
+    pairs = pack_pairs(QUERIES, CHOSEN, REJECTED, round_to=64)
+    plain = lambda q, k, v, packed: attention._padded(q, k, v, attention._Rectangles(packed))  # noqa: E731
+    monkeypatch.setattr(attention, "_varlen", plain)  # which needs a GPU
+    N, generator = len(pairs.tokens), torch.Generator().manual_seed(0)
+    qkv = [torch.randn(N, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
+    grad = torch.randn(N, 4, 8, generator=generator, dtype=torch.float64)
+    found = []
+    for attend in (attention._varlen_pairs, plain):
+        leaves = [x.clone().requires_grad_() for x in qkv]
+        out = attend(*leaves, pairs)
+        out.backward(grad)
+        found.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for apart, masked in zip(*found, strict=True):
+        torch.testing.assert_close(apart, masked)
+        assert not masked[N - pairs.filling :].any()  # nothing comes from the filling
 
 
 def test_an_empty_part_is_refused():
