@@ -4,15 +4,14 @@
     swiglu         silu(gate) * up                                             kernels/swiglu.py
     add_rms_norm   s = x + residual,  w * s / sqrt(mean(s^2) + eps)            kernels/rms_norm.py
 
-The references of those files say what is computed. Their backward passes are autograd's: one tensor for each operation,
-and for each slice (gate, up, q, k, v, half a head) zeros of the whole, the slice copied in, and a sum. Here the
-gradients are the formulas of the Triton kernels, and each is written to where it belongs. On 2 cores this makes them 1.7
-to 2.2 times as fast, and a step of the tiny reward model 1.3 times, attention's moves (nanorlhf/attention.py) included:
-at D = 128 a layer's matrices are a third of its time.
+The references of those files say what is computed. Their backward passes are autograd's: one tensor for each
+operation, and for each slice (gate, up, q, k, v, half a head) zeros of the whole, the slice copied in, and a sum. Here
+the gradients are the formulas of the Triton kernels, and each is written to where it belongs. It matters in a small
+model, whose matrices are a third of the time: `python -m bench.body` has the figures.
 
-A processor's threads share its memory: what counts is how often N rows are read and written, so results are computed in
-place where nobody else sees them. Off with NANORLHF_KERNELS=torch, and in other dtypes (bf16 rounds as the references
-say, fp64 is for the checks of gradients, which this file passes too).
+What counts on a CPU is how often N rows go through memory, so results are computed in place where nobody else sees
+them. bf16 takes the references, which say where it rounds; fp64 comes here for the checks of gradients. Off with
+NANORLHF_KERNELS=torch.
 """
 
 import torch

@@ -1,12 +1,12 @@
 """x W^T, the operation a language model spends its time in.
 
-On a GPU this is cuBLAS. On a CPU in fp32 torch sends it to MKL, but it also ships oneDNN, and which of the two is faster
-depends on the processor and on which of the three products of a layer is asked for: y = x W^T, dx = dy W, dW = dy^T x.
-GFLOP/s of one core at (4096, 128) x (704, 128), MKL and oneDNN (`python -m bench.linear`):
+On a GPU this is cuBLAS. On a CPU in fp32 torch sends it to MKL, but it also ships oneDNN, and which of the two is
+faster depends on the processor and on which of the three products of a layer is asked for: y = x W^T, dx = dy W,
+dW = dy^T x. GFLOP/s of one core at (4096, 128) x (704, 128), MKL and oneDNN (`python -m bench.linear`):
 
     vectors               y           dx          dW
     AVX-512, Zen 5     98   227    94   212    99   198    MKL uses AVX-512 on Intel's processors only
-    AVX-512, Xeon     215   211   221   219   199   156    at the few rows of a decoding step y is 1.1 to 1.6 times as fast
+    AVX-512, Xeon     215   211   221   219   199   156    y at the few rows of a decoding step: 1.1 to 1.6 times
     AVX2, Zen 5        98   118    93   111   100   107    dW: over all shapes of the tiny model oneDNN takes 4% longer
     AVX2, Xeon        121   116   107   123   101    94
 

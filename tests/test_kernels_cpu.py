@@ -1,4 +1,4 @@
-"""kernels/cpu.py: values and gradients are those that autograd makes of the references, and nothing given is changed."""
+"""kernels/cpu.py: values and gradients are those of the references by autograd, and nothing given is changed."""
 
 import importlib
 
