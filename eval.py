@@ -23,7 +23,9 @@ out, with a line that says so. Left out: bars to pass (nanorlhf/tiny/demo.py has
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
+from nanorlhf.run.waiting import turns
+
+os.environ.setdefault("GOMP_SPINCOUNT", turns())  # before torch: how long a CPU thread waits awake for the others
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a GPU's memory in pieces that can grow
 
 import json

@@ -20,7 +20,9 @@ With one post's numbers: docs/walk.md, station 3.
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
+from nanorlhf.run.waiting import turns
+
+os.environ.setdefault("GOMP_SPINCOUNT", turns())  # before torch: how long a CPU thread waits awake for the others
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a GPU's memory in pieces that can grow
 
 from collections.abc import Callable

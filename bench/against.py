@@ -19,7 +19,9 @@ JSON line last.
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
+from nanorlhf.run.waiting import turns
+
+os.environ.setdefault("GOMP_SPINCOUNT", turns())  # before torch: how long a CPU thread waits awake for the others
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse

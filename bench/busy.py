@@ -1,13 +1,13 @@
 """What do busy cores cost? The same work on all cores, alone and beside processes that want those cores for themselves.
 
-    python -m bench.busy                  one busy process beside, with and without the scripts' setting: 4 minutes
+    python -m bench.busy                  alone and with one busy process beside, for three settings: 5 minutes
     python -m bench.busy --beside 0 1 2   how many of them
 
 A layer is shared out to as many threads as there are cores, and who is done waits for the others: awake for a while,
 which saves a fraction of a millisecond, then asleep. When another process has taken a thread's core, those that wait
-awake keep theirs from being used at all. The scripts set GOMP_SPINCOUNT to 1000 turns of that waiting loop, where GNU's
-OpenMP has 300,000 of its own. The work is train_sft.learn and a rollout of the embedded SFT model, each in a process of
-its own, all settings in turn, a few rounds. Seconds are medians and belong to the machine. One JSON line last.
+awake keep theirs from being used at all. GNU's OpenMP has 300,000 turns of that waiting loop; the scripts set 30,000
+where they start alone and 1,000 where others run (nanorlhf/run/waiting.py). The work is train_sft.learn and a rollout of
+the embedded SFT model, each in a process of its own, all settings in turn, a few rounds. Seconds are medians and belong to the machine. One JSON line last.
 """
 
 import argparse
@@ -27,10 +27,11 @@ from nanorlhf.errors import check
 from nanorlhf.rollout import generate
 from nanorlhf.run.inputs import EMBEDDED
 from nanorlhf.run.streams import as_command
+from nanorlhf.run.waiting import ALONE, BESIDE_OTHERS
 from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.tiny.data import ensure_world
 
-SPINS = {"300000": "OpenMP's own", "1000": "the scripts'"}
+SPINS = {"300000": "OpenMP's own", str(ALONE): "the scripts' alone", str(BESIDE_OTHERS): "the scripts' beside others"}
 BUSY = [sys.executable, "-c", "while True: pass"]
 
 
@@ -84,12 +85,11 @@ def main() -> None:
                 for name, took in measure(spins, beside).items():
                     seconds[name, beside, spins].append(took)
     found = {key: median(values) for key, values in seconds.items()}
-    print("| work | busy processes beside | " + " | ".join(f"{words}, s" for words in SPINS.values()) + " | ratio |")
+    print("| work | busy processes beside | " + " | ".join(f"{words}, s" for words in SPINS.values()) + " |")
     print("|---|---|---|---|---|")
     for name in ("learn", "rollout"):
         for beside in args.beside:
-            theirs, ours = (found[name, beside, spins] for spins in SPINS)
-            print(f"| {name} | {beside} | {theirs:.3f} | {ours:.3f} | {theirs / ours:.2f} |")
+            print(f"| {name} | {beside} | " + " | ".join(f"{found[name, beside, spins]:.3f}" for spins in SPINS) + " |")
     rows = [{"work": key[0], "beside": key[1], "spins": key[2], "seconds": value} for key, value in found.items()]
     print(json.dumps({"bench": "busy", "cores": os.cpu_count(), "results": rows}))
 

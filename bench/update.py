@@ -15,7 +15,9 @@ bf16 matmul measured in the same run; MFU is of the data sheet (nanorlhf/monitor
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
+from nanorlhf.run.waiting import turns
+
+os.environ.setdefault("GOMP_SPINCOUNT", turns())  # before torch: how long a CPU thread waits awake for the others
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a GPU's memory in pieces that can grow
 
 import argparse

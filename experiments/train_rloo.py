@@ -25,7 +25,9 @@ Ahmadian et al. 2024; Shao et al. 2024. Left out: PPO's value clipping and GAE (
 import math
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: how long a CPU thread waits awake for the others
+from nanorlhf.run.waiting import turns
+
+os.environ.setdefault("GOMP_SPINCOUNT", turns())  # before torch: how long a CPU thread waits awake for the others
 
 from collections import defaultdict
 from dataclasses import dataclass

@@ -33,16 +33,19 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, direction: int) -> N
     torch.mul(b, cos, out=out_b).addcmul_(a, sin, value=direction)
 
 
+def _turned(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    N, merged, Dh = qkv.shape
+    heads = merged - kv_heads  # of q and k
+    qk = qkv.new_empty(N, heads, Dh)
+    _turn(qkv[:, :heads], cos[:, None], sin[:, None], qk, 1)
+    return qk[:, : heads - kv_heads], qk[:, heads - kv_heads :], qkv[:, heads:]
+
+
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        N, merged, Dh = qkv.shape
-        turned = merged - kv_heads  # heads of q and k
         ctx.save_for_backward(cos, sin)
-        qk = qkv.new_empty(N, turned, Dh)
-        _turn(qkv[:, :turned], cos[:, None], sin[:, None], qk, 1)
-        q, k = qk.split((turned - kv_heads, kv_heads), dim=1)
-        return q, k, qkv[:, turned:]
+        return _turned(qkv, cos, sin, kv_heads)
 
     @staticmethod
     def backward(ctx, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor):
@@ -76,20 +79,21 @@ class _SwiGLU(torch.autograd.Function):
         return grad_gate_up
 
 
-def _inverse_rms(s: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(s^2) + eps) of each row, (N, 1)."""
+def _normed(s: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """-> w s / rms (N, D), and 1 / rms of each row (N, 1)."""
     norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True)  # reads s and writes no squares
-    return norm.square_().div_(s.shape[-1]).add_(eps).rsqrt_()
+    scale = norm.square_().div_(s.shape[-1]).add_(eps).rsqrt_()
+    return (s * scale).mul_(weight), scale
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         s = x if residual is None else x + residual
-        scale = _inverse_rms(s, eps)
+        normed, scale = _normed(s, weight, eps)
         ctx.save_for_backward(s, weight, scale)
         ctx.set_materialize_grads(False)  # after the last norm nobody reads the sum: None, not a matrix of zeros
-        return (s * scale).mul_(weight), s
+        return normed, s
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, grad_s: Tensor | None):
@@ -106,9 +110,12 @@ class _AddRMSNorm(torch.autograd.Function):
         return total, total if ctx.needs_input_grad[1] else None, grad_weight, None
 
 
+# A decoding step has four of these a layer over few rows: without a gradient it does without autograd's bookkeeping too.
+
+
 def rope(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """As kernels.rope.rope_reference."""
-    return _Rope.apply(qkv, cos, sin, kv_heads)
+    return (_Rope.apply if torch.is_grad_enabled() else _turned)(qkv, cos, sin, kv_heads)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -121,9 +128,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As kernels.rms_norm.rms_norm_reference."""
-    return _AddRMSNorm.apply(x, None, weight, eps)[0]
+    return (_AddRMSNorm.apply(x, None, weight, eps) if torch.is_grad_enabled() else _normed(x, weight, eps))[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As kernels.rms_norm.add_rms_norm_reference."""
-    return _AddRMSNorm.apply(x, residual, weight, eps)
+    if torch.is_grad_enabled():
+        return _AddRMSNorm.apply(x, residual, weight, eps)
+    s = x + residual
+    return _normed(s, weight, eps)[0], s

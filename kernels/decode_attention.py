@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import runtime
 from kernels.checks import check_heads, check_positions
 from kernels.runtime import EMPTY, INTERPRETED, MASKED, compute_type, jit, launch, tl, triton, use_triton, wide
 
@@ -35,16 +34,6 @@ def decode_attention_reference(q: Tensor, keys: Tensor, values: Tensor, position
     grouped = q.unflatten(1, (keys.shape[1], -1))  # (B, Hkv, H / Hkv, Dh)
     out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible[:, None, None, :])
     return out.flatten(1, 2)
-
-
-def _products(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """The same on a CPU, as two batched matrix products: torch's fused attention there is made for long queries."""
-    (B, H, Dh), (S, Hkv) = q.shape, keys.shape[1:3]
-    keys, values = (x.transpose(1, 2).reshape(B * Hkv, S, Dh) for x in (keys, values))  # a view if S stands inside
-    scores = torch.bmm(q.reshape(B * Hkv, H // Hkv, Dh) / math.sqrt(Dh), keys.mT)  # (B Hkv, H / Hkv, S)
-    behind = torch.arange(S) > positions[:, None]  # (B, S)
-    p = scores.view(B, H, S).masked_fill_(behind[:, None], -math.inf).softmax(dim=-1)
-    return torch.bmm(p.view(B * Hkv, H // Hkv, S), values).view(B, H, Dh)
 
 
 @jit
@@ -184,7 +173,4 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor)
     if H % keys.shape[2]:
         raise ValueError(f"keys: got {keys.shape[2]} heads, expected a divisor of the {H} heads of q")
     check_positions(positions, B, keys.shape[1], like=q)
-    if use_triton(q):
-        return _forward(q, keys, values, positions)
-    on_cpu = q.device.type == "cpu" and q.dtype == torch.float32 and runtime.MODE != "torch"
-    return (_products if on_cpu else decode_attention_reference)(q, keys, values, positions)
+    return (_forward if use_triton(q) else decode_attention_reference)(q, keys, values, positions)
