@@ -6,8 +6,9 @@
 A layer is shared out to as many threads as there are cores, and who is done waits for the others: awake for a while,
 which saves a fraction of a millisecond, then asleep. When another process has taken a thread's core, those that wait
 awake keep theirs from being used at all. GNU's OpenMP has 300,000 turns of that waiting loop; the scripts set 30,000
-where they start alone and 1,000 where others run (nanorlhf/run/waiting.py). The work is train_sft.learn and a rollout of
-the embedded SFT model, each in a process of its own, all settings in turn, a few rounds. Seconds are medians and belong to the machine. One JSON line last.
+where they start alone and 1,000 where others run (nanorlhf/run/waiting.py). The work is train_sft.learn and a rollout
+of the embedded SFT model, each in a process of its own, all settings in turn, a few rounds. Seconds are medians and
+belong to the machine. One JSON line last.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python -m bench.estimate
     this machine learns at 120 GFLOP/s on 2 threads, and the demo is 9.6 TFLOP: about 2 minutes
 
-The second is forward and backward passes of the SFT model over one microbatch of tiny posts, as train_sft.py makes them,
-so the rate has matmuls, attention and elementwise work in it, and whatever else keeps the cores busy just now. The
+The second is forward and backward passes of the SFT model over a batch of tiny posts, as train_sft.py makes them, so
+the rate has matmuls, attention and elementwise work in it, and whatever else keeps the cores busy just now. The
 floating-point operations follow from the scripts' settings (nanorlhf/monitoring/flops.py). What has no such count,
 and what runs slower than learning (starts of Python, sampling a token at a time, texts, metrics), is in SLOWER. It is
 an estimate to plan a coffee by: a machine that gets busy or hot later takes longer, and each stage shows its own ETA.

@@ -32,7 +32,7 @@ from nanorlhf.errors import check, one_sentence
 from nanorlhf.storage.jsonl import append, read_jsonl
 
 RESULTS = Path(__file__).parent / "results" / "frontier.jsonl"
-BASE = "55b9458a033d"  # of RESULTS: the sha256 of its weights, first digits
+BASE = "55b9458a033d"  # the base model that RESULTS stand on: first digits of its weights' sha256
 POSTS = 512  # of split test
 MEASURE_S = 12  # seconds to measure a policy
 

@@ -7,7 +7,7 @@
 The references of those files say what is computed. Their backward passes are autograd's: one tensor for each
 operation, and for each slice (gate, up, q, k, v, half a head) zeros of the whole, the slice copied in, and a sum. Here
 the gradients are the formulas of the Triton kernels, and each is written to where it belongs. It matters in a small
-model, whose matrices are a third of the time: `python -m bench.body` has the figures.
+model, whose matrices are no more than half of the time: docs/speed.md has the figures, by `python -m bench.body`.
 
 What counts on a CPU is how often N rows go through memory, so results are computed in place where nobody else sees
 them. bf16 takes the references, which say where it rounds; fp64 comes here for the checks of gradients. Off with
@@ -104,13 +104,13 @@ class _AddRMSNorm(torch.autograd.Function):
         n = s * scale
         gn = grad * n
         mean = (gn @ weight).div_(-s.shape[-1])[:, None]  # (N, 1), with its sign
-        grad_weight = gn.sum(0)
+        grad_weight = gn.sum(0) if ctx.needs_input_grad[2] else None
         total = torch.mul(grad, weight, out=gn).addcmul_(n, mean)
         total = total.mul_(scale) if grad_s is None else torch.addcmul(grad_s, total, scale)
         return total, total if ctx.needs_input_grad[1] else None, grad_weight, None
 
 
-# A decoding step has four of these a layer over few rows: without a gradient it does without autograd's bookkeeping too.
+# A decoding step has four of these a layer, over few rows: without a gradient it does without autograd's bookkeeping.
 
 
 def rope(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,12 +6,13 @@ dW = dy^T x. GFLOP/s of one core at (4096, 128) x (704, 128), MKL and oneDNN (`p
 
     vectors               y           dx          dW
     AVX-512, Zen 5     98   227    94   212    99   198    MKL uses AVX-512 on Intel's processors only
-    AVX-512, Xeon     215   211   221   219   199   156    y at the few rows of a decoding step: 1.1 to 1.6 times
+    AVX-512, Xeon     215   211   221   219   199   156    MKL's y at the 32 to 128 rows of decoding: 1.1 to 1.6 times
     AVX2, Zen 5        98   118    93   111   100   107    dW: over all shapes of the tiny model oneDNN takes 4% longer
-    AVX2, Xeon        121   116   107   123   101    94
+    AVX2, Xeon        121   116   107   123   101    94    over all shapes oneDNN: y 1.00, dx 1.07, dW 0.91 times
 
-So each product is taken from where it was the faster one, by the vectors that the processor has and MKL uses. It is no
-measurement of each start: that would sometimes fall the other way, and a run that is resumed would end in other bits.
+So each product is taken from where it was the faster one over all shapes, by the vectors that the processor has and
+those that MKL uses on it (Zen 5: 033417b; Xeon, model 167: a45b0de). It is no measurement of each start: that would
+sometimes fall the other way, and a run that is resumed would end in other bits.
 The libraries' results differ by fp32 rounding only.
 
 `linear_fp32` is the same for a head: bf16 in, fp32 out, straight from the accumulator.
@@ -93,7 +94,7 @@ def mm_wide(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     onednn = onednn_products() and runtime.MODE != "torch"
     if a.device.type == "cpu" and a.dtype == torch.bfloat16 and out is None and onednn:
-        return _onednn(a.float(), b.T.float())  # as in `linear`: 1.9 times as fast as MKL at SmolLM2's head
+        return _onednn(a.float(), b.T.float())  # as in `linear`: 1.9 times MKL's speed at SmolLM2's head on Zen 5
     return torch.mm(a.to(wide(a.dtype)), b.to(wide(a.dtype)), out=out)
 
 
@@ -131,7 +132,6 @@ def chosen() -> str:
     """What the first lines of a run print: which path this process takes."""
     if runtime.MODE == "torch" or runtime.INTERPRETED or torch.cuda.is_available():
         return runtime.chosen()
-    onednn, products = "", onednn_products()
-    if products:
-        onednn = ", oneDNN for fp32 matrices" + ("" if "dw" in products else ", torch for the gradients of weights")
-    return f"PyTorch, gradients by hand on the CPU{onednn}"
+    products = onednn_products()
+    onednn = " and oneDNN's matrices" + ("" if "dw" in products else ", torch's for the gradients of weights")
+    return "PyTorch reference; on the CPU in fp32 gradients by hand" + (onednn if products else "")

@@ -3,14 +3,14 @@
 On a GPU in bf16 this is torch's variable-length flash attention, which reads `cu_seqlens` and
 never forms a padded tensor. Elsewhere sequences of similar length are padded on the right to
 the longest of them, inside this file only: behind a causal mask a real token never sees the
-padding after it, so no mask tensor is needed, and the padded rows are dropped again. Only pairs of summaries that share
-their query have one.
+padding after it, so no mask tensor is needed, and the padded rows are dropped again. Only a
+pair of summaries, which is one sequence here, needs a mask: the second must not see the first.
 
 With one post's numbers: docs/walk.md, station 2.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 
 import torch
@@ -26,13 +26,14 @@ BUCKET = 32  # tokens: sequences whose lengths round up to the same multiple sha
 
 
 def causal(packed: Packed) -> Attend:
-    """Returns the `attend` of a packed batch: each token sees itself and what came before it in its own sequence."""
-    varlen = _varlen_pairs if isinstance(packed, PackedPairs) else _varlen
+    """Returns the `attend` of a packed batch: each token sees itself and what came before it in its own sequence, but a
+    rejected summary does not see the chosen one."""
     rectangles = cache(lambda: _Rectangles(packed))  # made by the first layer that needs them
+    varlen = _varlen_pairs(packed) if isinstance(packed, PackedPairs) else partial(_varlen, packed=packed)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         flash = (q.is_cuda or q.is_meta) and q.dtype != torch.float32  # meta: bench.plan's stand-in for a GPU
-        return varlen(q, k, v, packed) if flash else _padded(q, k, v, rectangles())
+        return varlen(q, k, v) if flash else _padded(q, k, v, rectangles())
 
     return attend
 
@@ -47,7 +48,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
     return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **grouped)  # nothing to the right
 
 
-def _varlen_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: PackedPairs) -> Tensor:
+def _varlen_pairs(pairs: PackedPairs) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Each pair as its two sequences; a query's results are equal in both, and those of the first go on."""
     n, N = len(pairs.spread), len(pairs.tokens)
     half = sum(pairs.apart.lengths[: len(pairs.lengths)])  # tokens of all query + chosen
@@ -57,8 +58,11 @@ def _varlen_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: PackedPairs) -> Tensor
     def both(x: Tensor) -> Tensor:  # (N, heads, Dh) -> (n, heads, Dh)
         return torch.cat([_Move.apply(x, rows, count[: len(rows)], len(rows)) for rows in sides])
 
-    out = _varlen(both(q), both(k), both(v), pairs.apart)
-    return _Move.apply(out, pairs.home, count[: len(pairs.home)], N)  # 0 in the rows of the filling
+    def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = _varlen(both(q), both(k), both(v), pairs.apart)
+        return _Move.apply(out, pairs.home, count[: len(pairs.home)], N)  # 0 in the rows of the filling
+
+    return varlen
 
 
 @cache

@@ -24,8 +24,8 @@ from nanorlhf.models import Policy
 from nanorlhf.packing import Packed, pack, split_by_tokens, to_device
 
 # Tokens a forward pass of the prefill. An H200 needs 20 ms for 4,096 tokens of a 1B model, and the host as long to ask
-# for their 300 kernels: so four times as many. On a CPU no activation of the tiny model may reach 32 MB, from where on
-# glibc asks the system for every tensor's memory, zeroed page by page.
+# for their 300 kernels: so four times as many. On a CPU no activation of the tiny model may reach 32 MB here, from where
+# on glibc asks the system for every tensor's memory, zeroed page by page (in learning it pays all the same: train_sft.py).
 PREFILL_TOKENS = {"cuda": 16384, "cpu": 4096}
 # S is a multiple of it. The GPU's kernel never reads a slot that is empty, and with fewer sizes fewer graphs are
 # captured; on a CPU every slot is read.
@@ -37,8 +37,8 @@ KEPT = 2  # decoders a policy: the rollout's, and the smaller one of the samples
 class KVCache:
     """Keys and values of B sequences of different lengths: (L, B, Hkv, S, Dh) each, token j of a sequence in slot j.
 
-    What one head of one sequence has is one stretch of memory: attention on a CPU is 1.6 times faster than with all
-    heads of a token side by side. Llama-3.2-1B in bf16: 32,768 bytes a slot, 2.4 GB for 128 sequences of 576.
+    What one head of one sequence has is one stretch of memory, as attention on a CPU reads it. Llama-3.2-1B in bf16:
+    32,768 bytes a slot, 2.4 GB for 128 sequences of 576.
     """
 
     def __init__(self, policy: Policy, batch: int, slots: int):

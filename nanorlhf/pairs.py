@@ -6,8 +6,8 @@
 
 Everything but attention works token by token, and behind a causal mask a token of the query sees the query only: its
 hidden states are the same in both sequences, and once is enough. Attention, 2% of Llama-3.2-1B's work at this length,
-must not look from one summary to the other: on a GPU it is given the two sequences apart, [5, 6, 7, 8] and [5, 6, 9],
-elsewhere a mask (nanorlhf/attention.py). Scores and gradients are those of two sequences.
+must not look from one summary to the other: on a GPU in bf16 it is given the two sequences apart, [5, 6, 7, 8] and
+[5, 6, 9], elsewhere a mask (nanorlhf/attention.py). Scores and gradients are those of two sequences.
 
 With one post's numbers: docs/walk.md, station 4.
 """
@@ -25,7 +25,8 @@ from nanorlhf.packing import ROUND_TO, Packed, pack, to_device
 class PackedPairs(Packed):
     """B pairs. `lengths` and `cu_seqlens` are those of query, chosen and rejected together.
 
-    apart: the batch as variable-length attention sees it: B sequences query + chosen, then B query + rejected, n tokens.
+    apart: the batch as variable-length attention sees it: B sequences query + chosen, then B query + rejected, of n
+    tokens in all.
     """
 
     apart: Packed

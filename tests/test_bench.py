@@ -13,7 +13,6 @@ import train_ppo
 import train_sft
 from bench import against, all, body, busy, estimate, ppo_run, rows, scaling, small_run, tables, tiny_run, update
 from bench.shapes import shape_for
-from experiments import seeds
 from experiments.small_model import SHARES
 from nanorlhf.data.encoding import encode_posts
 from nanorlhf.data.tldr import load_posts
@@ -112,12 +111,12 @@ def test_an_sft_step_of_both_sides_moves_the_weights_alike(both_sides):
 
 
 def test_both_ways_of_a_cpu_take_turns_and_the_first_of_each_does_not_count(monkeypatch):
-    monkeypatch.setattr(body.runtime, "MODE", "auto")  # put back at the end
-    modes = []
-    work = body.operations() | {"asked": lambda: modes.append(body.runtime.MODE)}
+    monkeypatch.setattr(body.cpu, "by_hand", body.cpu.by_hand)  # put back at the end
+    by_hand = []
+    work = body.operations() | {"asked": lambda: by_hand.append(body.cpu.by_hand(torch.zeros(1)))}
     monkeypatch.setattr(body, "ROUNDS", 2)
     found = body.seconds(work)
-    assert modes == ["torch", "auto"] * 3
+    assert by_hand == [False, True] * 3
     assert found.keys() == {"rope", "swiglu", "add_rms_norm", "asked"}
     assert not [took for took in found.values() if took.keys() != set(body.WAYS) or min(took.values()) <= 0]
 

@@ -1,7 +1,7 @@
 """Speed costs no exactness: 50 updates of each stage log what they log through the references, to rounding.
 
-The fast paths of a CPU: oneDNN, products in place of fused attention while decoding, the two summaries of a pair in one
-sequence, policy and critic side by side. Those of a GPU run in Triton's interpreter (interpreter/test_training.py).
+The fast paths of a CPU: oneDNN, gradients by hand, the two summaries of a pair in one sequence, policy and critic side
+by side. Those of a GPU run in Triton's interpreter (interpreter/test_training.py).
 """
 
 import pytest

@@ -24,7 +24,8 @@ from nanorlhf.run.config import parse
 
 def test_the_lines_that_are_there_are_not_continued_with_another_base_model(monkeypatch):
     monkeypatch.chdir(frontier.RESULTS.parents[2])
-    with pytest.raises(UserError, match="base model .* is not 55b9458a033d, on which the lines of frontier.jsonl stand"):
+    said = "base model .* is not 55b9458a033d, on which the lines of frontier.jsonl stand"
+    with pytest.raises(UserError, match=said):
         frontier.main(["--only", "mean_minus_std"])
     done = hashlib.sha256((frontier_plan.EMBEDDED / "base" / "model.safetensors").read_bytes()).hexdigest()
     monkeypatch.setattr(frontier, "BASE", done[:12])

@@ -240,13 +240,14 @@ def test_the_path_that_a_run_prints_is_the_path_it_takes(monkeypatch):
     file = importlib.import_module("kernels.linear")
     monkeypatch.setattr(file, "_HAS_ONEDNN", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    by_hand, real = "PyTorch, gradients by hand on the CPU", file.onednn_products
+    by_hand = "PyTorch reference; on the CPU in fp32 gradients by hand"
+    real = file.onednn_products
     monkeypatch.setattr(file, "onednn_products", partial(real, "AVX512", False))
-    assert chosen() == f"{by_hand}, oneDNN for fp32 matrices"
+    assert chosen() == f"{by_hand} and oneDNN's matrices"
     monkeypatch.setattr(file, "onednn_products", partial(real, "AVX512", True))
     assert chosen() == by_hand
     monkeypatch.setattr(file, "onednn_products", partial(real, "AVX2", False))
-    assert chosen() == f"{by_hand}, oneDNN for fp32 matrices, torch for the gradients of weights"
+    assert chosen() == f"{by_hand} and oneDNN's matrices, torch's for the gradients of weights"
     monkeypatch.setattr(runtime, "MODE", "torch")
     assert chosen() == "PyTorch reference"
     monkeypatch.setattr(runtime, "MODE", "auto")

@@ -68,9 +68,9 @@ def test_the_way_of_a_gpu_is_that_of_the_mask(monkeypatch):
     qkv = [torch.randn(N, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
     grad = torch.randn(N, 4, 8, generator=generator, dtype=torch.float64)
     found = []
-    for attend in (attention._varlen_pairs, plain):
+    for attend in (attention._varlen_pairs(pairs), lambda *qkv: plain(*qkv, pairs)):
         leaves = [x.clone().requires_grad_() for x in qkv]
-        out = attend(*leaves, pairs)
+        out = attend(*leaves)
         out.backward(grad)
         found.append([out.detach(), *(leaf.grad for leaf in leaves)])
     for apart, masked in zip(*found, strict=True):

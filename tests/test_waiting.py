@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def machine(monkeypatch, tmp_path):
+def machine(monkeypatch):
     """Of 4 cores, on which `running` processes want one: a number for each look, this process included."""
 
     def pretend(running: list[int]) -> None:
@@ -27,8 +27,9 @@ def machine(monkeypatch, tmp_path):
                 return f"9.75 3.21 1.00 {next(looks)}/613 4711\n"  # what was a minute ago does not count
 
         monkeypatch.setattr(waiting, "LOADAVG", Loadavg)
-        monkeypatch.setattr(waiting.os, "cpu_count", lambda: 4)
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setattr(waiting.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+        for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT"):
+            monkeypatch.delenv(name, raising=False)
 
     return pretend
 
@@ -41,6 +42,7 @@ def machine(monkeypatch, tmp_path):
         ([2] * 5, None, "1000"),  # somebody wants one of the four cores
         ([2] * 5, "3", "30000"),  # and may have it
         ([3] * 5, "3", "1000"),
+        ([2] * 5, "3,1", "30000"),  # a list: threads of threads
         ([], None, "30000"),  # a system that does not say
     ],
 )
@@ -58,8 +60,11 @@ def says() -> bool:
 
 @pytest.mark.skipif(not says(), reason="this system does not say how many processes run")
 def test_a_busy_process_is_seen():
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    program = [sys.executable, "-c", "print(1, flush=True)\nwhile True: pass"]
+    busy = [subprocess.Popen(program, stdout=subprocess.PIPE) for _ in range(2)]
     try:
+        for process in busy:
+            process.stdout.readline()
         assert waiting.others_running(looks=20) >= 1  # of two, one has a core or waits for it at each look
     finally:
         for process in busy:

@@ -1,17 +1,18 @@
 """How long CPU threads wait awake for one another: set before torch is imported, since its OpenMP reads it once.
 
 A layer is shared out to a thread on each core, and who is done waits for the others: awake for so many turns of a loop,
-then asleep. To be woken costs 0.05 to 0.1 ms, as much as the work itself where operations are small: a rollout of the
-tiny model takes 1.45 times as long. But when another process has taken a thread's core, those that wait awake keep
-theirs from being used, and everything takes several times as long. So it depends on whether somebody else wants the
-cores just now; GNU's OpenMP has 300,000 turns always. `python -m bench.busy` measures it, docs/speed.md has figures.
+then asleep. To be woken takes as long as the work itself where operations are small: a rollout of the tiny model takes
+1.5 times as long. But when another process has taken a thread's core, those that wait awake keep theirs from being used,
+and it takes up to 4 times as long. So it depends on whether somebody else wants the cores; GNU's OpenMP has 300,000
+turns always. Decided once, at the start: a run that gets company later keeps its setting, which is why ALONE is no more
+than it takes. Figures and machine: docs/speed.md, by `python -m bench.busy`.
 """
 
 import os
 import time
 from pathlib import Path
 
-ALONE, BESIDE_OTHERS = 30_000, 1_000  # turns of the loop: 0.5 to 1.5 ms, and 0.02 to 0.05 ms
+ALONE, BESIDE_OTHERS = 30_000, 1_000  # turns of the loop, a pause of the processor each
 LOADAVG = Path("/proc/loadavg")  # of Linux: "0.08 0.03 0.01 2/119 6107", the fourth how many run or wait for a core
 
 
@@ -26,6 +27,9 @@ def others_running(looks: int = 5) -> int:
 
 
 def turns() -> str:
-    """What the scripts set GOMP_SPINCOUNT to, unless the environment has a value of its own."""
-    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())
-    return str(ALONE if others_running() + threads <= os.cpu_count() else BESIDE_OTHERS)
+    """What GOMP_SPINCOUNT is to be: what the environment says, else by who runs beside us just now."""
+    if own := os.environ.get("GOMP_SPINCOUNT"):
+        return own
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = int((os.environ.get("OMP_NUM_THREADS") or str(cores)).split(",")[0])  # OpenMP allows a list
+    return str(ALONE if others_running() + threads <= cores else BESIDE_OTHERS)

@@ -57,7 +57,8 @@ def main(cfg: Config) -> None:
             models[stage] = run / "final"
         if stage != HALF:
             embed(stage, run)
-        print(f"{stage} rebuilt in {time.monotonic() - began:.0f} s: {models[stage]}", flush=True)
+        where = models[HALF] if stage == HALF else EMBEDDED / stage
+        print(f"{stage} rebuilt in {time.monotonic() - began:.0f} s: {where}", flush=True)
 
 
 def embed(stage: str, run: Path) -> None:

@@ -113,10 +113,10 @@ def slip_probe(policy: Policy, tokenizer: Tokenizer, posts: int = 64) -> dict[st
         ids = [tokenizer.bos_id, *tokenizer.encode(text + "\n\nEDIT:")]
         for (slot, right), words in zip(true_wordings(facts, rng).items(), before, strict=True):
             wrong = wording(slot, wrong_value(slot, facts, rng), facts, rng)
-            slips = rng.random() < 0.5
-            ids += tokenizer.encode(f"{fill(words, facts)} {wrong if slips else right}")
-            asked.append((slot, slips, len(sequences), len(ids) - 1))
-            if slips:
+            slipped = rng.random() < 0.5
+            ids += tokenizer.encode(f"{fill(words, facts)} {wrong if slipped else right}")
+            asked.append((slot, slipped, len(sequences), len(ids) - 1))
+            if slipped:
                 ids += tokenizer.encode(f" I mean {right}")
         sequences.append(ids)
     mark = tokenizer.encode(" I")[-1]
@@ -124,7 +124,7 @@ def slip_probe(policy: Policy, tokenizer: Tokenizer, posts: int = 64) -> dict[st
     found = {}
     for name in SLOTS:
         after = {
-            kind: torch.stack([logprobs[i][at] for slot, slips, i, at in asked if (slot, slips) == (name, kind)])
+            kind: torch.stack([logprobs[i][at] for slot, slipped, i, at in asked if (slot, slipped) == (name, kind)])
             for kind in (True, False)
         }
         found[f"slip/{name}"] = (after[True][:, None] > after[False]).float().mean().item()
@@ -134,7 +134,8 @@ def slip_probe(policy: Policy, tokenizer: Tokenizer, posts: int = 64) -> dict[st
 def main(cfg: Config) -> None:
     second = cfg.model is not None
     document = slips.document if second else corpus.document
-    steps, peak = cfg.steps or (2000 if second else 3200), cfg.lr or (2e-3 if second else 3e-3)
+    steps = (2000 if second else 3200) if cfg.steps is None else cfg.steps
+    peak = (2e-3 if second else 3e-3) if cfg.lr is None else cfg.lr
     tokenizer = load_tokenizer(Path(__file__).parent)
     facts = [f"slip/{slot}" for slot in SLOTS] if second else [f"probe/{name}" for _, name in PROBE if name]
     run = Run("base", cfg, total_steps=steps, show=["train/loss", *facts])

@@ -18,6 +18,7 @@ In the two kinds in the middle a part of another story may come between the firs
 
 import random
 import re
+from collections.abc import Callable
 
 from nanorlhf.data.tldr import format_query
 from nanorlhf.tiny import corpus
@@ -59,13 +60,14 @@ def thread(index: int, rng: random.Random) -> str:
     return text
 
 
-def retelling(facts: Facts, rng: random.Random, person=str) -> str:
-    """The story in the form of a summary, with slips. `person` turns "my" into "your" where a reader tells it."""
+def retelling(facts: Facts, rng: random.Random, person: Callable[[str], str] = str) -> str:
+    """The story in the form of a summary, with slips. `person` turns "my" into "your" where a reader tells it;
+    str leaves it."""
     template = summary_template(facts, rng, rng.choice(5 * ("full",) + ("no_reaction", "no_question")))
     return capital(fill(person(template), facts, **tell(facts, rng, person)))
 
 
-def tell(facts: Facts, rng: random.Random, person=str) -> dict[str, str]:
+def tell(facts: Facts, rng: random.Random, person: Callable[[str], str] = str) -> dict[str, str]:
     """{slot of a template: the true value, or a wrong one "I mean" the true one}."""
     told = {}
     for slot, right in true_wordings(facts, rng).items():
