@@ -35,7 +35,7 @@ from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.tiny.data import COMPARISONS, ensure_world
 
 # Seconds of the whole demo / seconds of its operations at the rate of learning. 113 s were 9.6 TFLOP at 120 GFLOP/s on
-# 2 cores of an Intel Xeon (Granite Rapids), at 1bf4c8b.
+# 2 cores of an Intel Xeon (model 167), at 1bf4c8b.
 SLOWER = 1.41
 
 
