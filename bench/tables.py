@@ -199,8 +199,10 @@ def quick(folder: Path) -> str:
             beside = results["against"]["results"][-1]
             threads = str(beside["threads"])
             rollout = results["rollout"]["threads"][threads]["transformers"]["over_ours"]
-            parts.append(f"On {threads} CPU cores the tiny rollout is {rollout:.1f} times as quick as transformers, an "
-                         f"update {beside['update']['ratio']:.2f} times")  # fmt: skip
+            commit = found["benches"]["against"]["commit"]
+            parts.append(f"On {threads} cores of an {found['processor']} the tiny rollout "
+                         f"is {rollout:.1f} times as quick as transformers, an update {beside['update']['ratio']:.2f} "
+                         f"times ({commit}); other processors")  # fmt: skip
     return ". ".join(parts) + ": [speed.md](docs/speed.md)"
 
 
