@@ -11,7 +11,7 @@ import torch
 
 import train_ppo
 import train_sft
-from bench import against, all, body, busy, estimate, ppo_run, rows, scaling, small_run, tables, tiny_run, update
+from bench import against, all, busy, estimate, ppo_run, rows, scaling, small_run, tables, tiny_run, update
 from bench.shapes import shape_for
 from experiments.small_model import SHARES
 from nanorlhf.data.encoding import encode_posts
@@ -105,20 +105,6 @@ def test_an_sft_step_of_both_sides_moves_the_weights_alike(both_sides):
     moved, other = ours.student.model.norm.weight - before, theirs.student.model.norm.weight - before
     assert moved.abs().max() > 0
     torch.testing.assert_close(moved, other, atol=0.02 * ours.sft_cfg.lr, rtol=0)
-
-
-# --- gradients by hand
-
-
-def test_both_ways_of_a_cpu_take_turns_and_the_first_of_each_does_not_count(monkeypatch):
-    monkeypatch.setattr(body.cpu, "by_hand", body.cpu.by_hand)  # put back at the end
-    by_hand = []
-    work = body.operations() | {"asked": lambda: by_hand.append(body.cpu.by_hand(torch.zeros(1)))}
-    monkeypatch.setattr(body, "ROUNDS", 2)
-    found = body.seconds(work)
-    assert by_hand == [False, True] * 3
-    assert found.keys() == {"rope", "swiglu", "add_rms_norm", "asked"}
-    assert not [took for took in found.values() if took.keys() != set(body.WAYS) or min(took.values()) <= 0]
 
 
 # --- busy cores

@@ -2,10 +2,10 @@
 
 A layer is shared out to a thread on each core, and who is done waits for the others: awake for so many turns of a loop,
 then asleep. To be woken takes as long as the work itself where operations are small: a rollout of the tiny model takes
-1.5 times as long. But when another process has taken a thread's core, those that wait awake keep theirs from being used,
-and it takes up to 4 times as long. So it depends on whether somebody else wants the cores; GNU's OpenMP has 300,000
-turns always. Decided once, at the start: a run that gets company later keeps its setting, which is why ALONE is no more
-than it takes. Figures and machine: docs/speed.md, by `python -m bench.busy`.
+1.5 times as long. But when another process has taken a thread's core, those that wait awake keep theirs from being
+used, and it takes up to 4 times as long. So it depends on whether somebody else wants the cores; GNU's OpenMP has
+300,000 turns always. Decided once, at the start: a run that gets company later keeps its setting, which is why ALONE is
+no more than it takes. Figures and machine: docs/speed.md, by `python -m bench.busy`.
 """
 
 import os
