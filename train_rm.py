@@ -105,10 +105,10 @@ PRESETS = {
     "paper": {},
     # SmolLM2-135M: lengths as in train_sft.py
     "smollm2": dict(lr=3e-5, max_grad_norm=1.0, max_query_length=544, microbatch_tokens=8192, save_every=100),
-    # The tiny model is a thousand times smaller, its learning rate 300 times larger; the rest are the sizes of
+    # The tiny model is a thousand times smaller, its learning rate 200 times larger; the rest are the sizes of
     # its world. A larger rate loses what the base knows of right and wrong: docs/robustness.md.
-    "tiny": dict(lr=9e-4, max_updates=140, max_grad_norm=1.0, max_query_length=104, microbatch_tokens=8192,
-                 shift_posts=1024, eval_pairs=1024, save_every=70),
+    "tiny": dict(lr=6e-4, max_updates=96, max_grad_norm=1.0, max_query_length=104, microbatch_tokens=8192,
+                 shift_posts=1024, eval_pairs=1024, save_every=48),
 }  # fmt: skip
 
 

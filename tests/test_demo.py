@@ -91,7 +91,7 @@ def changed(path: str, value) -> dict:
     "path, value, bar",
     [
         ("policies.sft.rougeL", 0.419, "SFT ROUGE-L"),
-        ("policies.base.gold", -1.49, "gold score, SFT - base"),
+        ("policies.sft.gold", 3.39, "gold score of SFT"),
         ("reward_model.accuracy", 0.679, "reward model's accuracy"),
         ("policies.ppo.gold", 3.89, "gold score, PPO - SFT"),
         ("win_rates.0.rate", 0.599, "gold win rate, PPO vs SFT"),

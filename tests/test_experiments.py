@@ -14,7 +14,7 @@ from nanorlhf.monitoring.flops import head_flops, trunk_flops
 from nanorlhf.tiny.demo import BARS
 
 GOOD = {
-    "sft_rouge": 0.5, "sft_gold_gain": 9.7, "rm_accuracy": 0.72, "preflight_ratio_error": 0.0,
+    "sft_rouge": 0.5, "gold_sft": 3.6, "rm_accuracy": 0.72, "preflight_ratio_error": 0.0,
     "preflight_kl_error": 0.0, "max_kl": 2.0, "gold_gain": 0.9, "ppo_vs_sft": 0.7, "ppo_vs_sft_low": 0.66,
     "ppo_vs_reference": 0.71, "eos_rate": 0.99,
 }  # fmt: skip
@@ -22,7 +22,7 @@ GOOD = {
 
 def rows(**changes) -> list[dict]:
     """Two results, the second with these values in place of the good ones."""
-    more = {"gold_sft": 3.6, "gold_ppo": 4.5, "words": 15.0, "commit": "abc"}
+    more = {"gold_ppo": 4.5, "words": 15.0, "commit": "abc"}
     first = {"seed": 2, "rounding": "avx2"} | GOOD | more
     return [first, first | {"seed": 1, "rounding": "default"} | changes]
 
@@ -47,6 +47,13 @@ def test_the_table_has_mean_deviation_worst_and_distance_of_every_bar():
 def test_a_result_is_green_when_every_bar_is_passed():
     good, bad = rows(eos_rate=0.9)
     assert seeds.passes(good) and not seeds.passes(bad)
+
+
+def test_older_results_are_held_against_the_bars_that_they_know():
+    older = [{name: value for name, value in row.items() if name != "sft_rouge"} for row in rows(eos_rate=0.9)]
+    assert "SFT ROUGE-L" not in seeds.table(older) and "gold score of SFT" in seeds.table(older)
+    assert seeds.every_result(older).splitlines()[-1].split(" | ")[2] == "-"
+    assert [seeds.passes(row) for row in older] == [True, False]
 
 
 def test_the_figure_is_drawn_from_curves_of_different_lengths():

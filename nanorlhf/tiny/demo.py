@@ -11,6 +11,7 @@ import argparse
 import json
 import operator
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from statistics import median
@@ -24,7 +25,7 @@ STAGES = ("sft", "rm", "ppo", "eval")
 RELATIONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 BARS = (  # (what `measure` calls it, relation, bound, in words)
     ("sft_rouge", ">=", 0.42, "SFT ROUGE-L"),
-    ("sft_gold_gain", ">=", 5.0, "gold score, SFT - base"),
+    ("gold_sft", ">=", 3.4, "gold score of SFT"),
     ("rm_accuracy", ">=", 0.68, "reward model's accuracy on held-out comparisons"),
     ("preflight_ratio_error", "<=", 1e-4, "|ratio - 1| before the first PPO update"),
     ("preflight_kl_error", "<=", 1e-3, "|KL| before the first PPO update"),
@@ -74,7 +75,7 @@ def measure(runs: dict) -> dict[str, float | None]:
     kls = [row["objective/kl"] for row in ppo if "objective/kl" in row]  # None: it was not finite
     return {
         "sft_rouge": policy("sft", "rougeL"),
-        "sft_gold_gain": combine(operator.sub, policy("sft", "gold"), policy("base", "gold")),
+        "gold_sft": policy("sft", "gold"),
         "rm_accuracy": results.get("reward_model", {}).get("accuracy"),
         "preflight_ratio_error": combine(lambda value: abs(value - 1), ppo[0].get("preflight/ratio")),
         "preflight_kl_error": combine(abs, ppo[0].get("preflight/kl")),
@@ -87,10 +88,10 @@ def measure(runs: dict) -> dict[str, float | None]:
     }
 
 
-def judge_bars(values: dict[str, float | None]) -> list[tuple[str, str, str, bool]]:
+def judge_bars(values: dict[str, float | None], bars: Sequence[tuple] = BARS) -> list[tuple[str, str, str, bool]]:
     """(in words, measured, bar, passed) for each bar."""
     rows = []
-    for name, relation, bound, in_words in BARS:
+    for name, relation, bound, in_words in bars:
         value = values[name]
         passed = value is not None and RELATIONS[relation](value, bound)  # a nan passes nothing
         rows.append((in_words, number(value, ".3g"), f"{relation} {bound:g}", passed))

@@ -4,7 +4,7 @@
     python -m nanorlhf.tiny.pretrain --model runs/half/final
 
 Reads nothing else (the documents are made as they are needed); writes runs/base/final. A 0.9 M-parameter Llama reads
-13 M tokens of posts, comments and copy drills (corpus.py), then, from `--model`, 8 M tokens of retellings with slips
+13 M tokens of posts, comments and copy drills (corpus.py), then, from `--model`, 13 M tokens of retellings with slips
 (slips.py): what large models call mid-training. Watch `probe/...`: the share of facts of an unseen post that the model
 copies into a comment (copying appears within a few hundred steps, all at once, and the loss hardly shows it), and
 `slip/...`: how well it tells a wrong fact from a right one, 0.5 by chance and 1 always.
@@ -63,7 +63,7 @@ class Config:
     # -- optimisation
     lr: float | None = None  # peak learning rate, cosine to 0; None: 3e-3 in the first half, 2e-3 in the second
     warmup_steps: int = 100  # optimizer steps
-    steps: int | None = None  # optimizer steps; None: 3200 in the first half, 2000 in the second
+    steps: int = 3200  # optimizer steps, in each half
     batch_tokens: int = 4096  # tokens a step: about 40 documents
 
 
@@ -134,11 +134,10 @@ def slip_probe(policy: Policy, tokenizer: Tokenizer, posts: int = 64) -> dict[st
 def main(cfg: Config) -> None:
     second = cfg.model is not None
     document = slips.document if second else corpus.document
-    steps = (2000 if second else 3200) if cfg.steps is None else cfg.steps
     peak = (2e-3 if second else 3e-3) if cfg.lr is None else cfg.lr
     tokenizer = load_tokenizer(Path(__file__).parent)
     facts = [f"slip/{slot}" for slot in SLOTS] if second else [f"probe/{name}" for _, name in PROBE if name]
-    run = Run("base", cfg, total_steps=steps, show=["train/loss", *facts])
+    run = Run("base", cfg, total_steps=cfg.steps, show=["train/loss", *facts])
     if second:
         policy = load_policy(cfg.model).to(run.device, run.dtype)
     else:
@@ -150,11 +149,11 @@ def main(cfg: Config) -> None:
         policy = Policy(config).to(run.device, run.dtype)
         initialise(policy, seed=cfg.seed)
     optimizer = AdamW([policy], lr=peak, eps=1e-8, beta2=0.98)
-    run.say(f"{parameter_count(policy):,} parameters, {steps * cfg.batch_tokens / 1e6:.1f} M tokens")
+    run.say(f"{parameter_count(policy):,} parameters, {cfg.steps * cfg.batch_tokens / 1e6:.1f} M tokens")
 
     index = SECOND_HALF if second else 0
     with run:
-        for step in range(steps):
+        for step in range(cfg.steps):
             began = time.monotonic()
             sequences, tokens = [], 0
             while tokens < cfg.batch_tokens:
@@ -167,7 +166,7 @@ def main(cfg: Config) -> None:
             loss = linear_cross_entropy(policy.hidden(packed), policy.head_weight, labels, weights)
             loss.backward()
             warmup = min(1.0, (step + 1) / cfg.warmup_steps)
-            lr = peak * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
+            lr = peak * warmup * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
             optimizer.step(lr, max_grad_norm=1.0)
             if (step + 1) % 50 == 0:
                 metrics = {"train/loss": loss, "lr": lr, "perf/tokens_per_s": tokens / (time.monotonic() - began)}
