@@ -100,7 +100,7 @@ class Config:
     # -- optimisation
     lr: float = 1.5e-6  # peak learning rate of the policy, and of the critic [paper: 3e-6 at batch 512]
     critic_lr: float | None = None  # peak learning rate of the critic, on the same schedule [paper: that of the policy]
-    lr_schedule: str = "linear"  # linear, cosine (both to 0) or constant; stepped once an update
+    lr_schedule: str = "linear"  # linear, cosine (both to 0), constant, or wsd: constant, then to 0; once an update
     lr_warmup: int = 0  # first updates of the policy, in which its rate rises to the schedule's [not in the paper]
     max_grad_norm: float | None = None  # clip the gradient's norm [paper: no clipping]
     # -- PPO (Table 7)
@@ -133,9 +133,9 @@ PRESETS = {
     # Sizes of the tiny world, and learning rates for a model a thousand times smaller. The critic starts as the reward
     # model, knows nothing of unfinished summaries, and has one update and a rate of its own to learn it; then one epoch
     # of four small steps is worth four epochs of a large one: docs/robustness.md. Clipping, against single large steps.
-    "tiny": dict(lr=4e-4, lr_warmup=1, critic_lr=1.5e-3, critic_warmup=1, max_grad_norm=1.0, total_episodes=1792,
-                 num_ppo_epochs=1, num_minibatches=4, max_query_length=104, response_length=32, microbatch_tokens=4096,
-                 sample_every=7, save_every=7),
+    "tiny": dict(lr=4e-4, lr_schedule="wsd", lr_warmup=1, critic_lr=1.5e-3, critic_warmup=1, max_grad_norm=1.0,
+                 total_episodes=2048, num_ppo_epochs=1, num_minibatches=4, max_query_length=104, response_length=32,
+                 microbatch_tokens=4096, sample_every=8, save_every=8),
 }  # fmt: skip
 
 

@@ -84,7 +84,7 @@ class Config:
     max_query_length: int = 512  # tokens; longer posts lose their last lines (N+ detail 2)
     # -- optimisation (N+ detail 10)
     lr: float = 3e-6  # peak learning rate
-    lr_schedule: str = "cosine"  # cosine, linear (both to 0) or constant; stepped once an optimizer step
+    lr_schedule: str = "cosine"  # cosine, linear (both to 0), constant, or wsd: constant, then to 0; once a step
     batch_size: int = 64  # pairs an optimizer step
     num_epochs: int = 1  # passes over the comparisons; the last incomplete batch is dropped
     max_updates: int | None = None  # optimizer steps, if fewer

@@ -72,7 +72,7 @@ class Config:
     response_length: int = 53  # tokens sampled in the evaluation, EOS included (N+ detail 4)
     # -- optimisation (N+ detail 9)
     lr: float = 3e-6  # peak learning rate
-    lr_schedule: str = "cosine"  # cosine, linear (both to 0) or constant; stepped once an optimizer step
+    lr_schedule: str = "cosine"  # cosine, linear (both to 0), constant, or wsd: constant, then to 0; once a step
     batch_size: int = 128  # posts an optimizer step
     num_epochs: int = 1  # passes over the posts; the last incomplete batch is dropped
     max_updates: int | None = None  # optimizer steps, if fewer

@@ -66,7 +66,7 @@ class Config:
     # -- optimisation
     beta: float = 0.1  # nats to implicit reward: the weight of the KL in the objective that DPO solves
     lr: float = 1e-6  # peak learning rate [Rafailov et al.: 1e-6, 150 steps of warm-up]
-    lr_schedule: str = "cosine"  # cosine, linear (both to 0) or constant; stepped once an optimizer step
+    lr_schedule: str = "cosine"  # cosine, linear (both to 0), constant, or wsd: constant, then to 0; once a step
     batch_size: int = 64  # pairs an optimizer step
     num_epochs: int = 1  # passes over the comparisons; the last incomplete batch is dropped
     max_updates: int | None = None  # optimizer steps, if fewer

@@ -94,7 +94,7 @@ class Config:
     num_minibatches: int = 4  # optimizer steps an epoch; divides batch_size
     microbatch_tokens: int = 16384  # tokens a forward and backward pass: bounds memory, changes no gradient
     lr: float = 1.5e-6  # peak learning rate
-    lr_schedule: str = "linear"  # linear, cosine (both to 0) or constant; stepped once an update
+    lr_schedule: str = "linear"  # linear, cosine (both to 0), constant, or wsd: constant, then to 0; once an update
     max_grad_norm: float | None = None  # clip the gradient's norm
     # -- logging and saving
     sample_every: int = 50  # updates between tables of samples; 0 for none

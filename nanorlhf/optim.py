@@ -36,7 +36,12 @@ def constant_lr(step: int, total: int, peak: float) -> float:
     return peak
 
 
-SCHEDULES = {"cosine": cosine_lr, "linear": linear_lr, "constant": constant_lr}
+def wsd_lr(step: int, total: int, peak: float) -> float:
+    """Warmup-stable-decay (Hu et al. 2024, MiniCPM), without the warm-up: the peak, and in the last 30% linear to 0."""
+    return peak * min(1.0, (1 - step / total) / 0.3)
+
+
+SCHEDULES = {"cosine": cosine_lr, "linear": linear_lr, "constant": constant_lr, "wsd": wsd_lr}
 
 
 class AdamW:

@@ -8,7 +8,7 @@ from torch import nn
 
 from nanorlhf.errors import NotFinite, UserError
 from nanorlhf.models import ScalarModel
-from nanorlhf.optim import MOMENTS, SCHEDULES, AdamW, constant_lr, cosine_lr, linear_lr
+from nanorlhf.optim import MOMENTS, SCHEDULES, AdamW, constant_lr, cosine_lr, linear_lr, wsd_lr
 from nanorlhf.storage.resume import load_state, save_state
 
 
@@ -43,9 +43,11 @@ def test_golden_linear_schedule():
 
 
 def test_every_schedule_begins_at_the_peak_and_a_constant_one_stays():
-    assert [schedule(0, 10, 3e-6) for schedule in SCHEDULES.values()] == [3e-6] * 3
+    assert [schedule(0, 10, 3e-6) for schedule in SCHEDULES.values()] == [3e-6] * 4
     assert constant_lr(9, 10, 3e-6) == 3e-6
-    assert SCHEDULES == {"cosine": cosine_lr, "linear": linear_lr, "constant": constant_lr}
+    assert SCHEDULES == {"cosine": cosine_lr, "linear": linear_lr, "constant": constant_lr, "wsd": wsd_lr}
+    # the peak for 70% of the steps, then down to 0 by equal parts
+    assert [wsd_lr(step, 10, 3.0) for step in (6, 7, 8, 9)] == pytest.approx([3.0, 3.0, 2.0, 1.0])
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
