@@ -210,8 +210,9 @@ book.table(
         for name, g in every.items()
     ]
     + [["p", *row(p[state, most]), "", "", ""], ["q", *row(q[state, most]), "", "", ""]],
-    note=f"The exact KL of this state is {fixed(exact[state])} nats. Where two tokens hold nearly all of p and q, as here, every gradient "
-    "lies on one line, and a cosine of 1 says little; that over the batch tells.",
+    note=f"The exact KL of this state is {fixed(exact[state])} nats. The first two tokens hold "
+    f"{p[state, most[:2]].sum():.0%} of p and {q[state, most[:2]].sum():.0%} of q. "
+    "The more that is, the nearer does every gradient lie to one line, and the less a cosine of 1 says; that over the batch tells.",
 )
 book.say(
     """So: **in the reward, k1**, as in the paper: the only one with the whole gradient, at the token's own state and at those

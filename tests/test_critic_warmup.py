@@ -72,7 +72,8 @@ def test_the_critics_rate_moves_the_critic_alone(world, models):
 
 
 def test_both_rates_follow_the_schedule(world, models):
-    rows = read_metrics(run("train_ppo", world, f"{models['train_ppo']} --critic_lr 1e-3 --lr_schedule linear --no_preflight"))
+    flags = "--critic_lr 1e-3 --lr_schedule linear --no_preflight"
+    rows = read_metrics(run("train_ppo", world, f"{models['train_ppo']} {flags}"))
     assert [row["critic_lr"] for row in rows] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
 
 

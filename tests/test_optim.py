@@ -46,8 +46,11 @@ def test_every_schedule_begins_at_the_peak_and_a_constant_one_stays():
     assert [schedule(0, 10, 3e-6) for schedule in SCHEDULES.values()] == [3e-6] * 4
     assert constant_lr(9, 10, 3e-6) == 3e-6
     assert SCHEDULES == {"cosine": cosine_lr, "linear": linear_lr, "constant": constant_lr, "wsd": wsd_lr}
-    # the peak for 70% of the steps, then down to 0 by equal parts
-    assert [wsd_lr(step, 10, 3.0) for step in (6, 7, 8, 9)] == pytest.approx([3.0, 3.0, 2.0, 1.0])
+
+
+def test_wsd_stays_at_the_peak_for_70_percent_of_the_steps_and_falls_to_0_by_equal_parts():
+    assert [wsd_lr(step, 10, 3.0) for step in (1, 6, 7, 8, 9, 10)] == pytest.approx([3.0, 3.0, 3.0, 2.0, 1.0, 0.0])
+    assert sum(wsd_lr(step, 16, 1.0) for step in range(16)) == pytest.approx(12 + (4 + 3 + 2 + 1) / 4.8)
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
