@@ -133,7 +133,7 @@ PRESETS = {
     # Sizes of the tiny world, and learning rates for a model a thousand times smaller. The critic starts as the reward
     # model, knows nothing of unfinished summaries, and has one update and a rate of its own to learn it; then one epoch
     # of four small steps is worth four epochs of a large one: docs/robustness.md. Clipping, against single large steps.
-    "tiny": dict(lr=4e-4, lr_schedule="wsd", lr_warmup=1, critic_lr=1.5e-3, critic_warmup=1, max_grad_norm=1.0,
+    "tiny": dict(lr=3e-4, lr_schedule="wsd", lr_warmup=1, critic_lr=1.5e-3, critic_warmup=1, max_grad_norm=1.0,
                  total_episodes=2048, num_ppo_epochs=1, num_minibatches=4, max_query_length=104, response_length=32,
                  microbatch_tokens=4096, sample_every=8, save_every=8),
 }  # fmt: skip
