@@ -56,7 +56,8 @@ def ours(inputs, flags: str, monkeypatch):
     """Run train_ppo.py -> (its config, sampled responses and metrics of each update, policy and critic weights)."""
     line = f"--preset tiny --device cpu --data {inputs.world} --sft_model {inputs.sft} --reward_model {inputs.rm}"
     line += f" --batch_size {BATCH} --max_updates {UPDATES} --response_length {R} --lr {LR} --no_preflight"
-    line += f" --critic_lr None --critic_warmup 0 --lr_warmup 0 --num_minibatches 1 {flags}"  # what the paper has not
+    line += " --critic_lr None --critic_warmup 0 --lr_warmup 0 --lr_schedule linear"  # as the paper has it
+    line += f" --num_minibatches 1 {flags}"
     cfg = parse(train_ppo.Config, train_ppo.PRESETS, train_ppo.__doc__, line.split())
     sample, sampled = train_ppo.generate, []
 
