@@ -35,8 +35,8 @@ from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.tiny.data import COMPARISONS, ensure_world
 
 # Seconds of the whole demo / seconds of its operations at the rate of learning. 113 s were 9.6 TFLOP at 120 GFLOP/s on
-# 2 cores of an Intel Xeon (model 167), at 1bf4c8b; 115 s were 9.7 TFLOP at 112 GFLOP/s, 1.33, on one of Emerald Rapids, at
-# 077ca57.
+# 2 cores of an Intel Xeon (model 167), at 1bf4c8b; on one of Emerald Rapids 115 s were 9.7 TFLOP at 112 GFLOP/s (1.33),
+# at 077ca57.
 SLOWER = 1.41
 
 
