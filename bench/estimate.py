@@ -62,11 +62,12 @@ def demo_flops(policy: Policy, queries: list[list[int]], summaries: list[list[in
     )
     # The evaluation samples from base, SFT and PPO, and scores what they wrote.
     posts = evaluation.PRESETS["tiny"]["num_posts"]
-    read = 6 * trunk_flops(policy.config, sampled) + 3 * head_flops(policy.config, n * ppo.response_length)
+    R, config = ppo.response_length, policy.config
+    read = 3 * trunk_flops(config, sampled, n * R) + 3 * trunk_flops(config, sampled, n) + 3 * head_flops(config, n * R)
     return (
         read * posts / n
         + learning_flops(policy, both) * sft.max_updates * sft.batch_size / n
-        + 3 * trunk_flops(policy.config, [len(pair) for pair in pairs]) * steps * rm.batch_size / n
+        + 3 * trunk_flops(config, [len(pair) for pair in pairs], 2 * n) * steps * rm.batch_size / n
         + one_update * updates * ppo.batch_size / n
     )
 

@@ -80,7 +80,7 @@ def measure(models, work: str, sizes: list[tuple[int, int]], cfg: train_ppo.Conf
 
 
 def flops_of(config, work: str, queries: int, length: int, R: int) -> float:
-    trunk, head = trunk_flops(config, [length + R] * queries), head_flops(config, queries * R)
+    trunk, head = trunk_flops(config, [length + R] * queries, queries * R), head_flops(config, queries * R)
     return trunk + head if work == "rollout" else 3 * (2 * trunk + head)
 
 

@@ -225,7 +225,7 @@ def update_times(shape: Shape, gpus: int, link: float, batch: int = 128, epochs:
     # In every turn the processes wait for the one with the most tokens.
     slowest = sum(max(sum(lengths[i] for i in share[turn]) for share in shares) for turn in range(turns)) / sum(lengths)
     whole = ppo_update_flops(config, lengths, finished, R, epochs)
-    rolling = trunk_flops(config, lengths) + head_flops(config, len(lengths) * R)
+    rolling = trunk_flops(config, lengths, len(lengths) * R) + head_flops(config, len(lengths) * R)
     policy, scalar = weights(shape), weights(shape, ScalarModel)
     optimizer = 7 * 4 * (policy.total + scalar.total) / HBM * epochs / gpus  # reads 4 numbers, writes 3
     compute = (whole - rolling) / FLOPS * slowest + optimizer

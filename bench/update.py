@@ -127,8 +127,8 @@ def ppo_update(shape: Shape, device: torch.device, dtype: torch.dtype, repeats: 
             refill(actor, policy)
         clock.lap()
 
-    trunk, head = trunk_flops(shape.config, lengths), head_flops(shape.config, B * R)
-    read = trunk_flops(shape.config, [len(x) for x in finished])
+    trunk, head = trunk_flops(shape.config, lengths, B * R), head_flops(shape.config, B * R)
+    read = trunk_flops(shape.config, [len(x) for x in finished], B)
     tokens, steps = sum(lengths), cfg.num_ppo_epochs * cfg.num_minibatches
     trained = sum(parameter_count(model) for model in (policy, critic))
     element, c = actor.head_weight.element_size(), shape.config
@@ -156,11 +156,13 @@ def training_step(stage: str, shape: Shape, device, dtype: torch.dtype, repeats:
     if stage == "sft":
         model = random_model(Policy, shape.config, device, dtype, "masters")
         batch = shape.with_summaries(cfg.batch_size)
-        lengths, rows = [len(s) for s in batch], sum(len(s) for s in batch)
+        lengths = [len(s) for s in batch]
+        read = rows = sum(lengths)  # by the head, and in all
     else:
         model = random_model(ScalarModel, shape.config, device, dtype, "masters", bias=False)
         batch = shape.pairs(cfg.batch_size)
-        lengths, rows = [sum(map(len, pair)) for pair in batch], 0  # the query once
+        lengths = [sum(map(len, pair)) for pair in batch]  # the query once
+        read, rows = 2 * len(batch), 0
     optimizer = AdamW([model], lr=cfg.lr)
     clock = Clock(device)
     for _ in range(repeats + 1):
@@ -169,7 +171,7 @@ def training_step(stage: str, shape: Shape, device, dtype: torch.dtype, repeats:
         with clock("optimizer"):
             optimizer.step(cfg.lr, cfg.max_grad_norm)
         clock.lap()
-    flops = 3 * (trunk_flops(shape.config, lengths) + head_flops(shape.config, rows))
+    flops = 3 * (trunk_flops(shape.config, lengths, read) + head_flops(shape.config, rows))
     work = {"learn": {"tokens": sum(lengths), "flops": flops},
             "optimizer": {"bytes": parameter_count(model) * adam_bytes(dtype)}}  # fmt: skip
     return clock, work

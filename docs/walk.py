@@ -184,7 +184,8 @@ book.question(
 # Sequences of different lengths are put one after the other into a single row: no padding, so no padding bugs.
 # Positions restart at 0, and `cu_seqlens` tells attention where it may not look across [detail 5: the paper pads
 # instead; the results are the same]. What must be right here is the shift by one: the hidden state that *predicts*
-# response token t is that of the token before it.
+# response token t is that of the token before it. Nobody reads the others, so behind the attention of the last layer
+# only these rows go on.
 #
 # *Our response* is what the policy will write in station 5; it is here already to show where its tokens stand.
 

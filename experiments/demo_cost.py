@@ -47,9 +47,10 @@ class World(NamedTuple):
     summaries: list[int]
     chosen: list[tuple[int, int, int]]  # (query, chosen, rejected)
 
-    def trunk(self, lengths: list[int], number: int) -> float:
-        """A forward pass over `number` sequences of lengths like these."""
-        return trunk_flops(self.model, lengths) * number / len(lengths)
+    def trunk(self, lengths: list[int], number: int, read: int | None = None) -> float:
+        """A forward pass over `number` sequences of lengths like these, of each of which `read` tokens are read (all)."""
+        read = None if read is None else read * len(lengths)
+        return trunk_flops(self.model, lengths, read) * number / len(lengths)
 
     def with_summaries(self) -> list[int]:
         return [q + s for q, s in zip(self.queries, self.summaries, strict=True)]
@@ -76,7 +77,7 @@ def sft_flops(cfg: train_sft.Config, w: World) -> float:
     def read(number: int) -> float:  # trunk and head at every token
         return w.trunk(sequences, number) + head_flops(w.model, number * sum(sequences) // len(sequences))
 
-    written = w.trunk(w.with_responses(cfg.response_length), cfg.eval_posts)
+    written = w.trunk(w.with_responses(cfg.response_length), cfg.eval_posts, cfg.response_length)
     written += head_flops(w.model, cfg.eval_posts * cfg.response_length)
     return 3 * read(steps * cfg.batch_size) + read(cfg.eval_posts) + written
 
@@ -84,10 +85,10 @@ def sft_flops(cfg: train_sft.Config, w: World) -> float:
 def rm_flops(cfg: train_rm.Config, w: World) -> float:
     """Training, the query of a pair being read once; the shift; accuracy on held-out pairs."""
     steps = min(cfg.max_updates or w.pairs, w.pairs // cfg.batch_size)
-    shift = w.trunk(w.with_summaries(), min(cfg.shift_posts, w.posts))
+    shift = w.trunk(w.with_summaries(), min(cfg.shift_posts, w.posts), 1)
     alone = [q + c for q, c, _ in w.chosen] + [q + r for q, _, r in w.chosen]
-    held_out = w.trunk(alone, 2 * min(cfg.eval_pairs, w.held_out_pairs))
-    return 3 * w.trunk([sum(three) for three in w.chosen], steps * cfg.batch_size) + shift + held_out
+    held_out = w.trunk(alone, 2 * min(cfg.eval_pairs, w.held_out_pairs), 1)
+    return 3 * w.trunk([sum(three) for three in w.chosen], steps * cfg.batch_size, 2) + shift + held_out
 
 
 def ppo_flops(cfg: train_ppo.Config, w: World) -> float:
@@ -108,14 +109,15 @@ def eval_flops(cfg: evaluation.Config, w: World, policies: int = 3) -> float:
     responses, sequences, R = w.with_responses(cfg.response_length), w.with_summaries(), cfg.response_length
 
     def write(number: int) -> float:
-        return w.trunk(responses, number) + head_flops(w.model, number * R)
+        return w.trunk(responses, number, R) + head_flops(w.model, number * R)
 
-    loss = w.trunk(sequences, cfg.num_posts) + head_flops(w.model, cfg.num_posts * sum(w.summaries) // len(w.summaries))
+    summary = sum(w.summaries) // len(w.summaries)
+    loss = w.trunk(sequences, cfg.num_posts, summary) + head_flops(w.model, cfg.num_posts * summary)
     each = write(cfg.num_posts) + loss + write(cfg.diversity_samples * cfg.diversity_posts)
     exact_kl = write(cfg.diversity_posts) + 2 * write(cfg.diversity_posts)  # sampled, then read by both
     alone = [q + c for q, c, _ in w.chosen] + [q + r for q, _, r in w.chosen]
-    scores = w.trunk(sequences, (policies + 1) * cfg.num_posts)
-    scores += w.trunk(alone, 2 * min(cfg.num_comparisons, w.held_out_pairs))
+    scores = w.trunk(sequences, (policies + 1) * cfg.num_posts, 1)
+    scores += w.trunk(alone, 2 * min(cfg.num_comparisons, w.held_out_pairs), 1)
     return policies * each + (policies - 1) * exact_kl + scores
 
 

@@ -21,28 +21,25 @@ Rounding the logits to bf16 first, as a plain matmul does, puts an error of 0.03
 """
 
 import platform
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import runtime
-from kernels.runtime import wide
+from kernels.runtime import INTEL, wide
 
 _HAS_ONEDNN = (
     platform.machine() in ("x86_64", "AMD64")  # where it was measured
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
-_CPUINFO = Path("/proc/cpuinfo")  # of Linux; on Windows platform.processor() ends in the maker's name
-_INTEL = "GenuineIntel" in (_CPUINFO.read_text(encoding="utf-8") if _CPUINFO.exists() else platform.processor())
 # Vectors of the processor (torch's word for them), and whether Intel made it -> products that go to oneDNN.
 _ONEDNN_PRODUCTS = {("AVX512", False): ("y", "dx", "dw"), ("AVX512", True): ()}
 _VECTORS = torch.backends.cpu.get_cpu_capability()
 
 
-def onednn_products(vectors: str = _VECTORS, intel: bool = _INTEL) -> tuple[str, ...]:
+def onednn_products(vectors: str = _VECTORS, intel: bool = INTEL) -> tuple[str, ...]:
     """Which of y, dx and dw oneDNN computes here: a function of the processor alone."""
     return _ONEDNN_PRODUCTS.get((vectors, intel), ("y", "dx")) if _HAS_ONEDNN else ()
 

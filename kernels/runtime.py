@@ -11,6 +11,8 @@ they are tested without a GPU. Both variables are read once, when this file is i
 
 import math
 import os
+import platform
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -33,6 +35,11 @@ except ImportError:  # macOS, or a CPU build of torch: the references do the wor
 MODE = os.environ.get("NANORLHF_KERNELS", "auto")
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 CHECK_LABELS = os.environ.get("NANORLHF_CHECK_LABELS") == "1"  # on CUDA too, where it waits for the device
+
+# Whether Intel made the processor: MKL, torch's library for matrices, is at home there only. On Linux /proc/cpuinfo has
+# the maker's name, on Windows platform.processor() ends in it.
+_CPUINFO = Path("/proc/cpuinfo")
+INTEL = "GenuineIntel" in (_CPUINFO.read_text(encoding="utf-8") if _CPUINFO.exists() else platform.processor())
 
 CHUNK_ELEMENTS = 2**28  # logits at a time: 1 GB in fp32, 2,093 rows of Llama 3's vocabulary
 

@@ -138,8 +138,8 @@ class Decoder:
         hidden = []
         for group in split_by_tokens(lengths, PREFILL_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]):
             packed = pack([queries[i] for i in group], device=self.device)
-            states = policy.model(packed.tokens, packed.positions, self.cache.prefill(packed, first=group[0]))
-            hidden.append(states[packed.last_rows()])
+            attend = self.cache.prefill(packed, first=group[0])
+            hidden.append(policy.model(packed.tokens, packed.positions, attend, packed.last_rows()))
         self.positions.copy_(to_device(torch.tensor(lengths), self.device))  # of the first response token
         return torch.cat(hidden)
 

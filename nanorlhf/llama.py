@@ -10,6 +10,8 @@ blocks hand on the stream and the update that the last sublayer has made and nob
 
 N packed tokens go in (nanorlhf/packing.py) and (N, D) comes out, never (N, V): the language-model head is 27% of a
 forward pass at a vocabulary of 128,256, and PPO reads it at the response tokens only, so the head lives in models.py.
+What nobody reads behind the last layer need not be computed in it either: after its attention, which is the last to
+look at other tokens, the rows that are read go on alone.
 
 Parameter names are Hugging Face's, except that q, k, v and gate, up are one matrix each (one matmul instead of three
 and of two); nanorlhf/storage/checkpoint.py merges and splits them on the way in and out.
@@ -111,11 +113,12 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, sum(config.qkv_sizes))
         self.o_proj = Linear(config.qkv_sizes[0], config.hidden_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:  # (N, D) -> (N, D)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, read: Tensor | None) -> Tensor:
+        """(N, D) -> (N, D), or of the rows `read` alone, (n, D)."""
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.config.head_dim))  # (N, H + 2 Hkv, Dh)
         q, k, v = rope(qkv, cos, sin, self.config.num_key_value_heads)  # (N, H, Dh), (N, Hkv, Dh) twice
-        out = attend(self.layer, q, k, v)  # (N, H, Dh)
-        return self.o_proj(out.flatten(1))
+        out = attend(self.layer, q, k, v).flatten(1)  # (N, H*Dh)
+        return self.o_proj(_rows(out, read))
 
 
 class MLP(nn.Module):
@@ -136,11 +139,19 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, update: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend):
-        """x (N, D), and the update of the block before, (N, D) or None -> x, and the update of this one."""
+    def forward(
+        self, x: Tensor, update: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend, read: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x (N, D), and the update of the block before, (N, D) or None -> x, and the update of this one; of the rows
+        `read` (n,) alone where they are given, (n, D)."""
         normed, x = self.input_layernorm(x, update)
-        normed, x = self.post_attention_layernorm(x, self.self_attn(normed, cos, sin, attend))
+        attended = self.self_attn(normed, cos, sin, attend, read)
+        normed, x = self.post_attention_layernorm(_rows(x, read), attended)
         return x, self.mlp(normed)
+
+
+def _rows(x: Tensor, read: Tensor | None) -> Tensor:
+    return x if read is None else x.index_select(0, read)
 
 
 class Llama(nn.Module):
@@ -162,11 +173,12 @@ class Llama(nn.Module):
             self._frequencies[device] = rope_frequencies(self.config).to(device)
         return self._frequencies[device]
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, read: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm.
 
-        args: tokens (N,) int64; positions (N,) int64; attend: how a token sees others (attention.causal, or a KV cache)
-        -> (N, D) in the dtype of the weights
+        args: tokens (N,) int64; positions (N,) int64; attend: how a token sees others (attention.causal, or a KV
+        cache); read (n,) int64: the rows that the caller reads, all of them if None
+        -> (N, D), or those rows (n, D), in the dtype of the weights
         """
         angles = positions[:, None].float() * self.frequencies(positions.device)  # (N, Dh/2)
         cos, sin = angles.cos(), angles.sin()  # (N, Dh/2), fp32: bf16 cannot hold position 300
@@ -174,7 +186,7 @@ class Llama(nn.Module):
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
             block = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False) if recompute else layer
-            x, update = block(x, update, cos, sin, attend)
+            x, update = block(x, update, cos, sin, attend, read if layer is self.layers[-1] else None)
         return self.norm(x, update)[0]
 
 

@@ -36,9 +36,9 @@ class Policy(nn.Module):
     def head_weight(self) -> Tensor:  # (V, D)
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def hidden(self, packed: Packed) -> Tensor:
-        """Hidden states of a packed batch, (N, D)."""
-        return self.model(packed.tokens, packed.positions, causal(packed))
+    def hidden(self, packed: Packed, read: Tensor | None = None) -> Tensor:
+        """Hidden states of a packed batch, (N, D), or of its rows `read` (n,) alone, (n, D)."""
+        return self.model(packed.tokens, packed.positions, causal(packed), read)
 
     def cross_entropy(self, packed: Packed, labels: Tensor, weights: Tensor) -> Tensor:
         """Sum of weights * -log p(label), (): next-token loss, fused with the head. labels (N,) int64; weights (N,)"""
@@ -58,8 +58,8 @@ class Policy(nn.Module):
         return logprobs.view_as(responses), entropy.view_as(responses)
 
     def response_hidden(self, packed: Packed, response_length: int) -> Tensor:
-        """Hidden states before each response token, (B*R, D): the head runs only where it is read."""
-        return self.hidden(packed)[packed.response_rows(response_length).flatten()]
+        """Hidden states before each response token, (B*R, D): head and last layer run only where they are read."""
+        return self.hidden(packed, packed.response_rows(response_length).flatten())
 
     def response_ppo_loss(
         self, packed: Packed, responses: Tensor, logprobs: Tensor, advantages: Tensor, weights: Tensor,
@@ -115,13 +115,13 @@ class ScalarModel(nn.Module):
 
     def last_scores(self, packed: Packed) -> Tensor:
         """The score of each sequence, read at its last token, (B,) fp32 (N+ detail 12: the token is EOS)."""
-        hidden = self.model(packed.tokens, packed.positions, causal(packed))
-        return self._head(hidden[packed.last_rows()])
+        return self._head(self.model(packed.tokens, packed.positions, causal(packed), packed.last_rows()))
 
     def response_values(self, packed: Packed, response_length: int) -> Tensor:
         """V of the state before each response token, (B, R) fp32, for sequences that end in R response tokens."""
-        hidden = self.model(packed.tokens, packed.positions, causal(packed))
-        return self._head(hidden[packed.response_rows(response_length)])
+        rows = packed.response_rows(response_length)  # (B, R)
+        hidden = self.model(packed.tokens, packed.positions, causal(packed), rows.flatten())  # (B*R, D)
+        return self._head(hidden).view(rows.shape)
 
     def _head(self, hidden: Tensor) -> Tensor:  # (..., D) -> (...), in fp32: a bf16 score moves in steps of 1/32
         return self.score(hidden.float())[..., 0] - self.score_shift

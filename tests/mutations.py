@@ -77,6 +77,10 @@ MUTATIONS = [
       "test_decoder.py::test_the_decoding_loop_reads_no_number_on_the_host"),
     M("positions_run_on", "T19", PACKING, "[torch.arange(length) for length in (*lengths, filling)]",
       "[torch.arange(sum(lengths) + filling)]", "test_packing.py::test_a_packed_batch_by_hand"),
+    M("residual_of_other_rows", "rows read", LLAMA, "_rows(x, read), attended", "x[: len(attended)], attended",
+      "test_llama.py::test_rows_that_are_read_alone_have_the_states_and_gradients_of_all_rows"),
+    M("last_layer_runs_everywhere", "rows read", LLAMA, "return self.o_proj(_rows(out, read))",
+      "return _rows(self.o_proj(out), read)", "test_flops.py::test_the_last_layer_runs_where_it_is_read"),
     M("head_before_the_norm", "T21", LLAMA, "return self.norm(x, update)[0]", "return x + update", UPDATE),
 
     # --- rollout (detail 23.1)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 
 import pytest
 import torch
@@ -183,7 +184,9 @@ def test_in_bf16_the_sampler_is_off_the_training_forward_by_rounding_only(make_p
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 8), (5, 23, 4, 2, 16), (3, 40, 8, 1, 32), (2, 17, 3, 3, 8)], ids=str)
-def test_attention_on_a_cpu_is_the_reference(sizes):
+@pytest.mark.parametrize("maker", ["Intel", "another"])
+def test_attention_on_a_cpu_is_the_reference(monkeypatch, sizes, maker):
+    monkeypatch.setattr(sys.modules["kernels.decode_attention"], "INTEL", maker == "Intel")
     B, S, H, Hkv, Dh = sizes
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(B, H, Dh, generator=generator)

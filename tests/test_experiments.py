@@ -121,14 +121,14 @@ def small() -> demo_cost.World:
 def test_a_step_of_sft_and_of_the_reward_model_by_hand():
     """trunk_flops and head_flops are held against torch's own count in test_flops.py."""
     w = small()
-    trunk = lambda length, n: trunk_flops(w.model, [length] * n)  # noqa: E731
+    trunk = lambda length, n, *read: trunk_flops(w.model, [length] * n, *read)  # noqa: E731
     sft = demo_cost.sft_flops(train_sft.Config(batch_size=4, max_updates=1, eval_posts=0), w)
     assert sft == pytest.approx(3 * (trunk(30, 4) + head_flops(w.model, 4 * 30)))
     evaluated = demo_cost.sft_flops(train_sft.Config(batch_size=4, max_updates=1, eval_posts=2, response_length=12), w)
-    read, written = trunk(30, 2) + head_flops(w.model, 60), trunk(32, 2) + head_flops(w.model, 24)
+    read, written = trunk(30, 2) + head_flops(w.model, 60), trunk(32, 2, 24) + head_flops(w.model, 24)
     assert evaluated - sft == pytest.approx(read + written)
     rm = demo_cost.rm_flops(train_rm.Config(batch_size=4, shift_posts=3, eval_pairs=2), w)  # 8 pairs: 2 steps
-    assert rm == pytest.approx(3 * trunk(38, 8) + trunk(30, 3) + trunk(30, 2) + trunk(28, 2))
+    assert rm == pytest.approx(3 * trunk(38, 8, 16) + trunk(30, 3, 3) + trunk(30, 2, 2) + trunk(28, 2, 2))
 
 
 def test_a_warm_up_and_fewer_epochs_cost_less():

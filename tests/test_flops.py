@@ -39,11 +39,25 @@ def test_matrices_are_what_pytorch_counts(make_policy, make_sequences, monkeypat
     assert flops.trunk_flops(policy.config, [7, 12]) - attention == counted > 0
 
 
+@pytest.mark.parametrize("read", [[18], [6, 18], list(range(19))], ids=len)
+def test_the_last_layer_runs_where_it_is_read(make_policy, make_sequences, monkeypatch, read):
+    monkeypatch.setattr(runtime, "MODE", "torch")
+    policy = make_policy()
+    packed = pack(make_sequences([7, 12]), round_to=1)
+    with FlopCounterMode(display=False) as counter:
+        policy.hidden(packed, torch.tensor(read)).sum().backward()
+    counted = sum(count for name, count in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
+    attention = 2 * 4 * 4 * 8 * (7 * 8 // 2 + 12 * 13 // 2)
+    assert 3 * (flops.trunk_flops(policy.config, [7, 12], len(read)) - attention) == counted  # the backward pass as well
+    assert flops.trunk_flops(policy.config, [7, 12], 19) == flops.trunk_flops(policy.config, [7, 12])
+
+
 def test_an_update_by_hand():
-    trunk, head = flops.trunk_flops(LLAMA_1B, [403] * 128), flops.head_flops(LLAMA_1B, 128 * 53)
+    trunk, head = flops.trunk_flops(LLAMA_1B, [403] * 128, 128 * 53), flops.head_flops(LLAMA_1B, 128 * 53)
+    read = flops.trunk_flops(LLAMA_1B, [403] * 128, 128)  # by the reward model
     total = flops.ppo_update_flops(LLAMA_1B, [403] * 128, [403] * 128, 53, epochs=4)
-    assert total == pytest.approx(trunk * (1 + 4 + 24) + head * (1 + 2 + 12))
-    assert 4 * 3 * (2 * trunk + head) == pytest.approx(2.49e15, rel=0.01)  # the learning phase alone
+    assert total == pytest.approx(read + trunk * (1 + 3 + 24) + head * (1 + 2 + 12))
+    assert 4 * 3 * (2 * trunk + head) == pytest.approx(2.36e15, rel=0.01)  # the learning phase alone
     of_critic = flops.ppo_update_flops(LLAMA_1B, [403] * 128, [403] * 128, 53, epochs=4, warming=True)
     assert total - of_critic == pytest.approx(4 * 3 * (trunk + head))  # the policy does not learn
 

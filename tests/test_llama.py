@@ -122,6 +122,26 @@ def test_gradients_of_every_parameter_equal_those_of_transformers(pair, sequence
     policy.zero_grad()
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("read", [[5], [40, 3, 3 + LENGTHS[0]], "all"], ids=str)
+def test_rows_that_are_read_alone_have_the_states_and_gradients_of_all_rows(
+    make_policy, make_sequences, read, recompute
+):
+    policy = make_policy()
+    policy.model.activation_checkpointing = recompute
+    packed = pack(make_sequences(LENGTHS))
+    read = torch.arange(len(packed.tokens)) if read == "all" else torch.tensor(read)
+    alone, all_rows = policy.hidden(packed, read), policy.hidden(packed)
+    assert_relative(alone, all_rows[read], 1e-5)
+
+    towards = torch.randn(alone.shape, generator=torch.Generator().manual_seed(1))
+    parameters = list(policy.model.parameters())
+    found, expected = (torch.autograd.grad((x * towards).sum(), parameters) for x in (alone, all_rows[read]))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.any()
+        assert_relative(ours, theirs, 1e-5)
+
+
 def test_a_sequence_of_one_token_has_the_logits_of_transformers(pair):
     oracle, policy = pair
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """Model FLOPs, and how much of a GPU's peak a PPO update uses (MFU, as in PaLM, Chowdhery et al. 2022, appendix B).
 
 Only what the mathematics needs is counted: a multiplication and an addition are 2 FLOPs, attention is causal, the
-language-model head runs where its output is read, a backward pass is twice a forward one. Recomputed activations and
-padding, had we any, would not count: they lower the MFU, as they should.
+language-model head runs where its output is read, and so does the last layer behind its attention; a backward pass is
+twice a forward one. Recomputed activations and padding, had we any, would not count: they lower the MFU, as they should.
 """
 
 import torch
@@ -12,12 +12,14 @@ from nanorlhf.llama import LlamaConfig
 PEAK = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12}  # FLOP/s in bf16, dense, NVIDIA's data sheets
 
 
-def trunk_flops(config: LlamaConfig, lengths: list[int]) -> float:
-    """One forward pass of the trunk over sequences of these lengths."""
+def trunk_flops(config: LlamaConfig, lengths: list[int], read: int | None = None) -> float:
+    """One forward pass of the trunk over sequences of these lengths, of whose tokens `read` are read afterwards (all)."""
     D, H, Dh = config.hidden_size, config.num_attention_heads, config.head_dim
-    weights = D * sum(config.qkv_sizes) + H * Dh * D + 3 * D * config.intermediate_size  # of one layer
+    behind = H * Dh * D + 3 * D * config.intermediate_size  # weights of a layer behind its attention
+    weights = D * sum(config.qkv_sizes) + behind
     seen = sum(length * (length + 1) // 2 for length in lengths)  # keys, summed over queries
-    return config.num_hidden_layers * (2.0 * weights * sum(lengths) + 4.0 * H * Dh * seen)
+    unread = 0 if read is None else sum(lengths) - read
+    return config.num_hidden_layers * (2.0 * weights * sum(lengths) + 4.0 * H * Dh * seen) - 2.0 * behind * unread
 
 
 def head_flops(config: LlamaConfig, rows: int) -> float:
@@ -34,10 +36,11 @@ def ppo_update_flops(
     args: lengths: tokens of each query with its R response tokens; finished: the same up to EOS, which is what the
     reward model reads; warming: only the critic learns
     """
-    trunk, head = trunk_flops(config, lengths), head_flops(config, len(lengths) * response_length)
+    read = len(lengths) * response_length
+    trunk, head = trunk_flops(config, lengths, read), head_flops(config, read)
     rollout = trunk + head  # prefill and decoding: each token once
     score = 3 * trunk + 2 * head  # policy, reference, critic
-    score += reward_models * trunk_flops(config, finished)
+    score += reward_models * trunk_flops(config, finished, len(finished))
     learned = trunk if warming else 2 * trunk + head  # the critic, or policy and critic
     learn = 3 * epochs * learned  # forward and twice that backward
     return rollout + score + learn
