@@ -52,6 +52,7 @@ from nanorlhf.packing import split_by_tokens
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate
 from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.run.memory import keep_freed_memory
 from nanorlhf.run.streams import as_command
 from nanorlhf.storage.checkpoint import load_policy, load_scalar
 from nanorlhf.tiny.data import ensure_world
@@ -265,6 +266,7 @@ def main() -> None:
     parser.add_argument("--beside", choices=["transformers", "bf16"], default="transformers", help="what takes turns")
     parser.add_argument("--work", nargs="+", choices=WORK, default=WORK, help="only these")
     args = parser.parse_args()
+    keep_freed_memory()  # as our runs do; transformers gains as much
     preset = "tiny" if args.sft_model == TINY_SFT else "smollm2"
     changes = {"num_ppo_epochs": 4, "num_minibatches": 1, "batch_size": args.batch_size}  # an update as in the paper
     changes |= {"max_query_length": args.max_query_length} if args.max_query_length else {}

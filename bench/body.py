@@ -30,6 +30,7 @@ from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.models import reward_model_from
 from nanorlhf.packing import pack
 from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.run.memory import keep_freed_memory
 from nanorlhf.run.streams import as_command
 from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.tiny.data import ensure_world
@@ -100,6 +101,7 @@ def seconds(work: dict[str, Callable[[], None]]) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
+    keep_freed_memory()  # as every run does
     rows = []
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}\n")
     print("| threads | what | references, ms | by hand, ms | ratio |\n|---|---|---|---|---|")

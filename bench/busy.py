@@ -27,6 +27,7 @@ from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.errors import check
 from nanorlhf.rollout import generate
 from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.run.memory import keep_freed_memory
 from nanorlhf.run.streams import as_command
 from nanorlhf.run.waiting import ALONE, BESIDE_OTHERS
 from nanorlhf.storage.checkpoint import load_policy
@@ -38,6 +39,7 @@ BUSY = [sys.executable, "-c", "while True: pass"]
 
 def work(passes: int = 8) -> dict[str, float]:
     """Median seconds of a pass after the first: learning from a batch, and sampling for it."""
+    keep_freed_memory()  # as every run does
     policy, tokenizer = load_policy(EMBEDDED / "sft"), load_tokenizer(EMBEDDED / "sft")
     cfg = train_sft.Config(**train_sft.PRESETS["tiny"])
     posts = load_posts(ensure_world("data/tiny"), "train")[: cfg.batch_size]

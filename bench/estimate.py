@@ -30,6 +30,7 @@ from nanorlhf.data.tokenizer import load_tokenizer
 from nanorlhf.models import Policy
 from nanorlhf.monitoring.flops import head_flops, ppo_update_flops, trunk_flops
 from nanorlhf.run.inputs import EMBEDDED
+from nanorlhf.run.memory import keep_freed_memory
 from nanorlhf.run.streams import as_command
 from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.tiny.data import COMPARISONS, ensure_world
@@ -91,6 +92,7 @@ def minutes(seconds: float) -> str:
 
 
 def main() -> None:
+    keep_freed_memory()  # as every run does
     tokenizer, policy = load_tokenizer(EMBEDDED / "sft"), load_policy(EMBEDDED / "sft")
     posts = load_posts(ensure_world("data/tiny"), "train")[:64]
     queries, summaries = (

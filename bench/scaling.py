@@ -30,6 +30,7 @@ from nanorlhf.monitoring.flops import head_flops, trunk_flops
 from nanorlhf.packing import split_by_tokens
 from nanorlhf.ppo import Experience
 from nanorlhf.rollout import generate
+from nanorlhf.run.memory import keep_freed_memory
 from nanorlhf.run.streams import as_command
 
 BATCHES, LENGTHS = (16, 32, 64, 128, 256), (64, 128, 256, 512, 1024)
@@ -116,6 +117,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=len(BATCHES), help="of each line, from the smallest on")
     parser.add_argument("--out", type=Path, default=Path("docs/scaling.png"))
     args = parser.parse_args()
+    keep_freed_memory()  # as every run does
     if not 2 <= args.points <= len(BATCHES) or args.repeats < 1:
         parser.error(f"got --points {args.points} --repeats {args.repeats}, expected 2 to {len(BATCHES)} and 1 or more")
     shape = shape_for("cpu")

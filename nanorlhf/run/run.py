@@ -38,6 +38,7 @@ from nanorlhf.errors import NotFinite, Stopped, UserError, check, signal_name
 from nanorlhf.optim import AdamW, not_finite
 from nanorlhf.run.console import Console
 from nanorlhf.run.device import device_name, make_deterministic, pick_device, pick_dtype, seed_everything
+from nanorlhf.run.memory import keep_freed_memory
 from nanorlhf.run.run_folder import changes, clear, lock, may_use, record_of, resume_command
 from nanorlhf.run.signals import Signals
 from nanorlhf.run.trackers import Trackers
@@ -96,6 +97,8 @@ class Run:
         self.console = Console(unit, total_steps, show)
         self.device = pick_device(cfg.device)
         self.dtype = pick_dtype(cfg.dtype, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         deterministic = getattr(cfg, "deterministic", False)
         if deterministic:
             make_deterministic(self.device, kernels, self.dtype)
