@@ -1,7 +1,7 @@
 """How long will `make demo` take here? One second of the demo's own work is timed, the rest is counted.
 
     python -m bench.estimate
-    this machine learns at 120 GFLOP/s on 2 threads, and the demo is 9.6 TFLOP: about 2 minutes
+    this machine learns at 108 GFLOP/s on 2 threads, and the demo is 8.4 TFLOP: about 2 minutes
 
 The second is forward and backward passes of the SFT model over a batch of tiny posts, as train_sft.py makes them, so
 the rate has matmuls, attention and elementwise work in it, and whatever else keeps the cores busy just now. The
@@ -35,10 +35,9 @@ from nanorlhf.run.streams import as_command
 from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.tiny.data import COMPARISONS, ensure_world
 
-# Seconds of the whole demo / seconds of its operations at the rate of learning. 113 s were 9.6 TFLOP at 120 GFLOP/s on
-# 2 cores of an Intel Xeon (model 167), at 1bf4c8b; on one of Emerald Rapids 115 s were 9.7 TFLOP at 112 GFLOP/s (1.33),
-# at 077ca57.
-SLOWER = 1.41
+# Seconds of the whole demo / seconds of its operations at the rate of learning: 127 s were 8.4 TFLOP at 104 to 112
+# GFLOP/s on 2 cores of an AMD EPYC (Zen 4), at d6dd8a6; 126 s with its AVX2 alone.
+SLOWER = 1.6
 
 
 def learning_flops(policy: Policy, sequences: list[list[int]]) -> float:

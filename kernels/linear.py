@@ -6,13 +6,15 @@ dW = dy^T x. GFLOP/s of one core at (4096, 128) x (704, 128), MKL and oneDNN (`p
 
     vectors               y           dx          dW
     AVX-512, Zen 5     98   227    94   212    99   198    MKL uses AVX-512 on Intel's processors only
+    AVX-512, Zen 4     91   102    85   108    94    97    over all shapes oneDNN: y 1.16, dx 1.25, dW 1.04 times
     AVX-512, Xeon     215   211   221   219   199   156    MKL's y at the 32 to 128 rows of decoding: 1.1 to 1.6 times
     AVX2, Zen 5        98   118    93   111   100   107    dW: over all shapes of the tiny model oneDNN takes 4% longer
+    AVX2, Zen 4        91   101    83    93    93    88    over all shapes oneDNN: y 1.12, dx 1.11, dW 0.91 times
     AVX2, Xeon        121   116   107   123   101    94    over all shapes oneDNN: y 1.00, dx 1.07, dW 0.91 times
 
 So each product is taken from where it was the faster one over all shapes, by the vectors that the processor has and
-those that MKL uses on it (Zen 5: 033417b; Xeon, model 167: a45b0de). It is no measurement of each start: that would
-sometimes fall the other way, and a run that is resumed would end in other bits.
+those that MKL uses on it (Zen 5: 033417b; Zen 4: 2371294; Xeon, model 167: a45b0de). It is no measurement of each
+start: that would sometimes fall the other way, and a run that is resumed would end in other bits.
 The libraries' results differ by fp32 rounding only.
 
 `linear_fp32` is the same for a head: bf16 in, fp32 out, straight from the accumulator.
