@@ -157,7 +157,7 @@ def training_step(stage: str, shape: Shape, device, dtype: torch.dtype, repeats:
         model = random_model(Policy, shape.config, device, dtype, "masters")
         batch = shape.with_summaries(cfg.batch_size)
         lengths = [len(s) for s in batch]
-        read = rows = sum(lengths)  # by the head, and in all
+        read = rows = sum(lengths)  # the head reads every token
     else:
         model = random_model(ScalarModel, shape.config, device, dtype, "masters", bias=False)
         batch = shape.pairs(cfg.batch_size)

@@ -111,8 +111,7 @@ def eval_flops(cfg: evaluation.Config, w: World, policies: int = 3) -> float:
     def write(number: int) -> float:
         return w.trunk(responses, number, R) + head_flops(w.model, number * R)
 
-    summary = sum(w.summaries) // len(w.summaries)
-    loss = w.trunk(sequences, cfg.num_posts, summary) + head_flops(w.model, cfg.num_posts * summary)
+    loss = w.trunk(sequences, cfg.num_posts) + head_flops(w.model, cfg.num_posts * sum(w.summaries) // len(w.summaries))
     each = write(cfg.num_posts) + loss + write(cfg.diversity_samples * cfg.diversity_posts)
     exact_kl = write(cfg.diversity_posts) + 2 * write(cfg.diversity_posts)  # sampled, then read by both
     alone = [q + c for q, c, _ in w.chosen] + [q + r for q, _, r in w.chosen]

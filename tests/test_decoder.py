@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import scramble
 
+from kernels.cpu import by_hand
 from kernels.decode_attention import decode_attention, decode_attention_reference
 from nanorlhf import decoder
 from nanorlhf.decoder import KEPT, Decoder, decoder_for
@@ -186,7 +187,10 @@ def test_in_bf16_the_sampler_is_off_the_training_forward_by_rounding_only(make_p
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 8), (5, 23, 4, 2, 16), (3, 40, 8, 1, 32), (2, 17, 3, 3, 8)], ids=str)
 @pytest.mark.parametrize("maker", ["Intel", "another"])
 def test_attention_on_a_cpu_is_the_reference(monkeypatch, sizes, maker):
-    monkeypatch.setattr(sys.modules["kernels.decode_attention"], "INTEL", maker == "Intel")
+    file, products = sys.modules["kernels.decode_attention"], []
+    monkeypatch.setattr(file, "INTEL", maker == "Intel")
+    taken = file._products
+    monkeypatch.setattr(file, "_products", lambda *inputs: products.append(inputs) or taken(*inputs))
     B, S, H, Hkv, Dh = sizes
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(B, H, Dh, generator=generator)
@@ -196,6 +200,7 @@ def test_attention_on_a_cpu_is_the_reference(monkeypatch, sizes, maker):
         out = decode_attention(q, k, v, positions)
         exact = decode_attention_reference(q.double(), k.double(), v.double(), positions)
         torch.testing.assert_close(out, exact.float(), rtol=1e-5, atol=1e-6)
+    assert len(products) == (2 if maker == "another" and by_hand(q) else 0)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

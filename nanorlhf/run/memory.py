@@ -12,7 +12,7 @@ import sys
 
 KEPT = 256 << 20  # bytes
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
-LARGEST = 32 << 20  # bytes: as much as glibc lets a tensor have and still come from memory that was used before
+LARGEST = 32 << 20  # bytes: the highest threshold that glibc's manual allows; a larger tensor comes from the system
 
 
 def keep_freed_memory() -> bool:
