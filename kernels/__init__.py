@@ -11,7 +11,7 @@ and straight from hidden states h (M, D) and the head's weight W (V, D), so that
     linear_ppo_loss       PPO's clipped policy loss and its gradient    PPO's learning
     linear_cross_entropy  weighted cross-entropy and its gradient       SFT
     linear_kl             exact KL between two heads                    --kl_estimator full, evaluation
-    sample_head           next token, its log-prob, entropy             rollout
+    sample_head           next token, its log-prob                      rollout
 
 for the body of the model, N packed tokens:
 

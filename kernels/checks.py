@@ -17,10 +17,9 @@ def check_temperature(temperature: float) -> None:
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple, like: Tensor | None = None) -> None:
     """A float tensor. shape: sizes, with a name in place of one that is free."""
-    sizes = tuple(tensor.shape)
-    fits = len(sizes) == len(shape) and all(isinstance(b, str) or a == b for a, b in zip(sizes, shape, strict=True))
-    if not fits:
-        raise ValueError(f"{name}: got shape {sizes}, expected ({', '.join(map(str, shape))})")
+    sizes = tensor.shape
+    if len(sizes) != len(shape) or any([a != b and b.__class__ is not str for a, b in zip(sizes, shape, strict=True)]):
+        raise ValueError(f"{name}: got shape {tuple(sizes)}, expected ({', '.join(map(str, shape))})")
     if tensor.dtype not in FLOATS:
         raise ValueError(f"{name}: got dtype {tensor.dtype}, expected float32, bfloat16 or float16")
     if like is not None and (tensor.dtype != like.dtype or tensor.device != like.device):
@@ -37,10 +36,13 @@ def check_matrix(name: str, matrix: Tensor, shape: tuple, like: Tensor | None = 
         raise ValueError(f"{name}: got strides {matrix.stride()}, expected a contiguous matrix: call .contiguous()")
 
 
-def check_heads(name: str, heads: Tensor, shape: tuple, like: Tensor | None = None) -> None:
-    """A float tensor (..., heads, Dh), perhaps a view into a larger one: only the last dimension is contiguous."""
+def check_heads(
+    name: str, heads: Tensor, shape: tuple, like: Tensor | None = None, inner: tuple[int, ...] = (-1,)
+) -> None:
+    """A float tensor (..., heads, Dh), perhaps a view into a larger one: only the last dimension, or another of
+    `inner`, is contiguous."""
     check_tensor(name, heads, shape, like)
-    if heads.stride(-1) != 1:
+    if all(heads.stride(dim) != 1 for dim in inner):
         raise ValueError(f"{name}: got strides {heads.stride()}, expected 1 as the last: call .contiguous()")
 
 

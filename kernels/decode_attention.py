@@ -14,6 +14,7 @@ logsumexp; the whole is their mean, weighted by the softmax of the logsumexps.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -42,16 +43,37 @@ def _visible(keys: Tensor, positions: Tensor) -> Tensor:
     return torch.arange(keys.shape[1], device=keys.device) <= positions[:, None]
 
 
-def _products(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """The same on a CPU that is not Intel's, as two batched matrix products. Torch's fused attention there asks MKL for
-    one small product after another: ms a layer of the tiny model's rollout, it and these products, on one thread of a
-    Zen 4 1.04 and 0.82, on two 0.91 and 0.45. On an Intel Xeon (model 167) it is the faster one."""
+def by_bags(x: Tensor) -> bool:
+    """Whether attention over a cache like x goes by `_bags`, which reads keys best with the slots innermost."""
+    return by_hand(x) and not INTEL
+
+
+def _bags(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """The same on a CPU that is not Intel's, as weighted sums of rows: z = sum_d q_d K^T[d], out = sum_s p_s V[s].
+
+    Torch calls that an embedding bag, and its loop fetches the next rows while it adds: a step reads more than a core's
+    own cache holds. Torch's fused attention asks MKL for one small product after another, and each waits for memory.
+    """
     (B, H, Dh), (S, Hkv) = q.shape, keys.shape[1:3]
-    keys, values = (x.transpose(1, 2).reshape(B * Hkv, S, Dh) for x in (keys, values))  # a view if S stands inside
-    scores = torch.bmm(q.reshape(B * Hkv, H // Hkv, Dh) / math.sqrt(Dh), keys.mT)  # (B Hkv, H / Hkv, S)
-    empty = ~_visible(keys, positions)  # (B, S)
-    p = scores.view(B, H, S).masked_fill_(empty[:, None], -math.inf).softmax(dim=-1)
-    return torch.bmm(p.view(B * Hkv, H // Hkv, S), values).view(B, H, Dh)
+    key_rows = keys.permute(0, 2, 3, 1).reshape(B * Hkv * Dh, S)  # a view, if slots stand innermost
+    value_rows = values.transpose(1, 2).reshape(B * Hkv * S, Dh)
+    scores = _bag_sums(key_rows, q.reshape(B * H, Dh) / math.sqrt(Dh), H // Hkv).view(B, H, S)
+    mask = torch.where(_visible(keys, positions), 0.0, -math.inf)  # (B, S)
+    p = scores.add_(mask[:, None]).softmax(dim=-1)  # (B, H, S)
+    return _bag_sums(value_rows, p.view(B * H, S), H // Hkv).view(B, H, Dh)
+
+
+def _bag_sums(rows: Tensor, weights: Tensor, shared: int) -> Tensor:
+    """rows (n / shared * k, m), k after k; weights (n, k) -> (n, m): sums of k rows, which `shared` bags share."""
+    which, first = _bags_of(*weights.shape, shared)
+    return torch.embedding_bag(rows, which, first, mode=0, per_sample_weights=weights.view(-1))[0]  # mode 0: the sum
+
+
+@lru_cache(maxsize=8)
+def _bags_of(n: int, k: int, shared: int) -> tuple[Tensor, Tensor]:
+    """(n k,) int32: the row of each weight; (n,) int32: where a bag begins."""
+    which = torch.arange(n)[:, None] // shared * k + torch.arange(k)
+    return which.flatten().int(), torch.arange(0, n * k, k, dtype=torch.int32)
 
 
 @jit
@@ -179,18 +201,18 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor)
     """Attention of one token a sequence, at slot positions[b] of the cache, over slots 0 to positions[b]; no gradient.
 
     args: q (B, H, Dh); keys, values (B, S, Hkv, Dh) in the dtype of q, H a multiple of Hkv; each may be a view whose
-    last dimension is contiguous; positions (B,) int64 from 0 to S - 1
+    last dimension is contiguous (of keys the slots, `by_bags`); positions (B,) int64 from 0 to S - 1
     -> (B, H, Dh) in the dtype of q
 
     What the slots behind positions[b] hold is never read on a GPU, and must be finite on a CPU.
     """
     check_heads("q", q, ("B", "H", "Dh"))
     B, H, Dh = q.shape
-    check_heads("keys", keys, (B, "S", "Hkv", Dh), like=q)
+    check_heads("keys", keys, (B, "S", "Hkv", Dh), like=q, inner=(-1, 1) if by_bags(q) else (-1,))
     check_heads("values", values, tuple(keys.shape), like=q)
     if H % keys.shape[2]:
         raise ValueError(f"keys: got {keys.shape[2]} heads, expected a divisor of the {H} heads of q")
     check_positions(positions, B, keys.shape[1], like=q)
     if use_triton(q):
         return _forward(q, keys, values, positions)
-    return (_products if by_hand(q) and not INTEL else decode_attention_reference)(q, keys, values, positions)
+    return (_bags if by_bags(q) else decode_attention_reference)(q, keys, values, positions)

@@ -1,4 +1,4 @@
-"""The next token, its log-prob and the entropy, straight from hidden states and the head's weight.
+"""The next token and its log-prob, straight from hidden states and the head's weight.
 
     z     = h W^T / T                                  h (B, D), W (V, D)
     token = min { v : sum_{w <= v} p_w > u }           p = softmax(z), u uniform in [0, 1)
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_matrix, check_temperature
+from kernels.cpu import by_hand
 from kernels.linear import linear_fp32, mm_wide
 from kernels.linear_logprob import merge_tiles, tile_stats
 from kernels.logprob_entropy import forward_rows
@@ -42,13 +43,19 @@ def sample(probabilities: Tensor, u: Tensor) -> Tensor:
 
 def sample_head_reference(
     hidden: Tensor, weight: Tensor, u: Tensor, step: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The specification, with all logits."""
     logp = torch.log_softmax(linear_fp32(hidden, weight) / temperature, dim=-1)  # (B, V)
-    p = logp.exp()
-    tokens = sample(p, u.index_select(1, step.view(1))[:, 0])
-    entropy = -(p * torch.where(p > 0, logp, 0.0)).sum(-1)
-    return tokens, logp.gather(1, tokens[:, None])[:, 0], entropy
+    tokens = sample(logp.exp(), u.index_select(1, step.view(1))[:, 0])
+    return tokens, logp.gather(1, tokens[:, None])[:, 0]
+
+
+def _by_hand(hidden: Tensor, weight: Tensor, u: Tensor, step: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The same on a CPU, by fewer passes over the logits: `sample` needs no sum of 1."""
+    z = linear_fp32(hidden, weight).div_(temperature)  # (B, V)
+    e = z.sub_(z.amax(dim=-1, keepdim=True)).exp()
+    tokens = sample(e, u.index_select(1, step.view(1))[:, 0])
+    return tokens, z.gather(1, tokens[:, None])[:, 0] - e.sum(dim=-1).log()
 
 
 @jit
@@ -59,16 +66,14 @@ def _pick(
     uniforms,  # in   (B, R) fp64
     step,  # in   () int64: the column of uniforms
     tokens,  # out  (B,) int64
-    logprobs, entropies,  # out  (B,) each
+    logprobs,  # out  (B,)
     scale, R, V: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,  # tokens a tile
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program a row."""
     row = tl.program_id(0)
-    top, s, tilt, shares = merge_tiles(tops, sums, tilts, row, scale, TILES, SLOTS)
-    log2s = tl.log2(s)
-    tl.store(entropies + row, (log2s - tilt / s) * LN2)
+    top, s, _, shares = merge_tiles(tops, sums, tilts, row, scale, TILES, SLOTS)
 
     # The tile: as many lie wholly before it as have a cumulative share of at most u.
     shares = shares.to(tl.float64)
@@ -97,37 +102,30 @@ def _pick(
     pick = tl.minimum(tl.sum((tl.cumsum(e, axis=0) <= left).to(tl.int32), axis=0), last)
     z_y = tl.sum(tl.where(inside == pick, z, 0.0), axis=0)
     tl.store(tokens + row, (tile * WIDTH + pick).to(tl.int64))
-    tl.store(logprobs + row, ((z_y - top) * scale - log2s) * LN2)
+    tl.store(logprobs + row, ((z_y - top) * scale - tl.log2(s)) * LN2)
 
 
-def _tiles(
-    hidden: Tensor, weight: Tensor, u: Tensor, step: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _tiles(hidden: Tensor, weight: Tensor, u: Tensor, step: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     (B, D), V = hidden.shape, weight.shape[0]
     scale = log2_scale(temperature)
     partials, _ = tile_stats(hidden, weight, None, scale, TILE)
     tokens = torch.empty(B, dtype=torch.int64, device=hidden.device)
-    logprobs, entropy = (hidden.new_empty(B, dtype=torch.float32) for _ in range(2))
+    logprobs = hidden.new_empty(B, dtype=torch.float32)
     tiles = partials[0].shape[1]
     constants = dict(V=V, D=D, TILES=tiles, SLOTS=triton.next_power_of_2(tiles), WIDTH=TILE["BLOCK_N"], BLOCK_K=128)
-    arguments = (hidden, weight, *partials, u, step, tokens, logprobs, entropy, scale, u.shape[1])
+    arguments = (hidden, weight, *partials, u, step, tokens, logprobs, scale, u.shape[1])
     launch(_pick, (B,), *arguments, num_warps=8, **constants)
-    return tokens, logprobs, entropy
+    return tokens, logprobs
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, u: Tensor, step: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _logits(hidden: Tensor, weight: Tensor, u: Tensor, step: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     logits = mm_wide(hidden, weight.T)  # (B, V)
     tokens = sample((logits / temperature).softmax(-1), u.index_select(1, step.view(1))[:, 0])
-    logprobs, entropy, *_ = forward_rows(logits, tokens, temperature)
-    return tokens, logprobs, entropy
+    return tokens, forward_rows(logits, tokens, temperature)[0]
 
 
 @torch.library.custom_op("nanorlhf::sample_head", mutates_args=())
-def _forward(
-    hidden: Tensor, weight: Tensor, u: Tensor, step: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(hidden: Tensor, weight: Tensor, u: Tensor, step: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     tiles = hidden.shape[0] and use_tiles(hidden, weight)
     return (_tiles if tiles else _logits)(hidden, weight, u, step, temperature)
 
@@ -135,18 +133,18 @@ def _forward(
 @_forward.register_fake
 def _(hidden, weight, u, step, temperature):
     tokens = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-    return tokens, *(hidden.new_empty(hidden.shape[0], dtype=wide(hidden.dtype)) for _ in range(2))
+    return tokens, hidden.new_empty(hidden.shape[0], dtype=wide(hidden.dtype))
 
 
 @torch.no_grad()
 def sample_head(
     hidden: Tensor, weight: Tensor, u: Tensor, step: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample a token a row from softmax(h W^T / T), with its log-prob and the entropy in nats; no gradient.
+) -> tuple[Tensor, Tensor]:
+    """Sample a token a row from softmax(h W^T / T), with its log-prob in nats; no gradient.
 
     args: hidden (B, D); weight (V, D), same dtype; u (B, R) float64, uniform in [0, 1), one number a row and step;
     step () int64, on the device: the column of u to use; temperature > 0
-    -> tokens (B,) int64, logprobs (B,) fp32, entropy (B,) fp32
+    -> tokens (B,) int64, logprobs (B,) fp32
     """
     check_temperature(temperature)
     check_matrix("hidden", hidden, ("B", "D"))
@@ -158,5 +156,5 @@ def sample_head(
         raise ValueError(
             f"step: got {tuple(step.shape)} {step.dtype} on {step.device}, expected one int64 on {hidden.device}"
         )
-    operation = _forward if use_triton(hidden) else sample_head_reference
+    operation = _forward if use_triton(hidden) else _by_hand if by_hand(hidden) else sample_head_reference
     return operation(hidden, weight, u, step, temperature)

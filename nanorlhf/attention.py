@@ -20,8 +20,9 @@ from torch import Tensor
 from nanorlhf.packing import Packed
 from nanorlhf.pairs import PackedPairs
 
-# What a transformer block calls: (layer index, q (N, H, Dh), k (N, Hkv, Dh), v (N, Hkv, Dh)) -> (N, H, Dh).
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# What a transformer block calls: (layer index, q (N, H, Dh), k (N, Hkv, Dh), v (N, Hkv, Dh), read) -> (N, H, Dh), or
+# with `read` (n,) those rows of it alone, (n, H, Dh).
+Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 BUCKET = 32  # tokens: sequences whose lengths round up to the same multiple share a rectangle
 
 
@@ -31,11 +32,16 @@ def causal(packed: Packed) -> Attend:
     rectangles = cache(lambda: _Rectangles(packed))  # made by the first layer that needs them
     varlen = _varlen_pairs(packed) if isinstance(packed, PackedPairs) else partial(_varlen, packed=packed)
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, read: Tensor | None) -> Tensor:
         flash = (q.is_cuda or q.is_meta) and q.dtype != torch.float32  # meta: bench.plan's stand-in for a GPU
-        return varlen(q, k, v) if flash else _padded(q, k, v, rectangles())
+        return rows(varlen(q, k, v) if flash else _padded(q, k, v, rectangles()), read)
 
     return attend
+
+
+def rows(x: Tensor, read: Tensor | None) -> Tensor:
+    """(N, ...) -> the rows `read` (n,) of it, (n, ...); all of them for None."""
+    return x if read is None else x.index_select(0, read)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels import decode_attention, linear_fp32, sample_head
+from kernels.decode_attention import by_bags
 from nanorlhf.attention import Attend, causal
 from nanorlhf.models import Policy
 from nanorlhf.packing import Packed, pack, split_by_tokens, to_device
@@ -38,49 +39,57 @@ KEPT = 2  # decoders a policy: the rollout's, and the smaller one of the samples
 class KVCache:
     """Keys and values of B sequences of different lengths: (L, B, Hkv, S, Dh) each, token j of a sequence in slot j.
 
-    What one head of one sequence has is one stretch of memory, as attention on a CPU reads it. Llama-3.2-1B in bf16:
-    32,768 bytes a slot, 2.4 GB for 128 sequences of 576.
+    What one head of one sequence has is one stretch of memory, as attention on a CPU reads it; there, keys lie in it
+    coordinate by coordinate where that is read sooner. Llama-3.2-1B in bf16: 32,768 bytes a slot, 2.4 GB for 128
+    sequences of 576.
     """
 
     def __init__(self, policy: Policy, batch: int, slots: int):
         config, weight = policy.config, policy.head_weight
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         shape = (layers, batch, heads, slots, config.head_dim)
-        self.keys, self.values = weight.new_empty(shape), weight.new_empty(shape)
-        first_rows = torch.arange(0, batch * heads * slots, slots, device=weight.device)
-        self.first_rows = first_rows.view(batch, heads)  # of each head, among all slots in a row
+        turned = (layers, batch, heads, config.head_dim, slots)
+        self.keys = weight.new_empty(turned).mT if by_bags(weight) else weight.new_empty(shape)
+        self.values = weight.new_empty(shape)
+        self.every = torch.arange(batch, device=weight.device)  # (B,) the sequences
 
     def clear(self) -> None:
         """No slot holds what an earlier batch left there: behind a mask too, nan times 0 is nan."""
         self.keys.zero_()
         self.values.zero_()
 
-    def _store(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:  # rows (n, Hkv); k, v (n, Hkv, Dh)
-        for cache, new in ((self.keys, k), (self.values, v)):
-            cache[layer].view(-1, cache.shape[-1]).index_copy_(0, rows.flatten(), new.flatten(0, 1))
+    def _store(self, layer: int, sequences: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
+        """sequences, positions (n,): where k and v (n, Hkv, Dh) belong."""
+        self.keys[layer][sequences, :, positions] = k
+        self.values[layer][sequences, :, positions] = v
+
+    def _slots(self, layer: int, sequences: slice) -> tuple[Tensor, Tensor]:
+        """Keys and values of these sequences, (B, S, Hkv, Dh) each."""
+        return self.keys[layer, sequences].transpose(1, 2), self.values[layer, sequences].transpose(1, 2)
 
     def prefill(self, packed: Packed, first: int) -> Attend:
-        """Ordinary causal attention that leaves k and v in the cache, of sequences `first`, first + 1, ..."""
+        """Ordinary causal attention that leaves k and v in the cache, of sequences `first`, first + 1, ...; where only
+        their last tokens are read, it is a decoding step for these."""
         n = sum(packed.lengths)  # tokens without the filling
         lengths = torch.tensor(packed.lengths)
-        sequence = torch.arange(first, first + len(lengths)).repeat_interleave(lengths, output_size=n)  # (n,)
-        rows = self.first_rows[to_device(sequence, self.first_rows.device)] + packed.positions[:n, None]  # (n, Hkv)
+        these = slice(first, first + len(lengths))
+        sequences = self.every[these].repeat_interleave(to_device(lengths, self.every.device), output_size=n)  # (n,)
         attend = causal(packed)
 
-        def store_and_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._store(layer, rows, k[:n], v[:n])
-            return attend(layer, q, k, v)
+        def store_and_attend(layer: int, q: Tensor, k: Tensor, v: Tensor, read: Tensor | None) -> Tensor:
+            self._store(layer, sequences, packed.positions[:n], k[:n], v[:n])
+            if read is None:
+                return attend(layer, q, k, v, None)
+            return decode_attention(q[read], *self._slots(layer, these), packed.positions[read])
 
         return store_and_attend
 
     def decode(self, positions: Tensor) -> Attend:
         """Attention of one new token a sequence at `positions` (B,): it sees its own sequence, itself included."""
-        rows = self.first_rows + positions[:, None]  # (B, Hkv)
 
-        def store_and_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # q (B, H, Dh); k, v (B, Hkv, Dh)
-            self._store(layer, rows, k, v)
-            keys, values = self.keys[layer].transpose(1, 2), self.values[layer].transpose(1, 2)  # (B, S, Hkv, Dh)
-            return decode_attention(q, keys, values, positions)
+        def store_and_attend(layer: int, q: Tensor, k: Tensor, v: Tensor, read: None) -> Tensor:
+            self._store(layer, self.every, positions, k, v)  # k, v (B, Hkv, Dh)
+            return decode_attention(q, *self._slots(layer, slice(None)), positions)  # q (B, H, Dh)
 
         return store_and_attend
 
@@ -152,7 +161,7 @@ class Decoder:
     def write(self, policy: Policy, hidden: Tensor) -> None:
         """Sample token t from hidden states (B, D), and write it and its log-prob down in column t."""
         if self.temperature > 0:
-            tokens, logprobs, _ = sample_head(hidden, policy.head_weight, self.noise, self.t, self.temperature)
+            tokens, logprobs = sample_head(hidden, policy.head_weight, self.noise, self.t, self.temperature)
         else:
             tokens, logprobs = greedy(hidden, policy.head_weight)
         self.tokens.copy_(tokens)

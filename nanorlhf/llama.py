@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import add_rms_norm, linear, rms_norm, rope, swiglu
-from nanorlhf.attention import Attend
+from nanorlhf.attention import Attend, rows
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,7 @@ class Attention(nn.Module):
         """(N, D) -> (N, D), or of the rows `read` alone, (n, D)."""
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.config.head_dim))  # (N, H + 2 Hkv, Dh)
         q, k, v = rope(qkv, cos, sin, self.config.num_key_value_heads)  # (N, H, Dh), (N, Hkv, Dh) twice
-        out = attend(self.layer, q, k, v).flatten(1)  # (N, H*Dh)
-        return self.o_proj(_rows(out, read))
+        return self.o_proj(attend(self.layer, q, k, v, read).flatten(1))  # (N or n, H*Dh) -> (N or n, D)
 
 
 class MLP(nn.Module):
@@ -146,12 +145,8 @@ class Block(nn.Module):
         `read` (n,) alone where they are given, (n, D)."""
         normed, x = self.input_layernorm(x, update)
         attended = self.self_attn(normed, cos, sin, attend, read)
-        normed, x = self.post_attention_layernorm(_rows(x, read), attended)
+        normed, x = self.post_attention_layernorm(rows(x, read), attended)
         return x, self.mlp(normed)
-
-
-def _rows(x: Tensor, read: Tensor | None) -> Tensor:
-    return x if read is None else x.index_select(0, read)
 
 
 class Llama(nn.Module):

@@ -187,20 +187,34 @@ def test_in_bf16_the_sampler_is_off_the_training_forward_by_rounding_only(make_p
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 8), (5, 23, 4, 2, 16), (3, 40, 8, 1, 32), (2, 17, 3, 3, 8)], ids=str)
 @pytest.mark.parametrize("maker", ["Intel", "another"])
 def test_attention_on_a_cpu_is_the_reference(monkeypatch, sizes, maker):
-    file, products = sys.modules["kernels.decode_attention"], []
+    file, bags = sys.modules["kernels.decode_attention"], []
     monkeypatch.setattr(file, "INTEL", maker == "Intel")
-    taken = file._products
-    monkeypatch.setattr(file, "_products", lambda *inputs: products.append(inputs) or taken(*inputs))
+    taken = file._bags
+    monkeypatch.setattr(file, "_bags", lambda *inputs: bags.append(inputs) or taken(*inputs))
     B, S, H, Hkv, Dh = sizes
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(B, H, Dh, generator=generator)
     keys, values = torch.randn(2, B, Hkv, S, Dh, generator=generator).transpose(2, 3)  # slots inside, as in the cache
+    turned = keys.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # slots innermost, as in the other one
     positions = torch.linspace(0, S - 1, B).long()
-    for k, v in ((keys, values), (keys.contiguous(), values.contiguous())):
+    taken_here = maker == "another" and by_hand(q)
+    for k, v in ((keys, values), (keys.contiguous(), values.contiguous()), *[(turned, values)] * taken_here):
         out = decode_attention(q, k, v, positions)
         exact = decode_attention_reference(q.double(), k.double(), v.double(), positions)
         torch.testing.assert_close(out, exact.float(), rtol=1e-5, atol=1e-6)
-    assert len(products) == (2 if maker == "another" and by_hand(q) else 0)
+    assert len(bags) == (3 if taken_here else 0)
+
+
+@pytest.mark.parametrize("maker", ["Intel", "another"])
+def test_a_cache_on_a_cpu_is_read_where_it_lies(monkeypatch, make_policy, make_sequences, maker):
+    """Keys lie as attention on that processor reads them, and log-probs are those of the training forward."""
+    monkeypatch.setattr(sys.modules["kernels.decode_attention"], "INTEL", maker == "Intel")
+    policy, queries = make_policy(), make_sequences(QUERY_LENGTHS)
+    responses, logprobs = generate(policy, queries, R, 0.7)
+    assert apart(policy, queries, responses, logprobs, 0.7).max() < 1e-5
+    cache = kept(policy)[0].cache
+    rows = cache.keys.mT if maker == "another" and by_hand(policy.head_weight) else cache.keys
+    assert rows.is_contiguous() and cache.values.is_contiguous()
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def test_a_score_is_the_head_at_the_last_token_minus_the_shift(make_scalar, make
     for sequence in sequences:
         packed = pack([sequence], round_to=1)
         with torch.no_grad():
-            hidden = model.model(packed.tokens, packed.positions, lambda layer, q, k, v: _attend_slowly(q, k, v))
+            hidden = model.model(packed.tokens, packed.positions, lambda layer, q, k, v, read: _attend_slowly(q, k, v))
         expected.append(hidden[-1] @ model.score.weight[0] - 0.75)
     torch.testing.assert_close(model.scores(sequences), torch.stack(expected).detach(), rtol=1e-4, atol=1e-5)
     values = model.values(sequences)
@@ -195,7 +195,7 @@ def test_the_score_of_a_bf16_model_is_computed_in_fp32(make_scalar, make_sequenc
     assert len(set(scores.tolist())) > 190  # in bf16, scores around 1 are multiples of 1/128
     packed = pack(sequences[:3])
     with torch.no_grad():
-        hidden = model.model(packed.tokens, packed.positions, lambda layer, q, k, v: torch.zeros_like(q))
+        hidden = model.model(packed.tokens, packed.positions, lambda layer, q, k, v, read: torch.zeros_like(q))
         assert hidden.dtype == torch.bfloat16
         expected = hidden.double() @ model.score.weight[0].double() + model.score.bias.double()
         torch.testing.assert_close(model._head(hidden).double(), expected, rtol=1e-5, atol=1e-5)

@@ -23,6 +23,9 @@ class Recorder:
     def __init__(self):
         self.failures, self.passed = [], 0
 
+    def __str__(self) -> str:
+        return f"{self.passed} passed\n" + "\n".join(str(failure.getrepr(style="short")) for failure in self.failures)
+
     def pytest_runtest_makereport(self, item, call):
         if call.excinfo is not None:
             self.failures.append(call.excinfo)
@@ -46,22 +49,22 @@ def run(test: str) -> Recorder:
 
 
 @pytest.fixture(scope="module")
-def passes_when_healthy():
-    """Whether a test passes without a fault, each asked once."""
+def when_healthy():
+    """What a test says without a fault, each asked once."""
     known = {}
 
-    def passes(test: str) -> bool:
+    def found(test: str) -> Recorder:
         if test not in known:
-            found = run(test)
-            known[test] = found.passed > 0 and not found.failures
+            known[test] = run(test)
         return known[test]
 
-    return passes
+    return found
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
-def test_a_planted_fault_is_caught_by_the_test_named_for_it(mutation, passes_when_healthy):
-    assert passes_when_healthy(mutation.test), f"{mutation.test} fails or does not exist, without any fault"
+def test_a_planted_fault_is_caught_by_the_test_named_for_it(mutation, when_healthy):
+    healthy = when_healthy(mutation.test)
+    assert healthy.passed and not healthy.failures, f"{mutation.test}, without any fault: {healthy}"
     with planted(mutation):
         found = run(mutation.test)
     assert found.failures, f"{mutation.test} passes with {mutation.name} planted: it does not guard that line"

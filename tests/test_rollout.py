@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY, scramble
 
-from kernels.sample_head import sample
+from kernels.sample_head import sample, sample_head, sample_head_reference
 from nanorlhf.models import Policy
 from nanorlhf.packing import pack
 from nanorlhf.rollout import generate, read_responses, summarise, uniforms
@@ -149,6 +149,22 @@ def test_the_tail_of_a_large_vocabulary_keeps_its_probability():
     probabilities = torch.cat([torch.tensor([0.5]), torch.full((tail,), 0.5 / tail)])[None]
     u = torch.tensor([0.25, 0.5, 0.75, 1 - 2.0**-40], dtype=torch.float64)
     assert sample(probabilities.expand(4, -1), u).tolist() == [0, 1, tail // 2 + 1, tail]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shift", [0.0, 300.0])
+def test_on_a_cpu_sampled_tokens_and_log_probs_are_those_of_the_reference_in_float64(dtype, shift):
+    """shift: of all logits, so that none of their exponentials fits into fp32."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 24, generator=generator) for n in (400, 131))
+    hidden[:, 0], weight[:, 0] = 1.0, shift
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    u, step = torch.rand(400, 3, dtype=torch.float64, generator=generator), torch.tensor([2])
+    tokens, logprobs = sample_head(hidden, weight, u, step, 0.7)
+    exact, of_exact = sample_head_reference(hidden.double(), weight.double(), u, step, 0.7)
+    assert (tokens == exact).sum() >= 398  # u may stand next to a boundary
+    same = tokens == exact
+    torch.testing.assert_close(logprobs[same].double(), of_exact[same], rtol=1e-5, atol=1e-6 * (10 + shift))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])

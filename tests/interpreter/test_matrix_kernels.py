@@ -115,7 +115,7 @@ def test_tokens_are_drawn_with_their_probabilities(path):
     p = (hidden[1:] @ weight.T / 0.7).softmax(-1)[0]
     u = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
     rows = hidden[1:].expand(200, -1).contiguous()
-    tokens, _, _ = sample_head(rows, weight, u[:, None].contiguous(), torch.zeros((), dtype=torch.int64), 0.7)
+    tokens, _ = sample_head(rows, weight, u[:, None].contiguous(), torch.zeros((), dtype=torch.int64), 0.7)
     counts = torch.bincount(tokens, minlength=40)
     assert (counts - 200 * p).abs().max() <= 1.01 and (counts > 0).sum() > 20
 
@@ -128,7 +128,7 @@ def test_a_token_without_probability_is_never_drawn(path):
     hidden = torch.zeros(3, 16)
     hidden[:, 0] = 5.0
     u = torch.tensor([[0.0], [0.999], [1 - 2**-53]], dtype=torch.float64)
-    tokens, logprobs, _ = sample_head(hidden, weight, u, torch.zeros((), dtype=torch.int64))
+    tokens, logprobs = sample_head(hidden, weight, u, torch.zeros((), dtype=torch.int64))
     assert tokens.tolist() == [0, 59, 59]
     torch.testing.assert_close(logprobs, torch.full((3,), -math.log(60.0)))
 
