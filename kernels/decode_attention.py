@@ -57,9 +57,9 @@ def _bags(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     (B, H, Dh), (S, Hkv) = q.shape, keys.shape[1:3]
     key_rows = keys.permute(0, 2, 3, 1).reshape(B * Hkv * Dh, S)  # a view, if slots stand innermost
     value_rows = values.transpose(1, 2).reshape(B * Hkv * S, Dh)
-    scores = _bag_sums(key_rows, q.reshape(B * H, Dh) / math.sqrt(Dh), H // Hkv).view(B, H, S)
+    z = _bag_sums(key_rows, q.reshape(B * H, Dh), H // Hkv).view(B, H, S)
     mask = torch.where(_visible(keys, positions), 0.0, -math.inf)  # (B, S)
-    p = scores.add_(mask[:, None]).softmax(dim=-1)  # (B, H, S)
+    p = torch.add(mask[:, None], z, alpha=1 / math.sqrt(Dh)).softmax(dim=-1)
     return _bag_sums(value_rows, p.view(B * H, S), H // Hkv).view(B, H, Dh)
 
 
