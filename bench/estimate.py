@@ -1,13 +1,13 @@
 """How long will `make demo` take here? One second of the demo's own work is timed, the rest is counted.
 
     python -m bench.estimate
-    this machine learns at 108 GFLOP/s on 2 threads, and the demo is 8.4 TFLOP: about 2 minutes
+    this machine learns at 155 GFLOP/s on 2 threads, and the demo is 8.4 TFLOP: about a minute and a half
 
 The second is forward and backward passes of the SFT model over a batch of tiny posts, as train_sft.py makes them, so
 the rate has matmuls, attention and elementwise work in it, and whatever else keeps the cores busy just now. The
-floating-point operations follow from the scripts' settings (nanorlhf/monitoring/flops.py). What has no such count,
-and what runs slower than learning (starts of Python, sampling a token at a time, texts, metrics), is in SLOWER. It is
-an estimate to plan a coffee by: a machine that gets busy or hot later takes longer, and each stage shows its own ETA.
+floating-point operations follow from the scripts' settings (nanorlhf/monitoring/flops.py). What has no such count is in
+STARTS and SLOWER. It is an estimate to plan a coffee by: a machine that gets busy or hot later takes longer, and each
+stage shows its own ETA.
 """
 
 import os
@@ -35,9 +35,10 @@ from nanorlhf.run.streams import as_command
 from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.tiny.data import COMPARISONS, ensure_world
 
-# Seconds of the whole demo / seconds of its operations at the rate of learning: 127 s were 8.4 TFLOP at 104 to 112
-# GFLOP/s on 2 cores of an AMD EPYC (Zen 4), at d6dd8a6; 126 s with its AVX2 alone.
-SLOWER = 1.6
+# From the command to the prompt `make demo` took 86, 109 and 198 s where learning has 155, 123 and 71 GFLOP/s: on 2 cores
+# of an AMD EPYC (Zen 5), by its AVX2 alone and by its SSE4.1 alone, at e02e560. The estimate says 91, 111 and 184.
+STARTS = 12.0  # seconds of six starts of Python
+SLOWER = 1.45  # than learning: sampling a token at a time, texts, metrics
 
 
 def learning_flops(policy: Policy, sequences: list[list[int]]) -> float:
@@ -85,8 +86,10 @@ def rate(policy: Policy, sequences: list[list[int]], seconds: float = 1.0, clock
 
 def minutes(seconds: float) -> str:
     """In words, no finer than an estimate is."""
-    if seconds < 90:
-        return "about a minute" if seconds >= 45 else "less than a minute"
+    if seconds < 45:
+        return "less than a minute"
+    if seconds < 105:
+        return "about a minute" if seconds < 75 else "about a minute and a half"
     return f"about {seconds / 60:.0f} minutes"
 
 
@@ -103,7 +106,7 @@ def main() -> None:
     on = f"{threads} threads" if threads > 1 else "one thread"
     print(
         f"this machine learns at {speed / 1e9:.0f} GFLOP/s on {on}, and the demo is {work / 1e12:.1f} TFLOP: "
-        f"{minutes(SLOWER * work / speed)}",
+        f"{minutes(STARTS + SLOWER * work / speed)}",
         flush=True,
     )
 

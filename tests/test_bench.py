@@ -144,10 +144,11 @@ def test_the_estimate_of_the_demo_is_its_operations_at_the_rate_of_this_machine(
         estimate, "ensure_world", lambda folder: write_world(tmp_path / "world", {"train": 64}, {"train": 1})
     )
     monkeypatch.setattr(estimate, "demo_flops", lambda *_: 7e12)
-    monkeypatch.setattr(estimate, "rate", lambda *_: 7e12 * estimate.SLOWER / 480)
+    monkeypatch.setattr(estimate, "rate", lambda *_: 7e12 * estimate.SLOWER / (480 - estimate.STARTS))
     estimate.main()
     assert capsys.readouterr().out.endswith("and the demo is 7.0 TFLOP: about 8 minutes\n")
-    assert [estimate.minutes(s) for s in (10, 60, 91)] == ["less than a minute", "about a minute", "about 2 minutes"]
+    said = ["less than a minute", "about a minute", "about a minute and a half", "about 2 minutes", "about 8 minutes"]
+    assert [estimate.minutes(s) for s in (10, 60, 91, 110, 480)] == said
 
 
 def test_the_operations_of_the_demo_follow_the_presets(monkeypatch):
