@@ -77,7 +77,7 @@ def benches(gpu_gb: float | None, trl_python: str | None = None) -> list[Bench]:
             Bench("tiny", ["-m", "bench.tiny_run"], 180, alone=False),
             Bench("plan", ["-m", "bench.plan", "--gpu_gb", f"{gpu_gb:.0f}"], 60, alone=False),
         ]
-    small = ["--batch_size", "64", "--repeats", "2", *(["--trl_python", trl_python] if trl_python else [])]
+    small = ["--batch_size", "64", "--repeats", "5", *(["--trl_python", trl_python] if trl_python else [])]
     return [
         Bench("kernels", ["-m", "bench.kernels"], 60),
         Bench("rollout", ["-m", "bench.rollout"], 60),

@@ -2,8 +2,8 @@
 
     VENV/bin/python -P bench/trl_ppo.py --settings ... --queries FILE
 
-Needs trl (0.29 to 1.12, where it is trl.experimental.ppo), not nanorlhf's dependencies: it reads posts as token ids
-from a file that bench.against writes. One JSON line last.
+Needs trl (0.29 to 1.12, where it is trl.experimental.ppo), and nothing of nanorlhf, which that environment does not
+have: it reads posts as token ids from a file that bench.against writes. One JSON line last.
 """
 
 import argparse
@@ -29,8 +29,6 @@ from transformers import (
     TrainerCallback,
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
-
-from nanorlhf.run.streams import as_command
 
 CHECKPOINTS = Path(__file__).parents[1] / "nanorlhf" / "tiny" / "checkpoints"
 
@@ -86,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    as_command(main)
+    main()
