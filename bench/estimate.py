@@ -35,8 +35,8 @@ from nanorlhf.run.streams import as_command
 from nanorlhf.storage.checkpoint import load_policy
 from nanorlhf.tiny.data import COMPARISONS, ensure_world
 
-# From the command to the prompt `make demo` took 86, 109 and 198 s where learning has 155, 123 and 71 GFLOP/s: on 2 cores
-# of an AMD EPYC (Zen 5), by its AVX2 alone and by SSE4.1, at e02e560. The estimate says 91, 111 and 184.
+# From the command to the prompt `make demo` took 86, 109 and 198 s where learning has 155, 123 and 71 GFLOP/s: on 2
+# cores of an AMD EPYC (Zen 5), by its AVX2 alone and by SSE4.1, at e02e560. The estimate says 91, 111 and 184.
 STARTS = 12.0  # seconds of six starts of Python
 SLOWER = 1.45  # than learning: sampling a token at a time, texts, metrics
 

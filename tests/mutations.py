@@ -80,7 +80,8 @@ MUTATIONS = [
     M("residual_of_other_rows", "rows read", LLAMA, "rows(x, read), attended", "x[: len(attended)], attended",
       "test_llama.py::test_rows_that_are_read_alone_have_the_states_and_gradients_of_all_rows"),
     M("last_layer_runs_everywhere", "rows read", LLAMA, "attend(self.layer, q, k, v, read).flatten(1))",
-      "attend(self.layer, q, k, v, None).flatten(1))[slice(None) if read is None else read]", "test_flops.py::test_the_last_layer_runs_where_it_is_read"),
+      "attend(self.layer, q, k, v, None).flatten(1))[slice(None) if read is None else read]",
+      "test_flops.py::test_the_last_layer_runs_where_it_is_read"),
     M("head_before_the_norm", "T21", LLAMA, "return self.norm(x, update)[0]", "return x + update", UPDATE),
 
     # --- rollout (detail 23.1)
