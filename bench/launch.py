@@ -6,6 +6,7 @@ of a second; that torchrun itself does the same is one test of its own (tests/te
 """
 
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -84,6 +85,9 @@ class Launched:
 
 def _live(work: Callable[[], None], output: int) -> NoReturn:
     """The life of a forked process."""
+    # What the parent has thrown away and not collected yet is its own. Collected here, the store of an earlier launch
+    # would wait for a thread that no fork takes along, and this process with it.
+    gc.freeze()
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)  # as torchrun does it; and a pool of threads does not survive a fork

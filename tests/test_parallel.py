@@ -4,6 +4,7 @@ Processes are forked as torchrun would start them (bench/launch.py) and talk ove
 here: NCCL, streams, the captured graph on the actor (docs/parallel.md says so).
 """
 
+import gc
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -186,6 +188,27 @@ def test_the_table_of_the_docs_is_made_anew_on_the_embedded_world(folder):
     finally:
         os.chdir(folder)
     assert what == "PPO, 2 processes" and 0 < found["weights"] < WEIGHTS and found["metrics"] < METRICS
+
+
+def test_a_forked_process_does_not_collect_what_its_parent_has_thrown_away():
+    """An earlier launch in a reference cycle: who destroys its store joins the store's thread, or rather a new one that
+    got the stack of it, and waits for ever, or aborts."""
+
+    def work():
+        for _ in range(8):  # as gloo has some
+            threading.Thread(target=time.sleep, args=(100,), daemon=True).start()
+        gc.collect()
+
+    gc.disable()  # in this process it stays garbage
+    try:
+        earlier = Launched(lambda: None, 1)
+        assert earlier.wait() == [0]
+        earlier.itself = earlier
+        del earlier
+        assert Launched(work, 1).wait(limit=20) == [0]
+    finally:
+        gc.enable()
+        gc.collect()
 
 
 # --- who does what ---------------------------------------------------------------------------------------------------
