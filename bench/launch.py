@@ -23,6 +23,9 @@ import torch.distributed as dist
 import torch.distributed.fsdp
 import torch.utils.tensorboard
 
+# Torch asks a name server who 127.0.0.1 is, for each connection; where an answer is lost it waits 5 seconds, of the 45
+# that processes have to meet. The C library reads this before its first question.
+os.environ.setdefault("RES_OPTIONS", "timeout:1")
 GRACE = 30.0  # seconds from SIGTERM to SIGKILL, torchrun's
 POLL = 0.05
 
@@ -38,6 +41,9 @@ class Launched:
         self._outputs = [tempfile.NamedTemporaryFile(prefix="nanorlhf-said-") for _ in range(size)]
         self.statuses: list[int | None] = [None] * size
         self.pids = []
+        # Nobody begins before all are forked. Whom the store accepts it looks up by name, and who is forked meanwhile
+        # has the lock of the C library's resolver, held by a thread that it has not.
+        begin, hold = os.pipe()
         for rank in range(size):
             given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
             given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._store.port}
@@ -45,9 +51,13 @@ class Launched:
             sys.stdout.flush()
             pid = os.fork()
             if pid == 0:
+                os.close(hold)
+                os.read(begin, 1)  # ends when nobody holds the other end
                 os.environ |= {name: str(value) for name, value in given.items()}
                 _live(work, self._outputs[rank].fileno())
             self.pids.append(pid)
+        os.close(begin)
+        os.close(hold)
 
     def poll(self) -> bool:
         """Whether all have ended; notes those that have."""

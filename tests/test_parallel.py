@@ -190,6 +190,20 @@ def test_the_table_of_the_docs_is_made_anew_on_the_embedded_world(folder):
     assert what == "PPO, 2 processes" and 0 < found["weights"] < WEIGHTS and found["metrics"] < METRICS
 
 
+def test_no_forked_process_begins_before_all_are_forked(monkeypatch):
+    """A thread of this one may hold the resolver's lock, for the first that connects, when the last is forked."""
+    fork, forked = os.fork, []
+
+    def slow_fork() -> int:
+        time.sleep(0.1)
+        forked.append(time.monotonic())
+        return fork()
+
+    monkeypatch.setattr(os, "fork", slow_fork)
+    began = launch(lambda: print(time.monotonic()), 3)
+    assert min(map(float, began)) > forked[-1]
+
+
 def test_a_forked_process_does_not_collect_what_its_parent_has_thrown_away():
     """An earlier launch in a reference cycle: who destroys its store joins the store's thread, or rather a new one that
     got the stack of it, and waits for ever, or aborts."""
