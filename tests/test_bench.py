@@ -1,6 +1,5 @@
 """The benchmarks' own arithmetic: what they count, whom they compare, and a visit that survives a failure."""
 
-import ast
 import json
 import subprocess
 import sys
@@ -135,17 +134,6 @@ def test_busy_refuses_what_it_cannot_measure(flags, said, monkeypatch):
     monkeypatch.setattr("sys.argv", ["busy", *flags.split()])
     with pytest.raises(UserError, match=said):
         busy.main()
-
-
-# --- beside others
-
-
-def test_what_runs_in_trls_environment_asks_for_nothing_of_ours():
-    tree = ast.parse(Path(against.__file__).with_name("trl_ppo.py").read_text(encoding="utf-8"))
-    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    ours = {"nanorlhf", "kernels", "bench", "tests", "docs", "experiments", "faults"}
-    assert "trl" in names and not ours & {name.split(".")[0] for name in names}
 
 
 # --- the demo's estimate

@@ -55,6 +55,12 @@ def test_everything_imported_is_a_declared_dependency(path):
     assert imported(path) <= declared | OPTIONAL | {"nanorlhf", "kernels"} | sys.stdlib_module_names
 
 
+def test_what_runs_in_trls_environment_asks_for_nothing_of_ours():
+    ours = {path.name for path in ROOT.iterdir() if path.is_dir()} | {script.stem for script in SCRIPTS}
+    found = imported(ROOT / "bench" / "trl_ppo.py")
+    assert "trl" in found and not found & ours
+
+
 @pytest.mark.parametrize("path", SCRIPTS + PACKAGE + KERNELS, ids=name)
 def test_nothing_is_pickled(path):
     assert not imported(path) & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
